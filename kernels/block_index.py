@@ -1,0 +1,195 @@
+"""Ragged block lists: which key blocks every query block reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockIndex:
+    """The kept key blocks of every query block, one ragged list per (batch, head, row).
+
+    Attributes:
+        counts: int32 `[batch or 1, heads, rows]`, length of each list; rows = ceil(seq_q / block_q).
+        offsets: int64 `[batch or 1, heads, rows]`, where each list starts in `indices`. Lists may be shared.
+        indices: int32 `[total]`, key-block numbers, ascending within a list.
+        block_q, block_k: tokens per query and key block; the last block of a sequence may be shorter.
+        seq_q, seq_k: sequence lengths in tokens.
+
+    Example:
+        >>> mask = torch.rand(1, 4, 6, 9) < 0.5
+        >>> index = BlockIndex.from_mask(mask, 64, 64, seq_q=333, seq_k=517)
+    """
+
+    counts: Tensor
+    offsets: Tensor
+    indices: Tensor
+    block_q: int
+    block_k: int
+    seq_q: int
+    seq_k: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_k", "seq_q", "seq_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, dtype in (("counts", torch.int32), ("offsets", torch.int64), ("indices", torch.int32)):
+            if getattr(self, name).dtype != dtype:
+                raise ValueError(f"{name} must be {dtype}, got {getattr(self, name).dtype}")
+        if self.counts.ndim != 3 or self.counts.shape[2] != self.rows:
+            raise ValueError(
+                f"counts must be [batch or 1, heads, rows] with rows = ceil({self.seq_q}/{self.block_q}) = "
+                f"{self.rows}, got {tuple(self.counts.shape)}"
+            )
+        if self.offsets.shape != self.counts.shape:
+            raise ValueError(
+                f"offsets must have the shape of counts, {tuple(self.counts.shape)}, "
+                f"got {tuple(self.offsets.shape)}"
+            )
+        if self.indices.ndim != 1:
+            raise ValueError(f"indices must be [total], got {tuple(self.indices.shape)}")
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, block_q: int, block_k: int, seq_q: int, seq_k: int) -> BlockIndex:
+        """Lists of the True entries of a block mask.
+
+        Args:
+            mask: bool `[batch or 1, heads, ceil(seq_q / block_q), ceil(seq_k / block_k)]`.
+
+        Raises:
+            ValueError: if the mask is not bool or does not have that shape.
+        """
+        expected = (-(-seq_q // block_q), -(-seq_k // block_k))
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool, got {mask.dtype}; compare scores with a threshold first")
+        if mask.ndim != 4 or tuple(mask.shape[2:]) != expected:
+            raise ValueError(
+                f"mask must be [batch or 1, heads, {expected[0]}, {expected[1]}] for {seq_q} x {seq_k} tokens "
+                f"in {block_q} x {block_k} blocks, got {tuple(mask.shape)}"
+            )
+        counts = mask.sum(-1, dtype=torch.int32)
+        ends = counts.flatten().cumsum(0, dtype=torch.int64).view_as(counts)
+        indices = mask.nonzero()[:, 3].to(torch.int32)
+        return cls(counts, ends - counts, indices, block_q, block_k, seq_q, seq_k)
+
+    @classmethod
+    def dense(
+        cls,
+        batch: int,
+        heads: int,
+        block_q: int,
+        block_k: int,
+        seq_q: int,
+        seq_k: int,
+        device: torch.device | str | None = None,
+    ) -> BlockIndex:
+        """Every query block reads every key block; all rows share one list."""
+        rows, cols = -(-seq_q // block_q), -(-seq_k // block_k)
+        counts = torch.full((batch, heads, rows), cols, dtype=torch.int32, device=device)
+        indices = torch.arange(cols, dtype=torch.int32, device=device)
+        offsets = torch.zeros(counts.shape, dtype=torch.int64, device=device)
+        return cls(counts, offsets, indices, block_q, block_k, seq_q, seq_k)
+
+    @staticmethod
+    def merge_heads(parts: Sequence[tuple[BlockIndex, Tensor]], heads: int) -> BlockIndex:
+        """One index for all heads of a layer, so that mixed families need a single launch.
+
+        Args:
+            parts: (index, head_ids) pairs; `head_ids` int64 `[index.heads]` says which heads they are.
+            heads: number of heads of the result; the head ids must cover each exactly once.
+
+        Raises:
+            ValueError: if block sizes, lengths or batches differ, or a head is missing or given twice.
+        """
+        if not parts:
+            raise ValueError("merge_heads needs at least one (index, head_ids) pair, got none")
+        first = parts[0][0]
+        shape = (first.block_q, first.block_k, first.seq_q, first.seq_k)
+        batch = max(index.batch for index, _ in parts)
+        for index, head_ids in parts:
+            got = (index.block_q, index.block_k, index.seq_q, index.seq_k)
+            if got != shape:
+                raise ValueError(f"(block_q, block_k, seq_q, seq_k) must agree, got {shape} and {got}")
+            if index.batch not in (1, batch):
+                raise ValueError(f"batches must be equal or 1, got {index.batch} and {batch}")
+            if head_ids.numel() != index.heads:
+                raise ValueError(f"head_ids must name {index.heads} heads, got {head_ids.numel()}")
+        order = torch.cat([head_ids.flatten() for _, head_ids in parts])
+        if sorted(order.tolist()) != list(range(heads)):
+            raise ValueError(f"head_ids must cover 0..{heads - 1} once each, got {sorted(order.tolist())}")
+        bases = [0]
+        for index, _ in parts:
+            bases.append(bases[-1] + index.indices.numel())
+        places = order.argsort().to(first.counts.device)
+        counts = torch.cat([i.counts.expand(batch, -1, -1) for i, _ in parts], dim=1)
+        offsets = torch.cat(
+            [i.offsets.expand(batch, -1, -1) + base for (i, _), base in zip(parts, bases, strict=False)],
+            dim=1,
+        )
+        indices = torch.cat([index.indices for index, _ in parts])
+        return BlockIndex(counts[:, places], offsets[:, places], indices, *shape)
+
+    @property
+    def batch(self) -> int:
+        return self.counts.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.counts.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Number of query blocks."""
+        return -(-self.seq_q // self.block_q)
+
+    @property
+    def cols(self) -> int:
+        """Number of key blocks."""
+        return -(-self.seq_k // self.block_k)
+
+    @property
+    def density(self) -> float:
+        """Kept query-key pairs divided by all pairs; short last blocks are counted exactly."""
+        pairs = self._row_tokens() * self._key_tokens()
+        return pairs.sum().item() / (self.batch * self.heads * self.seq_q * self.seq_k)
+
+    def to_mask(self) -> Tensor:
+        """Block mask, bool `[batch or 1, heads, rows, cols]`."""
+        row, entry = self._entries()
+        mask = torch.zeros(self.counts.numel(), self.cols, dtype=torch.bool, device=self.counts.device)
+        mask[row, self.indices[entry].long()] = True
+        return mask.view(*self.counts.shape, self.cols)
+
+    def token_mask(self) -> Tensor:
+        """Token mask, bool `[batch or 1, heads, seq_q, seq_k]`: seq_q * seq_k bytes per head."""
+        mask = self.to_mask().repeat_interleave(self.block_q, 2)[:, :, : self.seq_q]
+        return mask.repeat_interleave(self.block_k, 3)[..., : self.seq_k]
+
+    def to(self, device: torch.device | str) -> BlockIndex:
+        """The same lists on another device."""
+        counts, offsets, indices = (t.to(device) for t in (self.counts, self.offsets, self.indices))
+        return BlockIndex(counts, offsets, indices, self.block_q, self.block_k, self.seq_q, self.seq_k)
+
+    def _entries(self) -> tuple[Tensor, Tensor]:
+        """(flat row number, position in `indices`) of every list entry, row by row."""
+        counts = self.counts.flatten().long()
+        row = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
+        place = torch.arange(row.numel(), device=counts.device) - (counts.cumsum(0) - counts)[row]
+        return row, self.offsets.flatten()[row] + place
+
+    def _row_tokens(self) -> Tensor:
+        starts = torch.arange(self.rows, device=self.counts.device) * self.block_q
+        return (self.seq_q - starts).clamp(max=self.block_q)
+
+    def _key_tokens(self) -> Tensor:
+        """int64 like counts: keys in the blocks of each list."""
+        # Lists ascend, so only their last entry can be the short block.
+        last = (self.offsets + self.counts - 1).clamp(min=0)
+        ends_short = torch.zeros_like(self.counts, dtype=torch.bool)
+        if self.indices.numel():
+            ends_short = (self.indices[last] == self.cols - 1) & (self.counts > 0)
+        return self.counts.long() * self.block_k - ends_short * (self.cols * self.block_k - self.seq_k)

@@ -1,0 +1,5 @@
+"""Block-sparse attention over ragged block lists."""
+
+from dit_accel.kernels.block_sparse.api import block_sparse_attention, resolve_backend
+
+__all__ = ["block_sparse_attention", "resolve_backend"]
