@@ -1,0 +1,139 @@
+"""The token grid of a video or image transformer, and the orders its tokens can be put in."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_TILE = re.compile(r"tile:([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Counts of tokens (after patching) along each axis of a sequence, and where its text tokens stand.
+
+    The model's own sequence is frame-major, `[text] + video` with `text_first`, else `video + [text]`.
+    An order is an int64 tensor `[total_tokens]`: `order[i]` is the model position of the token at place `i`.
+    Text tokens come last in every order, in their own sequence.
+
+    Example:
+        >>> grid = TokenGrid(frames=2, height=2, width=2)
+        >>> grid.order("space").tolist()
+        [0, 4, 1, 5, 2, 6, 3, 7]
+
+    Raises:
+        ValueError: a count that is no positive integer (`text_tokens` may be 0).
+    """
+
+    frames: int
+    height: int
+    width: int
+    text_tokens: int = 0
+    text_first: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"TokenGrid {name}: expected an integer of at least {least}, got {value!r}")
+        if not isinstance(self.text_first, bool):
+            raise ValueError(f"TokenGrid text_first: expected True or False, got {self.text_first!r}")
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of the picture: frames × height × width."""
+        return self.frames * self.height * self.width
+
+    @property
+    def total_tokens(self) -> int:
+        """Length of the model's sequence, text included."""
+        return self.video_tokens + self.text_tokens
+
+    @property
+    def video_slice(self) -> slice:
+        """Where the video tokens stand in the model's sequence."""
+        start = self.text_tokens if self.text_first else 0
+        return slice(start, start + self.video_tokens)
+
+    @property
+    def text_slice(self) -> slice:
+        """Where the text tokens stand in the model's sequence."""
+        start = 0 if self.text_first else self.video_tokens
+        return slice(start, start + self.text_tokens)
+
+    def order(self, name: str, device: torch.device | str | None = None) -> Tensor:
+        """Return a token order, int64 `[total_tokens]`. The tensor is cached: do not write to it.
+
+        Names: `"frame"` is frame-major, as the model has it; `"space"` keeps all frames of one place together;
+        `"tile:TxHxW"` walks through tiles of T frames × H × W tokens, see `_tile_places`.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        return _order(self, name, torch.device(device or "cpu"))
+
+    def is_model_order(self, name: str) -> bool:
+        """Whether `order(name)` leaves every token where the model has it."""
+        return name == "frame" and not (self.text_first and self.text_tokens)
+
+    def inverse(self, order: Tensor) -> Tensor:
+        """Return the exact inverse of an order `[..., total_tokens]`: the place of each model position."""
+        places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        return torch.empty_like(order).scatter_(-1, order, places)
+
+    def coordinates(self, order: Tensor | None = None) -> Tensor:
+        """Return int64 `[video_tokens, 3]`: frame, row and column of each video token, in `order`."""
+        if order is None:
+            video = torch.arange(self.video_tokens)
+        else:
+            video = order[: self.video_tokens] - self.video_slice.start
+        place = video % (self.height * self.width)
+        frame = video // (self.height * self.width)
+        return torch.stack((frame, place // self.width, place % self.width), dim=-1)
+
+
+# Orders are data of a grid, so the grid is part of the key: two grids in one process never share an entry.
+@functools.lru_cache(maxsize=64)
+def _order(grid: TokenGrid, name: str, device: torch.device) -> Tensor:
+    # A tensor born in inference mode could not be used under autograd by a later caller.
+    with torch.inference_mode(False):
+        if name == "frame":
+            video = torch.arange(grid.video_tokens)
+        elif name == "space":
+            video = torch.arange(grid.video_tokens).view(grid.frames, -1).T.flatten()
+        elif match := _TILE.fullmatch(name):
+            frames, height, width = (int(size) for size in match.groups())
+            video = torch.argsort(_tile_places(grid, frames, height, width))
+        else:
+            raise ValueError(f"token order: expected 'frame', 'space' or 'tile:TxHxW', got {name!r}")
+        text = torch.arange(grid.text_tokens) + grid.text_slice.start
+        return torch.cat((video + grid.video_slice.start, text)).to(device)
+
+
+def _tile_places(grid: TokenGrid, frames: int, height: int, width: int) -> Tensor:
+    """Return the sort key of each video token for a walk through tiles, int64 `[video_tokens]`.
+
+    Attention blocks are runs of consecutive tokens, so every run, not only one that happens to start at a tile's
+    edge, has to be compact. Three choices see to that on a grid of any size:
+    tiles of T × H tokens form pencils along the width, walked column by column, so a run of T·H·W tokens is a
+    T × H × W box wherever it starts; the walk turns back at each end (boustrophedon), so that a run over the end
+    stays in one corner; and an axis is cut into equal parts instead of full tiles and a thin rest.
+    An axis shorter than its tile leaves its share to the others: "tile:4x4x4" cuts an image into 8 × 8 squares.
+    """
+    volume = frames * height * width
+    frames = min(frames, grid.frames)
+    height = min(grid.height, max(1, round(math.sqrt(volume / frames * height / width))))
+    t, h, w = grid.coordinates().unbind(-1)
+    slabs, pencils = math.ceil(grid.frames / frames), math.ceil(grid.height / height)
+    slab = t * slabs // grid.frames
+    pencil = h * pencils // grid.height
+    pencil = torch.where(slab % 2 == 0, pencil, pencils - 1 - pencil)
+    back = (slab * pencils + pencil) % 2 == 1
+    column = torch.where(back, grid.width - 1 - w, w)
+    key = (slab * pencils + pencil) * grid.width + column
+    return (key * grid.frames + t) * grid.height + h
