@@ -68,8 +68,8 @@ class BlockIndex:
             raise ValueError(f"mask must be bool, got {mask.dtype}; compare scores with a threshold first")
         if mask.ndim != 4 or tuple(mask.shape[2:]) != expected:
             raise ValueError(
-                f"mask must be [batch or 1, heads, {expected[0]}, {expected[1]}] for {seq_q} x {seq_k} tokens "
-                f"in {block_q} x {block_k} blocks, got {tuple(mask.shape)}"
+                f"mask must be [batch or 1, heads, {expected[0]}, {expected[1]}] for {seq_q} x {seq_k} "
+                f"tokens in {block_q} x {block_k} blocks, got {tuple(mask.shape)}"
             )
         counts = mask.sum(-1, dtype=torch.int32)
         ends = counts.flatten().cumsum(0, dtype=torch.int64).view_as(counts)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from dit_accel.kernels.block_index import BlockIndex
 from dit_accel.kernels.block_sparse import gather, reference
+from torch import Tensor
 
 BACKENDS = ("auto", "reference", "torch")
 PRECISIONS = ("native",)
@@ -56,7 +55,7 @@ def block_sparse_attention(
     if backend == "reference":
         output, lse = reference.attention(query, key, value, index, scale, key_mask)
     else:
-        output, lse = gather.attention(query, key, value, index, scale, key_mask)
+        output, lse = gather.attention(query, key, value, index, scale, key_mask, return_lse)
     return (output, lse) if return_lse else output
 
 
@@ -84,7 +83,8 @@ def _check(
     for name, x in (("key", key), ("value", value)):
         if tuple(x.shape) != (batch, index.seq_k, heads, dim):
             raise ValueError(
-                f"{name} must be {(batch, index.seq_k, heads, dim)} to match query and index, got {tuple(x.shape)}"
+                f"{name} must be {(batch, index.seq_k, heads, dim)} to match query and index, "
+                f"got {tuple(x.shape)}"
             )
         if x.dtype != query.dtype or x.device != query.device:
             raise ValueError(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from dit_accel.kernels.block_index import BlockIndex
+from torch import Tensor
 
 
 def attention(
