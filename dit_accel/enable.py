@@ -1,0 +1,173 @@
+"""Put a plan on a pipeline, take it off again, and report what it did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry
+from torch import nn
+
+from dit_accel.pipelines import family_of
+from dit_accel.plan import AccelPlan, config_hash_of
+from dit_accel.processor import LayerCursor, swapped_class, swapped_processor
+from dit_accel.state import HOOK_NAME, AccelHook, AccelState, Stats, hook_of
+
+BACKENDS = ("auto", "reference", "torch", "flex", "triton")
+
+
+def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
+    """Run the attention of a pipeline by a plan.
+
+    Only self-attention and joint attention over the video tokens changes; where the plan is dense, the model's own
+    attention runs with its own backend. Pipelines with two experts (Wan 2.2) get the plan on both.
+
+    Args:
+        pipe: a diffusers pipeline or one of its transformers. Compile it afterwards, not before.
+        plan: a calibrated plan or a preset.
+        backend: what runs the sparse attention, see `dit_accel.kernels.block_sparse_attention`.
+
+    Returns:
+        The same `pipe`.
+
+    Raises:
+        PlanError: the plan belongs to another model.
+        ValueError: a model that is not supported, is compiled already or has a plan already.
+
+    Example:
+        >>> pipe = dit_accel.enable(pipe, dit_accel.AccelPlan.preset("window", density=0.3))
+    """
+    transformers = _transformers(pipe)
+    for transformer in transformers:
+        _check(transformer, plan, backend)
+    for transformer in transformers:
+        transformer.set_attn_processor(_install(transformer, plan, backend))
+    return pipe
+
+
+def attn_processors(transformer: nn.Module, plan: AccelPlan, *, backend: str = "auto") -> dict[str, Any]:
+    """Return processors that run a transformer's attention by a plan, for `transformer.set_attn_processor(...)`.
+
+    Processors cannot know the denoising position, so this also puts a hook on the transformer, which stays there
+    until `disable(transformer)`. The dict has every processor of the model, those not swapped as they are; note that
+    `set_attn_processor` empties the dict it is given.
+
+    Raises:
+        PlanError: the plan belongs to another model.
+        ValueError: a model that is not supported, is compiled already or has a plan already.
+    """
+    _check(transformer, plan, backend)
+    return _install(transformer, plan, backend)
+
+
+def disable(pipe: Any) -> Any:
+    """Take the plan off a pipeline or transformer: its own processor objects return, the hooks go.
+
+    Raises:
+        ValueError: there is no plan on it.
+    """
+    for hook in _hooks(pipe):
+        hook.restore()
+    return pipe
+
+
+def stats(pipe: Any) -> dict[str, float]:
+    """Report the attention calls of the last generation.
+
+    Returns:
+        `density_mean` (query-key pairs kept ÷ all pairs, dense calls included), `sparse_calls`, `dense_calls`.
+
+    Raises:
+        ValueError: there is no plan on the pipeline, or nothing was generated yet.
+    """
+    total = sum((hook.state.stats for hook in _hooks(pipe)), Stats())
+    if not total.total_pairs:
+        raise ValueError("stats: expected a generation since enable(), got none; run the pipeline first")
+    return {
+        "density_mean": total.kept_pairs / total.total_pairs,
+        "sparse_calls": total.sparse_calls,
+        "dense_calls": total.dense_calls,
+    }
+
+
+def states(pipe: Any) -> list[AccelState]:
+    """Return the state of each transformer of a pipeline, for instance to set its `capture`.
+
+    Raises:
+        ValueError: there is no plan on the pipeline.
+    """
+    return [hook.state for hook in _hooks(pipe)]
+
+
+def _transformers(pipe: Any) -> list[nn.Module]:
+    if isinstance(pipe, nn.Module):
+        return [pipe]
+    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    transformers = [module for module in found if isinstance(module, nn.Module)]
+    if not transformers:
+        raise ValueError(
+            f"pipe: expected a diffusers transformer or a pipeline that has one, got {type(pipe).__name__}"
+        )
+    return transformers
+
+
+def _hooks(pipe: Any) -> list[AccelHook]:
+    hooks = [hook for transformer in _transformers(pipe) if (hook := hook_of(transformer))]
+    if not hooks:
+        raise ValueError("dit-accel is not enabled here; call dit_accel.enable(pipe, plan) first")
+    return hooks
+
+
+def _check(transformer: nn.Module, plan: AccelPlan, backend: str) -> None:
+    if not isinstance(plan, AccelPlan):
+        raise TypeError(
+            f"plan: expected an AccelPlan, got {type(plan).__name__}; AccelPlan.from_pretrained reads one"
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if _is_compiled(transformer):
+        raise ValueError("the transformer is compiled already; call enable() first and compile after it")
+    family = family_of(transformer)
+    if hook_of(transformer):
+        raise ValueError(
+            "dit-accel is enabled here already; call dit_accel.disable(pipe) before enabling another plan"
+        )
+    modules = family.attention_modules(transformer)
+    heads = next(iter(modules.values())).heads
+    plan.check(family.transformer_class, config_hash_of(transformer), tuple(modules), heads)
+
+
+def _is_compiled(transformer: nn.Module) -> bool:
+    if isinstance(transformer, torch._dynamo.OptimizedModule):
+        return True
+    return any(module._compiled_call_impl is not None for module in transformer.modules())
+
+
+def _install(transformer: nn.Module, plan: AccelPlan, backend: str) -> dict[str, Any]:
+    """Hook a transformer that passed `_check`; return all its processors, those of the plan swapped."""
+    family = family_of(transformer)
+    state = AccelState(plan, family, backend)
+    processors = dict(transformer.attn_processors)
+    originals = dict(processors)
+    cursor = LayerCursor()
+    modules = family.attention_modules(transformer)
+    classes: dict[type, type] = {}
+    for name in modules:
+        processor = processors[f"{name}.processor"]
+        cls = type(processor)
+        if cls not in classes:
+            classes[cls] = swapped_class(cls, family.attention_function, state, cursor)
+        processors[f"{name}.processor"] = swapped_processor(processor, classes[cls])
+    unwatch = cursor.watch(list(modules.values()))
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+
+    def restore() -> None:
+        unwatch()
+        registry.remove_hook(HOOK_NAME, recurse=False)
+        state.reset()
+        for name, module in modules.items():
+            if type(module.processor) in classes.values():
+                module.set_processor(originals[f"{name}.processor"])
+
+    registry.register_hook(AccelHook(state, restore), HOOK_NAME)
+    return processors

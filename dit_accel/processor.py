@@ -1,0 +1,269 @@
+"""Attention processors that are the model's own, with the one attention function they call redirected.
+
+A processor of diffusers is a small class whose `__call__` projects, normalises, rotates and then calls one global,
+`dispatch_attention_fn` or `F.scaled_dot_product_attention`. `swapped_class` makes a subclass whose `__call__` is the
+same code object with that global bound to a function of ours. Behind it stands one opaque torch.library op, so that
+looking up the plan never breaks a graph and never recompiles, whatever the step, the range or the layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.attention import attend
+from dit_accel.state import AccelState
+
+_LAYER_ATTRIBUTE = "_dit_accel_layer"
+
+
+class LayerCursor:
+    """The number of the attention module that runs, noted by a forward pre-hook on each of them.
+
+    Unlike a counter it stays right when a cache skips blocks. The number is a tensor because compiled blocks take
+    tensors as inputs, while an integer would be a constant of the graph and recompile it for every layer.
+    """
+
+    def __init__(self) -> None:
+        self.layer = torch.tensor(-1)
+
+    def watch(self, modules: list[nn.Module]) -> Callable[[], None]:
+        """Number the attention modules and hook them; return a function that undoes both."""
+
+        def mark(module: nn.Module, args: Any) -> None:
+            self.layer = getattr(module, _LAYER_ATTRIBUTE)
+
+        handles = []
+        for number, module in enumerate(modules):
+            setattr(module, _LAYER_ATTRIBUTE, torch.tensor(number))
+            handles.append(module.register_forward_pre_hook(mark))
+
+        def unwatch() -> None:
+            for module, handle in zip(modules, handles, strict=True):
+                handle.remove()
+                delattr(module, _LAYER_ATTRIBUTE)
+
+        return unwatch
+
+
+class Redirect:
+    """Where the attention calls of one swapped processor class go: to the plan of `state`, or to `original`.
+
+    `heads_first` says that `original` takes `[batch, heads, seq, dim]` and knows no backends.
+    """
+
+    def __init__(self, state: AccelState, original: Callable[..., Tensor], heads_first: bool) -> None:
+        self.state = state
+        self.original = original
+        self.heads_first = heads_first
+        self.handle = next(_handles)
+        _redirects[self.handle] = self
+
+
+# Ops take numbers, not objects. A redirect lives as long as the processor class that calls it.
+_handles = itertools.count(1)
+_redirects: weakref.WeakValueDictionary[int, Redirect] = weakref.WeakValueDictionary()
+
+
+def swapped_class(
+    processor_class: type, attention_function: str, state: AccelState, cursor: LayerCursor
+) -> type:
+    """Subclass a processor class so that its attention calls follow the plan of `state`.
+
+    Args:
+        processor_class: the class of the processor a model has.
+        attention_function: the global it calls, see `ModelFamily.attention_function`.
+        state: plan and position; it must be told of every forward of the transformer.
+        cursor: knows the layer that runs.
+
+    Raises:
+        ValueError: a processor that does not call that global.
+    """
+    function = processor_class.__call__
+    name, _, attribute = attention_function.partition(".")
+    if not isinstance(function, types.FunctionType) or not {name, *attribute.split()} <= {
+        *function.__code__.co_names
+    }:
+        raise ValueError(
+            f"attention processor: expected one that calls {attention_function}, got {processor_class.__name__}; "
+            "restore the model's own processors before enabling dit-accel"
+        )
+    scope = dict(function.__globals__)
+    # Dynamo looks the globals of a function with a __name__ up in the module of that name, not in this dict.
+    module_name = scope.pop("__name__")
+    if attribute:
+        original = getattr(scope[name], attribute)
+        scope[name] = types.ModuleType(name)
+        vars(scope[name]).update(vars(function.__globals__[name]))
+        setattr(scope[name], attribute, _attention_function(Redirect(state, original, True), cursor))
+    else:
+        scope[name] = _attention_function(Redirect(state, scope[name], False), cursor)
+    call = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
+    call.__kwdefaults__ = function.__kwdefaults__
+    call.__annotations__ = function.__annotations__
+    call.__qualname__ = function.__qualname__
+    call.__module__ = module_name
+    return type(processor_class.__name__, (processor_class,), {"__call__": call, "__module__": module_name})
+
+
+def swapped_processor(processor: Any, swapped: type) -> Any:
+    """Return a `swapped` twin of a processor.
+
+    The two share their attributes, so a backend or a parallel config set on one is set on both.
+    """
+    twin = object.__new__(swapped)
+    twin.__dict__ = processor.__dict__
+    return twin
+
+
+def _attention_function(redirect: Redirect, cursor: LayerCursor) -> Callable[..., Tensor]:
+    original, handle = redirect.original, redirect.handle
+
+    def dispatch_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> Tensor:
+        if parallel_config is not None:
+            # Only plans that are dense throughout get here, the hook on the transformer refuses others.
+            return original(
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                backend=backend,
+                parallel_config=parallel_config,
+            )
+        name = None if backend is None else str(getattr(backend, "value", backend))
+        return _attention_op(
+            query, key, value, attn_mask, cursor.layer, handle, dropout_p, is_causal, scale, name
+        )
+
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        output = _attention_op(
+            query, key, value, attn_mask, cursor.layer, handle, dropout_p, is_causal, scale, None
+        )
+        return output.transpose(1, 2)
+
+    return scaled_dot_product_attention if redirect.heads_first else dispatch_attention
+
+
+@torch.library.custom_op("dit_accel::attention", mutates_args=())
+def _attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    layer: Tensor,
+    handle: int,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor:
+    redirect = _redirects[handle]
+    state = redirect.state
+    if query.shape[1] == key.shape[1]:
+        number = int(layer)
+        output = _planned(state, number, query, key, value, attn_mask, dropout_p, is_causal, scale)
+        if output is not None:
+            return output
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    if redirect.heads_first:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return redirect.original(query, key, value, attn_mask, **options).transpose(1, 2).contiguous()
+    return redirect.original(query, key, value, attn_mask, **options, backend=backend).contiguous()
+
+
+@_attention_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _planned(
+    state: AccelState,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor | None:
+    """Run one attention call by the plan; None where the plan is dense and the original function is to run."""
+    if not state.running:
+        raise RuntimeError(
+            "dit-accel: an attention processor ran outside a forward of the transformer it was made for; "
+            "enable() that transformer, or restore its own processors."
+        )
+    row, dense = state.row(layer)
+    if state.capture is not None:
+        state.capture(layer, query, key, value, _key_mask(attn_mask, query))
+    batch, tokens, heads, _ = query.shape
+    pairs = batch * heads * tokens * tokens
+    if dense:
+        state.record(pairs, 1.0, sparse=False)
+        return None
+    if is_causal or dropout_p:
+        raise ValueError("dit-accel: a sparse plan cannot run causal attention or attention with dropout")
+    if state.grid is None or state.grid.total_tokens != tokens:
+        raise ValueError(
+            f"dit-accel: layer {layer}: expected the tokens of {state.grid}, got a sequence of {tokens}"
+        )
+    output, density = attend(
+        query,
+        key,
+        value,
+        state.grid,
+        state.plan.candidates,
+        row,
+        block=state.plan.block,
+        scale=scale,
+        key_mask=_key_mask(attn_mask, query),
+        backend=state.backend,
+        cache=state.cache,
+    )
+    state.record(pairs, density, sparse=True)
+    return output.contiguous()
+
+
+def _key_mask(attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Turn a key-padding mask bool `[batch or 1, 1, 1, seq]` into bool `[batch, seq]`."""
+    if attn_mask is None:
+        return None
+    batch, tokens = query.shape[:2]
+    shape = tuple(attn_mask.shape)
+    if attn_mask.dtype != torch.bool or shape not in {(batch, 1, 1, tokens), (1, 1, 1, tokens)}:
+        raise ValueError(
+            f"attn_mask: expected a key-padding mask, bool [{batch}, 1, 1, {tokens}], got {attn_mask.dtype} "
+            f"{list(shape)}; only a plan with every head dense can run with other masks"
+        )
+    return attn_mask[:, 0, 0].expand(batch, tokens)

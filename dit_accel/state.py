@@ -1,0 +1,189 @@
+"""Where a generation is: the token grid, the denoising position and the guidance branch of the running forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import StateManager
+from torch import Tensor, nn
+
+from dit_accel.grid import TokenGrid
+from dit_accel.pipelines import ModelFamily
+from dit_accel.plan import AccelPlan, Candidate
+
+HOOK_NAME = "dit_accel"
+
+# capture(layer_index, query, key, value, key_mask): tensors `[batch, seq, heads, dim]` after normalisation and RoPE,
+# key_mask bool `[batch, seq]` or None.
+Capture = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
+
+
+@dataclass
+class BranchState:
+    """One guidance branch during one generation."""
+
+    first_progress: float
+    progress: float
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Stats:
+    """Attention calls of one generation, and the query-key pairs they kept."""
+
+    kept_pairs: float = 0.0
+    total_pairs: float = 0.0
+    sparse_calls: int = 0
+    dense_calls: int = 0
+
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(
+            self.kept_pairs + other.kept_pairs,
+            self.total_pairs + other.total_pairs,
+            self.sparse_calls + other.sparse_calls,
+            self.dense_calls + other.dense_calls,
+        )
+
+
+class AccelState:
+    """The plan of one transformer and the position of its running forward.
+
+    Everything a family remembers between steps is kept by guidance branch, and forgotten when a generation starts.
+
+    Attributes:
+        all_dense: whether the plan has no sparse head anywhere.
+        grid: token grid of the running forward; None while nobody needs it (a plan that is dense throughout).
+        progress: fraction of the denoising done, see `ModelFamily.progress`.
+        branch: diffusers' `cache_context` name, or "" outside one (then guidance comes batched).
+        running: whether a forward is under way.
+        stats: counts of the generation that runs, or ran last.
+        capture: optional callback on every swapped attention call, before the attention is computed.
+    """
+
+    def __init__(self, plan: AccelPlan, family: ModelFamily, backend: str = "auto") -> None:
+        self.plan = plan
+        self.family = family
+        self.backend = backend
+        self.capture: Capture | None = None
+        self.grid: TokenGrid | None = None
+        self.progress = 0.0
+        self.branch = ""
+        self.running = False
+        self.stats = Stats()
+        self._branches: dict[str, BranchState] = {}
+        self._finished = False
+        self._rows: dict[tuple[int, int], tuple[Tensor, bool]] = {}
+        self._dense = [_is_dense(candidate) for candidate in plan.candidates]
+        self.all_dense = all(self._dense[choice] for choice in plan.choice.unique().tolist())
+
+    @property
+    def cache(self) -> dict[Any, Any]:
+        """What the pattern families keep from step to step, of the running branch."""
+        return self._branches[self.branch].cache
+
+    def begin(self, grid: TokenGrid | None, progress: float, branch: str = "") -> None:
+        """Enter a forward of the transformer. A generation that ended, failed or was interrupted is forgotten."""
+        if self.running or self._finished or self._starts_over(progress, branch):
+            self.reset()
+        self.grid, self.progress, self.branch = grid, progress, branch
+        position = self._branches.setdefault(branch, BranchState(progress, progress))
+        position.progress = progress
+        self.running = True
+
+    def end(self) -> None:
+        """Leave the forward. One that raised never gets here, and the next `begin` sees it."""
+        self.running = False
+
+    def finish(self) -> None:
+        """Mark the generation as complete; its stats stay until the next one begins."""
+        self._finished = True
+
+    def reset(self) -> None:
+        """Forget the generation."""
+        self._branches.clear()
+        self.stats = Stats()
+        self.running = self._finished = False
+
+    def row(self, layer: int) -> tuple[Tensor, bool]:
+        """Candidate of each head of a layer at the current position, and whether all of them are dense."""
+        key = (self.plan.range_at(self.progress), layer)
+        if key not in self._rows:
+            row = self.plan.row(self.progress, layer)
+            self._rows[key] = row, all(self._dense[choice] for choice in row.tolist())
+        return self._rows[key]
+
+    def record(self, pairs: int, density: float, sparse: bool) -> None:
+        """Count one attention call over `pairs` query-key pairs."""
+        self.stats += Stats(density * pairs, pairs, int(sparse), int(not sparse))
+
+    def _starts_over(self, progress: float, branch: str) -> bool:
+        position = self._branches.get(branch)
+        if position is None:
+            return False
+        # Some schedulers visit a timestep twice, but none the first one: that is a new generation of a few steps.
+        return progress < position.progress or progress == position.first_progress
+
+
+def _is_dense(candidate: Candidate) -> bool:
+    return candidate.family == "dense" and candidate.precision == "native"
+
+
+class _BranchTracker(StateManager):
+    """Receives the name of diffusers' `cache_context`; diffusers finds it as an attribute of the hook."""
+
+    def __init__(self) -> None:
+        super().__init__(BranchState)
+        self.branch = ""
+
+    def set_context(self, context: Any) -> None:
+        self.branch = "" if context is None else context.name
+
+
+class AccelHook(ModelHook):
+    """Tells the state, before the first block runs, where the forward is."""
+
+    _is_stateful = True
+
+    def __init__(self, state: AccelState, restore: Callable[[], None]) -> None:
+        super().__init__()
+        self.state = state
+        self.restore = restore
+        self.tracker = _BranchTracker()
+
+    # Reads the timestep's value, which a compiler cannot trace; blocks are compiled below this.
+    @torch.compiler.disable
+    def pre_forward(
+        self, module: nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        state = self.state
+        if getattr(module, "_parallel_config", None) is not None and not state.all_dense:
+            raise RuntimeError(
+                f"{type(module).__name__} has a parallel config, and a plan with sparse heads cannot run on a split "
+                "sequence or split heads; disable() dit-accel or use a dense plan."
+            )
+        arguments = state.family.bind(module, args, kwargs)
+        grid = (
+            None if state.all_dense and state.capture is None else state.family.read_grid(module, arguments)
+        )
+        state.begin(grid, state.family.progress(arguments), self.tracker.branch)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.state.end()
+        return output
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Diffusers calls this when a pipeline is done with a generation."""
+        self.state.finish()
+        return module
+
+
+def hook_of(transformer: nn.Module) -> AccelHook | None:
+    """The hook on a transformer, or None if dit-accel is not enabled there."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    hook = registry.get_hook(HOOK_NAME) if isinstance(registry, HookRegistry) else None
+    return hook if isinstance(hook, AccelHook) else None

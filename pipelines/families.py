@@ -1,0 +1,173 @@
+"""What dit-accel has to know about each diffusers transformer class; nothing else here knows these classes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.grid import TokenGrid
+
+# Arguments of one forward call of a transformer, by the names its own signature gives them.
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One diffusers transformer class: where its attention is, and how to read a forward call.
+
+    Attributes:
+        name: short name of the family, such as "wan".
+        transformer_class: name of the diffusers class.
+        blocks: (block list, attention) attribute names in forward order; only self-attention and joint attention
+            over the video tokens is listed, cross-attention and text refiners never are.
+        attention_function: the global its processors call: "dispatch_attention_fn" with tensors
+            `[batch, seq, heads, dim]`, or "F.scaled_dot_product_attention" with `[batch, heads, seq, dim]`.
+        read_grid: token grid of a forward call.
+        noise_timestep: what `timestep` is at pure noise.
+    """
+
+    name: str
+    transformer_class: str
+    blocks: tuple[tuple[str, str], ...]
+    attention_function: str
+    read_grid: Callable[[nn.Module, Arguments], TokenGrid]
+    noise_timestep: float
+
+    def attention_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        """Attention modules that can be swapped, by name, in forward order."""
+        return {
+            f"{blocks}.{number}.{attention}": getattr(block, attention)
+            for blocks, attention in self.blocks
+            for number, block in enumerate(getattr(transformer, blocks))
+        }
+
+    def bind(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Name the arguments of a forward call; those left out have their defaults."""
+        bound = inspect.signature(type(transformer).forward).bind(transformer, *args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    def progress(self, arguments: Arguments) -> float:
+        """Fraction of the denoising done, 0 at pure noise and 1 at the clean sample.
+
+        Where the timestep differs between tokens (image-to-video keeps given frames clean) the noisiest counts.
+        """
+        timestep = float(torch.as_tensor(arguments["timestep"]).max())
+        return min(1.0, max(0.0, 1.0 - timestep / self.noise_timestep))
+
+
+def family_of(transformer: nn.Module) -> ModelFamily:
+    """Return the family of a diffusers transformer.
+
+    Raises:
+        ValueError: a class that is not supported.
+    """
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in _FAMILIES:
+            return _FAMILIES[cls.__name__]
+    raise ValueError(
+        f"transformer: expected one of the supported classes {', '.join(_FAMILIES)}, "
+        f"got {type(transformer).__name__}"
+    )
+
+
+def _wan_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+    _, _, frames, height, width = arguments["hidden_states"].shape
+    patch_frames, patch_height, patch_width = transformer.config.patch_size
+    return TokenGrid(frames // patch_frames, height // patch_height, width // patch_width)
+
+
+def _hunyuan_video_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+    _, _, frames, height, width = arguments["hidden_states"].shape
+    patch, patch_frames = transformer.config.patch_size, transformer.config.patch_size_t
+    text_tokens = arguments["encoder_hidden_states"].shape[1]
+    return TokenGrid(frames // patch_frames, height // patch, width // patch, text_tokens)
+
+
+def _cogvideox_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+    _, frames, _, height, width = arguments["hidden_states"].shape
+    patch, patch_frames = transformer.config.patch_size, transformer.config.patch_size_t or 1
+    text_tokens = arguments["encoder_hidden_states"].shape[1]
+    return TokenGrid(frames // patch_frames, height // patch, width // patch, text_tokens, text_first=True)
+
+
+def _ltx_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+    # The sequence comes packed: one latent pixel is one token, and the call says how many there are of each axis.
+    sizes = tuple(arguments[name] for name in ("num_frames", "height", "width"))
+    if None in sizes:
+        raise ValueError(
+            "LTX: expected num_frames, height and width in the transformer's call, got "
+            f"{sizes}; pipelines that pass only video_coords cannot run a sparse plan"
+        )
+    return _packed("LTX", "num_frames, height and width", sizes, arguments["hidden_states"].shape[1])
+
+
+def _flux_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+    ids = arguments["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    # Ids are (image, row, column); a reference image of the same size is a second "frame".
+    sizes = tuple(int(size) + 1 for size in (ids.amax(0) - ids.amin(0)).tolist())
+    text_tokens = arguments["encoder_hidden_states"].shape[1]
+    return _packed("Flux", "img_ids", sizes, arguments["hidden_states"].shape[1], text_tokens)
+
+
+def _packed(model: str, source: str, sizes: tuple[int, ...], tokens: int, text_tokens: int = 0) -> TokenGrid:
+    frames, height, width = sizes
+    if frames * height * width != tokens:
+        raise ValueError(
+            f"{model}: expected {frames} x {height} x {width} tokens (frames x height x width) from {source}, "
+            f"got {tokens}; token sequences that are no full grid cannot run a sparse plan"
+        )
+    return TokenGrid(frames, height, width, text_tokens, text_first=text_tokens > 0)
+
+
+_FAMILIES = {
+    family.transformer_class: family
+    for family in (
+        ModelFamily(
+            name="wan",
+            transformer_class="WanTransformer3DModel",
+            blocks=(("blocks", "attn1"),),
+            attention_function="dispatch_attention_fn",
+            read_grid=_wan_grid,
+            noise_timestep=1000.0,
+        ),
+        ModelFamily(
+            name="hunyuan_video",
+            transformer_class="HunyuanVideoTransformer3DModel",
+            blocks=(("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")),
+            attention_function="dispatch_attention_fn",
+            read_grid=_hunyuan_video_grid,
+            noise_timestep=1000.0,
+        ),
+        ModelFamily(
+            name="cogvideox",
+            transformer_class="CogVideoXTransformer3DModel",
+            blocks=(("transformer_blocks", "attn1"),),
+            attention_function="F.scaled_dot_product_attention",
+            read_grid=_cogvideox_grid,
+            noise_timestep=1000.0,
+        ),
+        ModelFamily(
+            name="ltx",
+            transformer_class="LTXVideoTransformer3DModel",
+            blocks=(("transformer_blocks", "attn1"),),
+            attention_function="dispatch_attention_fn",
+            read_grid=_ltx_grid,
+            noise_timestep=1000.0,
+        ),
+        ModelFamily(
+            name="flux",
+            transformer_class="FluxTransformer2DModel",
+            blocks=(("transformer_blocks", "attn"), ("single_transformer_blocks", "attn")),
+            attention_function="dispatch_attention_fn",
+            read_grid=_flux_grid,
+            noise_timestep=1.0,
+        ),
+    )
+}
