@@ -69,8 +69,8 @@ class TokenGrid:
     def order(self, name: str, device: torch.device | str | None = None) -> Tensor:
         """Return a token order, int64 `[total_tokens]`. The tensor is cached: do not write to it.
 
-        Names: `"frame"` is frame-major, as the model has it; `"space"` keeps all frames of one place together;
-        `"tile:TxHxW"` walks through tiles of T frames × H × W tokens, see `_tile_places`.
+        Names: `"frame"` is frame-major, as the model has it; `"space"` keeps all frames of one place
+        together; `"tile:TxHxW"` walks through tiles of T frames × H × W tokens, see `_tile_places`.
 
         Raises:
             ValueError: an unknown name.
@@ -118,12 +118,12 @@ def _order(grid: TokenGrid, name: str, device: torch.device) -> Tensor:
 def _tile_places(grid: TokenGrid, frames: int, height: int, width: int) -> Tensor:
     """Return the sort key of each video token for a walk through tiles, int64 `[video_tokens]`.
 
-    Attention blocks are runs of consecutive tokens, so every run, not only one that happens to start at a tile's
-    edge, has to be compact. Three choices see to that on a grid of any size:
-    tiles of T × H tokens form pencils along the width, walked column by column, so a run of T·H·W tokens is a
-    T × H × W box wherever it starts; the walk turns back at each end (boustrophedon), so that a run over the end
-    stays in one corner; and an axis is cut into equal parts instead of full tiles and a thin rest.
-    An axis shorter than its tile leaves its share to the others: "tile:4x4x4" cuts an image into 8 × 8 squares.
+    Attention blocks are runs of consecutive tokens, and on most grids they start anywhere in a tile. So every
+    run has to be compact, which three choices see to. Tiles form pencils of T × H tokens along the width,
+    walked column by column: a run of T·H·W tokens is a T × H × W box wherever it starts. The walk turns back
+    at each end, so a run over the end stays in one corner. An axis is cut into nearly equal parts, not full
+    tiles and a thin rest; one shorter than its tile leaves its share to the others: "tile:4x4x4" cuts an
+    image into 8 × 8 squares.
     """
     volume = frames * height * width
     frames = min(frames, grid.frames)

@@ -1,0 +1,160 @@
+"""One attention call in five steps: group heads, select, merge, order and attend, restore."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.grid import TokenGrid
+from dit_accel.kernels import BlockIndex, block_sparse_attention
+from dit_accel.patterns import FAMILIES, Selection, select
+from dit_accel.plan import Candidate
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: TokenGrid,
+    candidates: Sequence[Candidate],
+    row: Tensor | Sequence[int],
+    *,
+    block: int = 64,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+    cache: MutableMapping[Any, Any] | None = None,
+) -> tuple[Tensor, float]:
+    """Attend with a pattern per head, all heads in one launch.
+
+    Args:
+        query, key, value: `[batch, seq, heads, dim]` in the model's order, seq = `grid.total_tokens`.
+        grid: the token grid of the sequence.
+        candidates: the ways to run a head.
+        row: number of the candidate of each head, `[heads]`, or `[1]` for all heads.
+        block: tokens per block.
+        scale: softmax scale, 1/√dim if None.
+        key_mask: bool `[batch, seq]` in the model's order, True = may be read.
+        backend: of `block_sparse_attention`.
+        cache: keeps what rows of static families need between calls; its owner says for how long.
+
+    Returns:
+        The output like `query`, in the model's order, and the density of the call.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    heads = query.shape[2]
+    numbers = _candidate_numbers(row, heads, len(candidates))
+    heads_of: dict[Candidate, list[int]] = {}
+    for head, number in enumerate(numbers):
+        heads_of.setdefault(candidates[number], []).append(head)
+
+    static = all(FAMILIES[candidate.family].static for candidate in heads_of)
+    name = (grid, block, query.device, tuple(candidates[number] for number in numbers))
+    launch = cache.get(name) if static and cache is not None else None
+    if launch is None:
+        launch = _prepare(query, key, grid, heads_of, block, scale)
+        if static and cache is not None:
+            cache[name] = launch
+    return launch.run(query, key, value, scale, key_mask, backend), launch.density
+
+
+@dataclass(frozen=True, eq=False)
+class _Launch:
+    """The block lists of all heads and the way into and out of their orders."""
+
+    index: BlockIndex
+    density: float
+    # int64 `[heads, seq]` or `[1, seq]`, both None if every head keeps the model's order
+    order: Tensor | None
+    inverse: Tensor | None
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        key_mask: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        if self.order is None or self.inverse is None:
+            return block_sparse_attention(
+                query, key, value, self.index, scale=scale, backend=backend, key_mask=key_mask
+            )
+        batch, tokens, heads, _ = query.shape
+        order = self.order.expand(heads, -1)
+        head = torch.arange(heads, device=query.device)[:, None]
+        # One gather of whole vectors that also makes the heads contiguous, as the kernels read them.
+        source = (order * heads + head).flatten()
+        q, k, v = (x.flatten(1, 2).index_select(1, source) for x in (query, key, value))
+        index = self.index
+        if key_mask is not None and self.order.shape[0] == 1:
+            key_mask = key_mask.index_select(1, self.order[0])
+        if key_mask is not None and self.order.shape[0] > 1:
+            # A key is somewhere else in every head: heads become batch entries, which have a mask each.
+            key_mask = key_mask[:, order].flatten(0, 1)
+            q, k, v = (x.unflatten(1, (heads, tokens)).flatten(0, 1).unsqueeze(2) for x in (q, k, v))
+            index = _heads_as_batch(index, batch)
+        else:
+            q, k, v = (x.unflatten(1, (heads, tokens)).transpose(1, 2) for x in (q, k, v))
+        output = block_sparse_attention(q, k, v, index, scale=scale, backend=backend, key_mask=key_mask)
+        output = output.view(batch, heads, tokens, -1) if index is not self.index else output.transpose(1, 2)
+        place = (self.inverse.expand(heads, -1) + head * tokens).T.flatten()
+        return output.flatten(1, 2).index_select(1, place).unflatten(1, (tokens, heads))
+
+
+def _prepare(
+    query: Tensor,
+    key: Tensor,
+    grid: TokenGrid,
+    heads_of: dict[Candidate, list[int]],
+    block: int,
+    scale: float | None,
+) -> _Launch:
+    """Select for every group of heads and merge the groups."""
+    heads = query.shape[2]
+    chosen: list[tuple[Selection, Tensor]] = []
+    for candidate, members in heads_of.items():
+        ids = torch.tensor(members)
+        q, k = (query, key) if len(members) == heads else (x[:, :, members] for x in (query, key))
+        options = dict(candidate.options)
+        selection = select(
+            candidate.family, q, k, grid, density=candidate.density, block=block, scale=scale, **options
+        )
+        chosen.append((selection, ids))
+    index = chosen[0][0].index
+    if len(chosen) > 1:
+        index = BlockIndex.merge_heads([(selection.index, ids) for selection, ids in chosen], heads)
+    if all(selection.in_model_order for selection, _ in chosen):
+        return _Launch(index, index.density, None, None)
+    order = chosen[0][0].order
+    if len({selection.order_name for selection, _ in chosen}) > 1:
+        order = torch.empty(heads, grid.total_tokens, dtype=torch.int64, device=query.device)
+        for selection, ids in chosen:
+            order[ids.to(order.device)] = selection.order
+    return _Launch(index, index.density, order, grid.inverse(order))
+
+
+def _heads_as_batch(index: BlockIndex, batch: int) -> BlockIndex:
+    """Turn the lists of `[batch or 1, heads]` into those of `[batch · heads, 1]`."""
+    counts, offsets = (
+        part.expand(batch, -1, -1).flatten(0, 1).unsqueeze(1) for part in (index.counts, index.offsets)
+    )
+    return BlockIndex(counts, offsets, index.indices, index.block_q, index.block_k, index.seq_q, index.seq_k)
+
+
+def _candidate_numbers(row: Tensor | Sequence[int], heads: int, candidates: int) -> list[int]:
+    numbers = [int(number) for number in (row.tolist() if isinstance(row, Tensor) else row)]
+    if len(numbers) not in (1, heads):
+        raise ValueError(
+            f"row: expected 1 or {heads} candidate numbers, one for each head, got {len(numbers)}"
+        )
+    if not all(0 <= number < candidates for number in numbers):
+        raise ValueError(f"row: expected candidate numbers from 0 to {candidates - 1}, got {numbers}")
+    return numbers if len(numbers) == heads else numbers * heads

@@ -1,0 +1,159 @@
+"""What every pattern family works on, and what it returns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from dit_accel.grid import TokenGrid
+from dit_accel.kernels import BlockIndex
+
+Option = str | int | float
+
+
+@dataclass(frozen=True)
+class BlockSpace:
+    """A token order cut into blocks. Blocks that hold any text token are the last ones."""
+
+    grid: TokenGrid
+    order_name: str
+    block: int
+    device: torch.device
+
+    @property
+    def order(self) -> Tensor:
+        """int64 `[seq]`: model position of each ordered token."""
+        return self.grid.order(self.order_name, self.device)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of the whole sequence."""
+        return -(-self.grid.total_tokens // self.block)
+
+    @property
+    def video_blocks(self) -> int:
+        """Number of blocks without any text token; families choose among these."""
+        whole, rest = divmod(self.grid.video_tokens, self.block)
+        return whole + bool(rest and not self.grid.text_tokens)
+
+    @property
+    def chosen_tokens(self) -> int:
+        """Number of tokens in the video blocks."""
+        return min(self.video_blocks * self.block, self.grid.video_tokens)
+
+    def reorder(self, tokens: Tensor) -> Tensor:
+        """Put `[batch, seq, heads, dim]` from the model's order into this one."""
+        if self.grid.is_model_order(self.order_name):
+            return tokens
+        return tokens.index_select(1, self.order)
+
+    def block_sums(self, tokens: Tensor, dim: int) -> Tensor:
+        """Sum ordered tokens over the video blocks along `dim`, in float32."""
+        whole = self.chosen_tokens // self.block
+        sums = tokens.narrow(dim, 0, whole * self.block).unflatten(dim, (whole, self.block))
+        sums = sums.sum(dim + 1, dtype=torch.float32)
+        if whole == self.video_blocks:
+            return sums
+        rest = tokens.narrow(dim, whole * self.block, self.chosen_tokens - whole * self.block)
+        return torch.cat((sums, rest.sum(dim, keepdim=True, dtype=torch.float32)), dim=dim)
+
+    def block_sizes(self) -> Tensor:
+        """float32 `[video_blocks]`: tokens in each video block."""
+        sizes = torch.full((self.video_blocks,), self.block, dtype=torch.float32, device=self.device)
+        sizes[-1:] -= self.video_blocks * self.block - self.chosen_tokens
+        return sizes
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way of choosing key blocks.
+
+    Attributes:
+        name: as plans and presets spell it.
+        choose: `choose(space, kept, **options)` of a static family returns a bool mask over the video blocks,
+            `[rows, cols]`; `choose(space, kept, query, key, scale, **options)` of a dynamic one, with query
+            and key in the order of the space, returns `[batch, heads, rows, cols]`.
+        static: whether the choice depends on the grid alone, so that it can be made once.
+        options: names and default values.
+        density: the only density the family has, if there is but one.
+        reads_text: whether video rows read the text columns.
+    """
+
+    name: str
+    choose: Callable[..., Tensor]
+    static: bool
+    options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
+    density: float | None = None
+    reads_text: bool = True
+
+    def with_defaults(self, options: Mapping[str, Option]) -> dict[str, Option]:
+        """Return the options completed with the defaults.
+
+        Raises:
+            ValueError: an option the family does not have, or a value of another type than its default.
+        """
+        for name, value in options.items():
+            if name not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise ValueError(f"family {self.name!r} has no option {name!r}; its options are: {known}")
+            default = self.options[name]
+            types = (int, float) if isinstance(default, float) else (type(default),)
+            if type(value) not in types:
+                raise ValueError(
+                    f"option {name!r} of family {self.name!r}: expected {type(default).__name__} "
+                    f"(default {default!r}), got {value!r}"
+                )
+        return {**self.options, **options}
+
+    def check_density(self, density: float) -> None:
+        """Raise ValueError for a density the family cannot have."""
+        if not 0.0 <= density <= 1.0:
+            raise ValueError(f"density: expected a number from 0 to 1, got {density!r}")
+        if self.density is not None and density != self.density:
+            raise ValueError(f"family {self.name!r} has density {self.density} only, got {density!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The key blocks that each query block of some heads reads.
+
+    Attributes:
+        index: block lists in the ordered token space.
+        order: int64 `[heads, seq]` or `[1, seq]`, model position of each ordered token, query or key.
+        grid: the token grid.
+        order_name: what the grid calls this order.
+    """
+
+    index: BlockIndex
+    order: Tensor
+    grid: TokenGrid
+    order_name: str
+
+    @property
+    def in_model_order(self) -> bool:
+        """Whether no token has to move."""
+        return self.grid.is_model_order(self.order_name)
+
+    @functools.cached_property
+    def density(self) -> float:
+        """Kept query-key pairs divided by all pairs, text included."""
+        return self.index.density
+
+    def mask(self) -> Tensor:
+        """Return the kept pairs in the model's order, bool `[batch or 1, heads, seq, seq]`."""
+        mask = self.index.token_mask()
+        place = self.grid.inverse(self.order).expand(mask.shape[1], -1)
+        rows = place[None, :, :, None].expand_as(mask)
+        cols = place[None, :, None, :].expand_as(mask)
+        return mask.gather(2, rows).gather(3, cols)
+
+
+def keep_best(scores: Tensor, kept: int) -> Tensor:
+    """Return a bool mask of the `kept` highest scores of each row (last axis)."""
+    best = scores.topk(kept, dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)

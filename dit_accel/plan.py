@@ -1,0 +1,315 @@
+"""The plan: which pattern each attention head uses at each stage of denoising, and its form on disk."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.grid import TokenGrid
+from dit_accel.patterns import family_named
+from dit_accel.plan_files import (
+    CONFIG_FILE,
+    TENSOR_FILE,
+    PlanError,
+    local_directory,
+    read_files,
+    upload_directory,
+    write_files,
+)
+
+__all__ = ["AccelPlan", "Candidate", "PlanError", "config_hash_of"]
+
+MEASURES = ("recall", "rel_l2", "latency_ms")
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "candidates": (list,),
+    "range_starts": (list,),
+    "layers": (list, type(None)),
+    "model_class": (str, type(None)),
+    "config_hash": (str, type(None)),
+    "grid": (dict, type(None)),
+    "block": (int,),
+    "objective": (dict,),
+    "validated": (dict,),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a head: a pattern family, its density and options, and a precision.
+
+    Raises:
+        ValueError: an unknown family or option, or a density the family cannot have.
+    """
+
+    family: str
+    density: float
+    options: tuple[tuple[str, str | int | float], ...] = ()
+    precision: str = "native"
+
+    def __post_init__(self) -> None:
+        if self.precision != "native":
+            raise ValueError(f"precision: expected 'native', got {self.precision!r}")
+        family = family_named(self.family)
+        family.check_density(self.density)
+        family.with_defaults(dict(self.options))
+
+    @property
+    def label(self) -> str:
+        """Short name, such as `window@0.30` or `bands@0.25 order=space`."""
+        parts = [f"{self.family}@{self.density:.2f}", *(f"{name}={value}" for name, value in self.options)]
+        return " ".join(parts if self.precision == "native" else [*parts, self.precision])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the candidate as JSON values."""
+        return {
+            "family": self.family,
+            "density": self.density,
+            "options": dict(self.options),
+            "precision": self.precision,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Candidate:
+        """Build a candidate from what `to_dict` gave.
+
+        Raises:
+            ValueError: a missing or unknown key or a value that makes no candidate.
+        """
+        keys = {"family", "density", "options", "precision"}
+        if set(values) != keys:
+            raise ValueError(f"expected the keys {sorted(keys)}, got {sorted(values)}")
+        options = tuple(sorted(values["options"].items()))
+        return cls(values["family"], values["density"], options, values["precision"])
+
+
+@dataclass(frozen=True, eq=False)
+class AccelPlan:
+    """What every head does in every range of denoising.
+
+    Attributes:
+        candidates: the ways to run a head that the plan uses.
+        choice: int16 `[ranges, layers, heads]`, numbers of candidates. A preset, for any model, has one of
+            each.
+        range_starts: progress at which each range begins, ascending from 0.0; 0 is noise, 1 the finished
+            video.
+        layers: names of the attention modules in forward order; None for a preset.
+        model_class: class name of the transformer; None for a preset.
+        config_hash: `config_hash_of` the transformer; None for a preset.
+        grid: the token grid of the calibration.
+        block: tokens per block.
+        recall, rel_l2: float32 like choice, measured at calibration; shares without unit.
+        latency_ms: float32 like choice, measured milliseconds of each head's attention.
+        objective: what was asked of the calibration (JSON values).
+        validated: quality and speed that were measured (JSON values).
+
+    Raises:
+        PlanError: the parts do not fit together.
+    """
+
+    candidates: tuple[Candidate, ...]
+    choice: Tensor
+    range_starts: tuple[float, ...] = (0.0,)
+    layers: tuple[str, ...] | None = None
+    model_class: str | None = None
+    config_hash: str | None = None
+    grid: TokenGrid | None = None
+    block: int = 64
+    recall: Tensor | None = None
+    rel_l2: Tensor | None = None
+    latency_ms: Tensor | None = None
+    objective: dict[str, Any] = field(default_factory=dict)
+    validated: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        choice, starts = self.choice, self.range_starts
+        if not self.candidates:
+            raise PlanError("plan", "candidates", "at least one", "none")
+        if choice.dtype != torch.int16 or choice.ndim != 3 or not choice.numel():
+            raise PlanError("plan", "choice", "int16 [ranges, layers, heads]", _shape(choice))
+        numbers = bool(starts) and all(isinstance(start, int | float) for start in starts)
+        if (
+            not numbers
+            or starts[0] != 0
+            or starts[-1] >= 1
+            or any(a >= b for a, b in itertools.pairwise(starts))
+        ):
+            raise PlanError("plan", "range_starts", "ascending numbers below 1, the first 0.0", list(starts))
+        if self.layers is not None and not all(isinstance(layer, str) for layer in self.layers):
+            raise PlanError("plan", "layers", "names", list(self.layers))
+        for axis, name, count in (
+            (0, "range_starts", len(starts)),
+            (1, "layers", 1 if self.layers is None else len(self.layers)),
+        ):
+            if choice.shape[axis] != count:
+                raise PlanError("plan", "choice", f"{count} along axis {axis} for {name}", _shape(choice))
+        low, high = int(choice.min()), int(choice.max())
+        if low < 0 or high >= len(self.candidates):
+            raise PlanError(
+                "plan", "choice", f"numbers from 0 to {len(self.candidates) - 1}", f"{low} to {high}"
+            )
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
+            raise PlanError("plan", "block", "a positive integer", repr(self.block))
+        for name in MEASURES:
+            measure = getattr(self, name)
+            if measure is not None and (measure.dtype != torch.float32 or measure.shape != choice.shape):
+                raise PlanError("plan", name, f"float32 {tuple(choice.shape)} like choice", _shape(measure))
+        for name in ("objective", "validated"):
+            try:
+                json.dumps(getattr(self, name), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise PlanError("plan", name, "finite JSON values", f"({error})") from error
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        *,
+        density: float | None = None,
+        block: int = 64,
+        precision: str = "native",
+        **options: str | int | float,
+    ) -> AccelPlan:
+        """Return an uncalibrated plan that runs one family on every head of any model.
+
+        Example:
+            >>> plan = AccelPlan.preset("window", density=0.3)
+
+        Raises:
+            ValueError: an unknown family or option, or no density for a family that needs one.
+        """
+        family = family_named(name)
+        if density is None:
+            if family.density is None:
+                raise ValueError(f"preset {name!r} needs a density, for instance density=0.3")
+            density = family.density
+        candidate = Candidate(name, density, tuple(sorted(options.items())), precision)
+        return cls((candidate,), torch.zeros(1, 1, 1, dtype=torch.int16), block=block)
+
+    def range_at(self, progress: float) -> int:
+        """Return the number of the range that holds a progress from 0 (pure noise) to 1."""
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress: expected a number from 0 to 1, got {progress!r}")
+        return bisect.bisect_right(self.range_starts, progress) - 1
+
+    def row(self, progress: float, layer_index: int) -> Tensor:
+        """Return the candidate numbers of a layer's heads, int16 `[heads]`, or `[1]` for all alike."""
+        return self.choice[self.range_at(progress), layer_index if self.layers is not None else 0]
+
+    @property
+    def density_mean(self) -> float:
+        """Planned density, mean over layers and heads, ranges weighted by their length."""
+        density = torch.tensor([candidate.density for candidate in self.candidates], dtype=torch.float64)
+        lengths = torch.tensor([*self.range_starts, 1.0], dtype=torch.float64).diff()
+        return float(density[self.choice.long()].mean(dim=(1, 2)) @ lengths)
+
+    def check(
+        self, transformer_class_name: str, config_hash: str, layer_names: Sequence[str], heads: int
+    ) -> None:
+        """Refuse a model that the plan was not made for. A preset fits every model.
+
+        Raises:
+            PlanError: names the first field that differs.
+        """
+        remedy = "calibrate this model or load its own plan"
+        for name, planned, got in (
+            ("model_class", self.model_class, transformer_class_name),
+            ("config_hash", self.config_hash, config_hash),
+        ):
+            if planned is not None and planned != got:
+                raise PlanError("plan", name, planned, got, remedy)
+        if self.layers is not None and list(self.layers) != list(layer_names):
+            raise PlanError("plan", "layers", _names(self.layers), _names(layer_names), remedy)
+        if self.choice.shape[2] not in (1, heads):
+            raise PlanError("plan", "choice", f"{self.choice.shape[2]} heads", f"{heads} heads", remedy)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `accel_config.json` and `accel_plan.safetensors` into a directory, at once or not at all."""
+        tensors = {name: getattr(self, name) for name in ("choice", *MEASURES)}
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        fields["candidates"] = [candidate.to_dict() for candidate in self.candidates]
+        fields["grid"] = None if self.grid is None else dataclasses.asdict(self.grid)
+        present = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+        write_files(Path(directory), fields, present)
+
+    @classmethod
+    def from_pretrained(cls, directory_or_repo_id: str | Path) -> AccelPlan:
+        """Read a plan from a directory or from the Hugging Face hub.
+
+        Raises:
+            PlanError: the plan is missing, truncated, corrupted, of a newer format, or makes no sense.
+        """
+        directory = local_directory(directory_or_repo_id)
+        config, tensors = read_files(directory, _FIELDS)
+        file = str(directory / CONFIG_FILE)
+        values = {name: config[name] for name in _FIELDS}
+        values["candidates"] = tuple(
+            _parsed(file, f"candidates[{number}]", Candidate.from_dict, entry)
+            for number, entry in enumerate(config["candidates"])
+        )
+        values["grid"] = (
+            None if values["grid"] is None else _parsed(file, "grid", _grid_from_dict, values["grid"])
+        )
+        values["range_starts"] = tuple(values["range_starts"])
+        values["layers"] = None if values["layers"] is None else tuple(values["layers"])
+        unknown = set(tensors) - {"choice", *MEASURES}
+        if unknown or "choice" not in tensors:
+            known = f"choice and any of {', '.join(MEASURES)}"
+            raise PlanError(
+                str(directory / TENSOR_FILE), "tensors", known, ", ".join(sorted(tensors)) or "none"
+            )
+        try:
+            return cls(**values, **tensors)
+        except PlanError as error:
+            name = TENSOR_FILE if error.field in {"choice", *MEASURES} else CONFIG_FILE
+            raise PlanError(str(directory / name), error.field, error.expected, error.got) from error
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, commit_message: str = "Add acceleration plan"
+    ) -> str:
+        """Upload the plan to a model repository of the hub, made if need be, and return the commit's URL."""
+        with tempfile.TemporaryDirectory() as parent:
+            self.save_pretrained(Path(parent) / "plan")
+            return upload_directory(Path(parent) / "plan", repo_id, private, commit_message)
+
+
+def config_hash_of(transformer: Any) -> str:
+    """Return a sha256 of the architecture fields of a diffusers model's config.
+
+    Names and versions (fields that begin with an underscore) do not count; a tuple counts as a list.
+    """
+    fields = {name: value for name, value in dict(transformer.config).items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _parsed(file: str, field: str, parse: Callable[[Any], Any], value: Any) -> Any:
+    """Parse a JSON value; what goes wrong is a PlanError that names the field."""
+    try:
+        return parse(value)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise PlanError(file, field, "a valid entry", f"{value!r} ({error})") from error
+
+
+def _grid_from_dict(values: Mapping[str, Any]) -> TokenGrid:
+    return TokenGrid(**values)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _names(names: Sequence[str]) -> str:
+    if len(names) <= 2:
+        return f"{len(names)} layers {list(names)}"
+    return f"{len(names)} layers {names[0]} .. {names[-1]}"
