@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLWan,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
@@ -17,7 +19,11 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 FAMILIES = ("wan", "hunyuan_video", "cogvideox", "ltx", "flux")
 HEADS, DIM, CHANNELS, TEXT_DIM = 2, 16, 4, 12
@@ -248,3 +254,37 @@ _INPUTS = {
     "ltx": _ltx_inputs,
     "flux": _flux_inputs,
 }
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of an untrained `WanPipeline` that `from_pretrained` loads: 2 layers, 2 heads of dimension 16.
+
+    80 × 96 pixels and 9 frames are 3 × 5 × 6 = 90 tokens.
+    """
+    directory = tmp_path_factory.mktemp("tiny-wan")
+    torch.manual_seed(0)
+    words = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "moves", "left", "up", "over")
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    pipe = WanPipeline(
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=len(words), d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=CHANNELS,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * CHANNELS,
+            latents_std=[1.0] * CHANNELS,
+        ),
+        transformer=_wan(layers=2),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipe.save_pretrained(directory)
+    return directory
