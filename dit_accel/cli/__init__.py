@@ -1,0 +1,45 @@
+"""The `dit-accel` command. Nothing heavy is imported before a subcommand runs."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dit_accel.cli import calibrate, demo, env, evaluate, generate, inspect
+
+COMMANDS = (demo, calibrate, generate, evaluate, inspect, env)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = _Parser(
+        prog="dit-accel",
+        description="Calibrate a diffusers video or image transformer once, then generate faster.",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.configure(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; 0 on success, 1 with one line on stderr on failure, 2 for a wrong command line."""
+    args = build_parser().parse_args(argv)
+    try:
+        data, text = args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"dit-accel {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"dit-accel {args.command}: interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(data, indent=2) if args.json else text)
+    return 0

@@ -1,0 +1,188 @@
+"""The comparison as pictures: frames side by side, a plan's heads, the speed–quality curve."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from dit_accel.evaluation.report import range_title
+from dit_accel.plan import AccelPlan
+
+INK, MUTED, PAPER = "#1b1f24", "#6b7280", "#ffffff"
+FAMILY_COLOURS = {
+    "dense": "#33415c",
+    "skip": "#d5d9e0",
+    "window": "#2a9d8f",
+    "bands": "#e9a23b",
+    "stripes": "#8a5fbf",
+    "pooled": "#d1495b",
+}
+SPARE_COLOURS = ("#3a7ca5", "#7a9e3f", "#b5651d", "#c77dba")
+DIFFERENCE_GAIN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One prompt's dense and accelerated videos `[frames, height, width, 3]` in [0, 1], and notes."""
+
+    prompt: str
+    dense: Tensor
+    accelerated: Tensor
+    dense_note: str
+    accelerated_note: str
+
+
+def save_comparison(pairs: Sequence[Pair], path: Path, *, columns: int = 6) -> None:
+    """Dense over accelerated over their amplified difference, evenly spaced frames, prompts as titles.
+
+    Raises:
+        ValueError: There is no pair.
+    """
+    if not pairs:
+        raise ValueError("pairs: expected at least one prompt to draw, got none")
+    height, width = pairs[0].dense.shape[1:3]
+    cell = 1.9
+    row_height = cell * height / width
+    columns = min(columns, pairs[0].dense.shape[0])
+    margin, title, gap = 1.55, 0.5, 0.04
+    total_width = margin + columns * (cell + gap) + 0.15
+    total_height = len(pairs) * (title + 3 * (row_height + gap) + 0.2) + 0.1
+    figure = Figure(figsize=(total_width, total_height), facecolor=PAPER)
+    y = total_height
+    for pair in pairs:
+        y -= title
+        figure.text(
+            margin / total_width, (y + 0.13) / total_height, _wrap(pair.prompt, total_width - margin),
+            fontsize=11.5, color=INK, weight="bold", va="bottom",
+        )  # fmt: skip
+        difference = ((pair.accelerated - pair.dense).abs() * DIFFERENCE_GAIN).clamp(0, 1)
+        rows = (
+            ("dense", pair.dense_note, pair.dense),
+            ("accelerated", pair.accelerated_note, pair.accelerated),
+            (f"difference ×{DIFFERENCE_GAIN}", "", difference),
+        )
+        for name, note, frames in rows:
+            y -= row_height
+            middle = (y + row_height / 2) / total_height
+            figure.text(
+                0.12 / total_width, middle, name, fontsize=10.5, color=INK, weight="bold", va="bottom"
+            )
+            figure.text(0.12 / total_width, middle, note, fontsize=9, color=MUTED, va="top", linespacing=1.35)
+            for column, frame in enumerate(np.linspace(0, len(frames) - 1, columns).round().astype(int)):
+                left = (margin + column * (cell + gap)) / total_width
+                axes = figure.add_axes(
+                    (left, y / total_height, cell / total_width, row_height / total_height)
+                )
+                axes.imshow(frames[frame].clamp(0, 1).numpy(), interpolation="lanczos")
+                axes.set_axis_off()
+            y -= gap
+        y -= 0.2
+    _save(figure, path)
+
+
+def _wrap(prompt: str, width_inches: float) -> str:
+    return textwrap.shorten(prompt, width=max(20, int(width_inches * 11)), placeholder=" …")
+
+
+def save_heads(plan: AccelPlan, path: Path) -> None:
+    """Layer × head map of a plan, a panel per step range: colour is the family, number the density in %."""
+    ranges, layers, heads = plan.choice.shape
+    used = [plan.candidates[number].family for number in sorted(set(plan.choice.flatten().tolist()))]
+    families = [name for name in (*FAMILY_COLOURS, *sorted(set(used))) if name in used]
+    families = list(dict.fromkeys(families))
+    spare = iter(SPARE_COLOURS * len(families))
+    colours = {name: FAMILY_COLOURS.get(name) or next(spare) for name in families}
+    cell = 0.62
+    figure = Figure(
+        figsize=(max(4.2, ranges * (heads * cell + 0.55) + 0.7), layers * cell * 0.8 + 1.75), facecolor=PAPER
+    )
+    panels = figure.subplots(1, ranges, squeeze=False, sharey=True)[0]
+    for number, axes in enumerate(panels):
+        _draw_heads(axes, plan, number, colours)
+    panels[0].set_ylabel("layer", color=MUTED)
+    figure.suptitle(
+        f"planned density {plan.density_mean:.2f}", color=INK, weight="bold", fontsize=11.5, y=0.985
+    )
+    figure.legend(
+        handles=[Patch(facecolor=colours[name], label=name) for name in families],
+        loc="lower center", ncols=min(len(families), 6), frameon=False, fontsize=9.5, handlelength=1.1,
+        columnspacing=1.3,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.36 / figure.get_figheight(), 1, 1), w_pad=1.2)
+    _save(figure, path)
+
+
+def _draw_heads(axes: Axes, plan: AccelPlan, number: int, colours: Mapping[str, str]) -> None:
+    table = [[plan.candidates[index] for index in row] for row in plan.choice[number].tolist()]
+    axes.imshow([[to_rgb(colours[entry.family]) for entry in row] for row in table], aspect="auto")
+    for layer, row in enumerate(table):
+        for head, entry in enumerate(row):
+            red, green, blue = to_rgb(colours[entry.family])
+            ink = INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.6 else PAPER
+            text = {"dense": "100", "skip": "0"}.get(entry.family, f"{100 * entry.density:.0f}")
+            axes.text(head, layer, text, ha="center", va="center", color=ink, fontsize=9.5)
+    axes.set_xticks(range(len(table[0])))
+    axes.set_yticks(range(len(table)))
+    axes.set_xticks(np.arange(0.5, len(table[0]) - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, len(table) - 1), minor=True)
+    axes.grid(which="minor", color=PAPER, linewidth=2)
+    axes.tick_params(which="both", length=0, colors=MUTED, labelsize=9)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("head", color=MUTED)
+    axes.set_title(range_title(plan, number), fontsize=9.5, color=MUTED)
+
+
+def save_curve(evaluation: Mapping[str, Any], path: Path) -> None:
+    """Speed-up against PSNR of every variant but dense; the line joins those that no other beats in both.
+
+    Raises:
+        ValueError: Nothing but dense was run.
+    """
+    rows = [row for row in evaluation["variants"] if row["name"] != "dense"]
+    if not rows:
+        raise ValueError("variants: expected at least one besides dense to draw a curve, got none")
+    figure = Figure(figsize=(7.6, 4.8), facecolor=PAPER)
+    axes = figure.add_subplot()
+    best = [
+        row
+        for row in rows
+        if not any(
+            other["speedup"] >= row["speedup"] and other["psnr_mean"] >= row["psnr_mean"] and other is not row
+            for other in rows
+        )
+    ]
+    best.sort(key=lambda row: row["speedup"])
+    axes.plot(
+        [r["speedup"] for r in best], [r["psnr_mean"] for r in best], color="#2a9d8f", alpha=0.5, zorder=1
+    )
+    kinds = {"plan": "#d1495b", "preset": "#2a9d8f", "diffusers": "#e9a23b"}
+    for row in rows:
+        colour = kinds.get(row["name"].partition(":")[0], "#33415c")
+        axes.vlines(row["speedup"], row["psnr_min"], row["psnr_mean"], color=colour, alpha=0.35, linewidth=2)
+        axes.scatter(row["speedup"], row["psnr_mean"], color=colour, s=46, zorder=3, edgecolor=PAPER)
+        axes.annotate(
+            row["name"].rstrip("/").split("/")[-1], (row["speedup"], row["psnr_mean"]), xytext=(7, 5),
+            textcoords="offset points", fontsize=9, color=INK,
+        )  # fmt: skip
+    axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=":")
+    axes.set_xlabel("speed-up of the whole generation over dense", color=INK)
+    axes.set_ylabel("PSNR against dense (dB); line down to the worst prompt", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.12, y=0.12)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor=PAPER)

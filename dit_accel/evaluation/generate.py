@@ -1,0 +1,103 @@
+"""One timed generation: prompt in, raw frames and final latents out."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.evaluation.models import GenerationSettings
+from dit_accel.evaluation.timing import now
+from dit_accel.evaluation.variants import DENSE, Variant
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What one run of a pipeline gave.
+
+    frames: `[frames, height, width, 3]`, float in [0, 1] as the VAE made them, never rounded to 8 bits.
+    latents: what the last denoising step left, float32.
+    seconds: from the prompt to the frames, everything included.
+    density: kept ÷ all query–key pairs of the swapped attention; None where nothing was swapped.
+    """
+
+    frames: Tensor
+    latents: Tensor
+    seconds: float
+    density: float | None = None
+
+
+def generate(
+    pipe: Any,
+    prompt: str,
+    settings: GenerationSettings,
+    *,
+    seed: int,
+    on_step: Callable[[], object] | None = None,
+) -> Generation:
+    """Run the pipeline once and time it from prompt to frames.
+
+    The noise comes from a CPU generator, so that a seed means the same on every device. `on_step` is called
+    after each denoising step.
+    """
+    last: dict[str, Tensor] = {}
+
+    def keep_latents(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        last["latents"] = tensors["latents"]
+        if on_step is not None:
+            on_step()
+        return {}
+
+    arguments = settings.to_dict()
+    if "num_frames" not in inspect.signature(pipe.__call__).parameters:
+        del arguments["num_frames"]
+    device = pipe._execution_device
+    start = now(device)
+    output = pipe(
+        prompt=prompt,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="pt",
+        callback_on_step_end=keep_latents,
+        **arguments,
+    )
+    seconds = now(device) - start
+    return Generation(_frames(output), last["latents"].float().cpu(), seconds)
+
+
+def generate_variant(
+    pipe: Any,
+    variant: Variant,
+    prompt: str,
+    settings: GenerationSettings,
+    *,
+    seed: int,
+    on_step: Callable[[], object] | None = None,
+) -> Generation:
+    """`generate` with a variant applied, which is undone afterwards; the result knows its density."""
+    with variant.apply(pipe):
+        made = generate(pipe, prompt, settings, seed=seed, on_step=on_step)
+        if variant.plan is None:
+            return replace(made, density=1.0 if variant is DENSE else None)
+        from dit_accel.enable import stats
+
+        return replace(made, density=stats(pipe)["density_mean"])
+
+
+def _frames(output: Any) -> Tensor:
+    """The first video `[frames, height, width, 3]` of a pipeline's output; an image is one frame."""
+    made = output.frames[0] if hasattr(output, "frames") else output.images[:1]
+    return made.float().cpu().movedim(1, -1).contiguous()
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Hide the pipeline's own progress bar, since one bar over everything stands above it."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**before | {"disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

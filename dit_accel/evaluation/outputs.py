@@ -1,0 +1,57 @@
+"""Everything an evaluation leaves in its directory besides `evaluation.json`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dit_accel.evaluation.figures import Pair, save_comparison, save_curve, save_heads
+from dit_accel.evaluation.media import write_video
+from dit_accel.evaluation.report import markdown_table
+from dit_accel.evaluation.result import Evaluation
+from dit_accel.evaluation.store import slug
+from dit_accel.evaluation.variants import Variant
+
+
+def write_outputs(
+    result: Evaluation, variants: Sequence[Variant], folder: Path, *, fps: int = 8
+) -> list[Path]:
+    """Write the table, videos and pictures of a finished evaluation; returns their paths.
+
+    `table.md`; an MP4 per pictured prompt and variant; `comparison.png` of dense and the first other variant;
+    `curve.png` where there are two or more others; `heads.png` of the first calibrated plan, and
+    `heads-NAME.png` of further ones.
+    """
+    written = [folder / "table.md"]
+    written[0].write_text(markdown_table(result.to_dict()) + "\n", encoding="utf-8")
+    others = [variant for variant in variants if variant.name != "dense"]
+    pictured = result.pictured()
+    for number in pictured:
+        for variant in variants:
+            frames = result.generation(number, variant.name).frames
+            written.append(write_video(frames, folder / f"{number:03d}-{slug(variant.name)}.mp4", fps=fps))
+    if others:
+        written.append(folder / "comparison.png")
+        save_comparison([_pair(result, number, others[0].name) for number in pictured], written[-1])
+    if len(others) > 1:
+        written.append(folder / "curve.png")
+        save_curve(result.to_dict(), written[-1])
+    calibrated = [
+        variant for variant in others if variant.plan is not None and variant.plan.layers is not None
+    ]
+    for number, variant in enumerate(calibrated):
+        if variant.plan is not None:
+            written.append(folder / (f"heads-{slug(variant.name)}.png" if number else "heads.png"))
+            save_heads(variant.plan, written[-1])
+    return written
+
+
+def _pair(result: Evaluation, number: int, name: str) -> Pair:
+    dense, other = result.generation(number, "dense"), result.generation(number, name)
+    run = next(run for run in result.runs if (run.prompt, run.variant) == (number, name))
+    speed = f"{other.seconds:.1f} s ({dense.seconds / other.seconds:.2f}×)"
+    return Pair(
+        prompt=result.prompts[number],
+        dense=dense.frames,
+        accelerated=other.frames,
+        dense_note=f"{dense.seconds:.1f} s",
+        accelerated_note=f"{speed}\nPSNR {run.psnr:.1f} dB",
+    )

@@ -1,0 +1,167 @@
+"""What an evaluation found, and its form on disk."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from torch import Tensor
+
+from dit_accel.evaluation.generate import Generation
+from dit_accel.evaluation.metrics import latent_rel_l2, psnr, ssim
+from dit_accel.evaluation.models import GenerationSettings
+from dit_accel.evaluation.store import GenerationStore, write_json
+
+FORMAT_VERSION = 1
+REPORT_FILE = "evaluation.json"
+# Frames of the first prompts are kept for the pictures; all others are dropped once measured.
+PICTURED_PROMPTS = 3
+
+# scorer(frames `[frames, height, width, 3]` in [0, 1], prompt): which parts of the prompt the video shows.
+Scorer = Callable[[Tensor, str], dict[str, bool]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation, measured against the dense one of the same prompt and seed."""
+
+    prompt: int
+    variant: str
+    seconds: float
+    psnr: float
+    ssim: float
+    latent_rel_l2: float
+    density: float | None
+    semantic: dict[str, bool] | None
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """All runs of a comparison and what they were made with; `to_dict` is `evaluation.json`.
+
+    fingerprint: changes whenever results of another process could not stand beside these.
+    processes: how many processes it took; more than one means that it was killed in between.
+    attention: per variant, seconds in the swapped attention and in the transformer, of the short pass.
+    """
+
+    model: str
+    settings: GenerationSettings
+    prompts: list[str]
+    seed: int
+    variants: list[str]
+    machine: dict[str, str | int | None]
+    dense_backend: str
+    fingerprint: str
+    store: GenerationStore
+    processes: int = 1
+    attention: dict[str, tuple[float, float]] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+
+    def pictured(self) -> list[int]:
+        """Numbers of the prompts whose frames are kept."""
+        return list(range(min(len(self.prompts), PICTURED_PROMPTS)))
+
+    def generation(self, prompt: int, name: str) -> Generation:
+        """The frames and latents of a prompt that is pictured, or not measured yet.
+
+        Raises:
+            ValueError: They were dropped after measuring, or never made.
+        """
+        found = self.store.get(prompt, name)
+        if found is None:
+            raise ValueError(
+                f"prompt {prompt}, variant {name!r}: only the prompts {self.pictured()} are kept"
+            )
+        return found
+
+    def measure(self, prompt: int, scorer: Scorer | None) -> None:
+        """Add the runs of a prompt that every variant has generated, and drop what is not pictured."""
+        dense = self.generation(prompt, "dense")
+        for name in self.variants:
+            made = self.generation(prompt, name)
+            run = Run(
+                prompt=prompt,
+                variant=name,
+                seconds=made.seconds,
+                psnr=psnr(made.frames, dense.frames),
+                ssim=ssim(made.frames, dense.frames),
+                latent_rel_l2=latent_rel_l2(made.latents, dense.latents),
+                density=made.density,
+                semantic=None if scorer is None else scorer(made.frames, self.prompts[prompt]),
+            )
+            self.runs.append(run)
+        if prompt not in self.pictured():
+            self.store.drop(prompt)
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """The row of one variant: medians of seconds, means and worst cases of quality."""
+        runs = [run for run in self.runs if run.variant == name]
+        dense_p50 = median(run.seconds for run in self.runs if run.variant == "dense")
+        p50 = median(run.seconds for run in runs)
+        densities = [run.density for run in runs if run.density is not None]
+        judged = [run.semantic for run in runs if run.semantic]
+        parts = {part: fmean(verdict[part] for verdict in judged) for part in judged[0]} if judged else None
+        attention = self.attention.get(name)
+        return {
+            "name": name,
+            "seconds_dense_p50": dense_p50,
+            "seconds_p50": p50,
+            "speedup": dense_p50 / p50,
+            "psnr_mean": fmean(run.psnr for run in runs),
+            "psnr_min": min(run.psnr for run in runs),
+            "ssim_mean": fmean(run.ssim for run in runs),
+            "latent_rel_l2": fmean(run.latent_rel_l2 for run in runs),
+            "density_mean": fmean(densities) if densities else None,
+            "semantic": fmean(parts.values()) if parts else None,
+            "semantic_parts": parts,
+            "attention_speedup": self.attention["dense"][0] / attention[0] if attention else None,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """`evaluation.json`: what was run on what, one summary per variant, and every single run."""
+        dense = self.attention.get("dense")
+        return {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "complete": len(self.runs) == len(self.prompts) * len(self.variants),
+            "processes": self.processes,
+            "model": self.model,
+            "machine": self.machine,
+            "dense_backend": self.dense_backend,
+            "settings": self.settings.to_dict(),
+            "seed": self.seed,
+            "prompts": self.prompts,
+            "attention_share": dense[0] / dense[1] if dense else None,
+            "variants": [self.summary(name) for name in self.variants] if self.runs else [],
+            "runs": [asdict(run) for run in self.runs],
+            "attention_seconds": self.attention,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `evaluation.json`."""
+        write_json(folder / REPORT_FILE, self.to_dict())
+
+    def resume(self, folder: Path) -> None:
+        """Take over what a process with the same fingerprint left; anything else there starts afresh."""
+        saved = _read(folder / REPORT_FILE)
+        if saved.get("fingerprint") == self.fingerprint:
+            self.processes = saved["processes"] + 1
+            self.runs = [Run(**run) for run in saved["runs"]]
+            self.attention = {name: (pair[0], pair[1]) for name, pair in saved["attention_seconds"].items()}
+        else:
+            self.store.clear()
+        # Before the first generation: what the store holds must always belong to this fingerprint.
+        self.save(folder)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: expected an evaluation, got broken JSON ({error}); delete the file"
+        ) from error

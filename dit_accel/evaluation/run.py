@@ -1,0 +1,141 @@
+"""Compare variants of one pipeline: interleaved in one process, equal seeds, whole generations timed."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dit_accel.evaluation.attention_time import attention_seconds
+from dit_accel.evaluation.generate import generate_variant, quiet
+from dit_accel.evaluation.models import GenerationSettings
+from dit_accel.evaluation.result import FORMAT_VERSION, Evaluation, Scorer
+from dit_accel.evaluation.store import GenerationStore
+from dit_accel.evaluation.timing import dense_backend, machine
+from dit_accel.evaluation.variants import Variant
+
+
+def evaluate(
+    pipe: Any,
+    variants: Sequence[Variant],
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    *,
+    model: str,
+    seed: int = 0,
+    scorer: Scorer | None = None,
+    output_dir: str | Path | None = None,
+    warmup_steps: int = 2,
+    attention_steps: int = 3,
+    progress: bool = True,
+) -> Evaluation:
+    """Generate every prompt with every variant and measure speed and distance from the dense run.
+
+    Prompt i has the seed `seed + i` in every variant. The variants of a prompt run one after another, in an
+    order that rotates from prompt to prompt; the time is that of the whole generation. Before that, each runs
+    `warmup_steps` steps once, untimed. A separate pass of `attention_steps` steps times attention alone; 0
+    leaves it out.
+
+    With `output_dir`, `evaluation.json` is written after each prompt, and an evaluation that was killed goes
+    on where it was when it is started again with the same arguments.
+
+    Raises:
+        ValueError: There is no dense variant or no prompt, a name occurs twice, or steps are too few.
+    """
+    names = [variant.name for variant in variants]
+    if "dense" not in names or len(set(names)) != len(names):
+        raise ValueError(f"variants: expected different names, one of them 'dense', got {names}")
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    if warmup_steps < 1 or attention_steps < 0:
+        raise ValueError(
+            "steps: expected warmup_steps of at least 1 and attention_steps of at least 0, "
+            f"got {warmup_steps} and {attention_steps}"
+        )
+    folder = Path(output_dir) if output_dir is not None else None
+    place = machine(pipe._execution_device, pipe.transformer.dtype)
+    result = Evaluation(
+        model=model,
+        settings=settings,
+        prompts=list(prompts),
+        seed=seed,
+        variants=names,
+        machine=place,
+        dense_backend=dense_backend(pipe.transformer),
+        fingerprint=_fingerprint(
+            FORMAT_VERSION,
+            model,
+            [variant.identity for variant in variants],
+            list(prompts),
+            settings.to_dict(),
+            seed,
+            place,
+        ),
+        store=GenerationStore(folder / "generations" if folder else None),
+    )
+    if folder is not None:
+        result.resume(folder)
+    _complete(result, pipe, variants, scorer, folder, warmup_steps, attention_steps, progress)
+    return result
+
+
+def _complete(
+    result: Evaluation,
+    pipe: Any,
+    variants: Sequence[Variant],
+    scorer: Scorer | None,
+    folder: Path | None,
+    warmup_steps: int,
+    attention_steps: int,
+    progress: bool,
+) -> None:
+    """Do what is still missing in the result, under one bar."""
+    count, settings, seed = len(variants), result.settings, result.seed
+    open_prompts = range(len(result.runs) // count, len(result.prompts))
+    # The order rotates, so that no variant always runs on the warmer or the busier machine.
+    missing = {
+        prompt: [
+            variant
+            for turn in range(count)
+            if result.store.get(prompt, (variant := variants[(prompt + turn) % count]).name) is None
+        ]
+        for prompt in open_prompts
+    }
+    generations = sum(len(rest) for rest in missing.values())
+    warmed = [variant for variant in variants if any(variant in rest for rest in missing.values())]
+    swapping = attention_steps > 0 and any(variant.plan for variant in variants)
+    timed = [
+        variant
+        for variant in variants
+        if swapping and (variant.plan or variant.name == "dense") and variant.name not in result.attention
+    ]
+    total = (
+        generations * settings.num_inference_steps + len(warmed) * warmup_steps + len(timed) * attention_steps
+    )
+    with quiet(pipe), tqdm(total=total, unit="step", disable=not progress, smoothing=0.05) as bar:
+        for variant in warmed:
+            bar.set_description(f"warm-up, {variant.name}")
+            short = settings.with_steps(warmup_steps)
+            generate_variant(pipe, variant, result.prompts[0], short, seed=seed, on_step=bar.update)
+        for variant in timed:
+            bar.set_description(f"attention alone, {variant.name}")
+            short = settings.with_steps(attention_steps)
+            result.attention[variant.name] = attention_seconds(
+                pipe, variant, result.prompts[0], short, seed=seed, on_step=bar.update
+            )
+        for prompt in open_prompts:
+            for variant in missing[prompt]:
+                bar.set_description(f"prompt {prompt + 1} of {len(result.prompts)}, {variant.name}")
+                made = generate_variant(
+                    pipe, variant, result.prompts[prompt], settings, seed=seed + prompt, on_step=bar.update
+                )
+                result.store.put(prompt, variant.name, made)
+            result.measure(prompt, scorer)
+            if folder is not None:
+                result.save(folder)
+
+
+def _fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,77 @@
+"""Clocks, the machine's description and the name of the attention that dense runs use."""
+
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a monotonic clock, read after everything queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def cpu_name() -> str:
+    """The CPU's marketing name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def package_version(name: str) -> str | None:
+    """Installed version of a package, None where it is absent."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, str | int | None]:
+    """What a timing depends on: processor, cores, library versions and dtype."""
+    # Containers often own fewer cores than the host has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu_name(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "platform": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "diffusers": package_version("diffusers"),
+        "dit_accel": package_version("dit-accel"),
+    }
+
+
+def dense_backend(transformer: torch.nn.Module) -> str:
+    """Name of the attention that the transformer's dense calls run on, e.g. "SDPA (CPU flash)".
+
+    diffusers' choice (`set_attention_backend`, or its active default) comes first; its native backend is
+    torch's SDPA, which picks one of its own kernels by device and dtype.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    processors = getattr(transformer, "attn_processors", {}).values()
+    chosen = {getattr(processor, "_attention_backend", None) for processor in processors} or {None}
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    names = sorted(str(getattr(backend or active, "value", backend or active)) for backend in chosen)
+    return ", ".join(_sdpa_name(transformer) if name == "native" else f"diffusers {name}" for name in names)
+
+
+def _sdpa_name(transformer: torch.nn.Module) -> str:
+    parameter = next(transformer.parameters())
+    probe = torch.empty(1, 1, 128, 64, device=parameter.device, dtype=parameter.dtype)
+    kernel = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(probe, probe, probe))
+    kernel_name = kernel.name.lower().removesuffix("_attention").replace("_", " ")
+    return f"SDPA ({'CPU' if parameter.device.type == 'cpu' else parameter.device.type} {kernel_name})"
