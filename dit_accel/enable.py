@@ -19,8 +19,8 @@ BACKENDS = ("auto", "reference", "torch", "flex", "triton")
 def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
     """Run the attention of a pipeline by a plan.
 
-    Only self-attention and joint attention over the video tokens changes; where the plan is dense, the model's own
-    attention runs with its own backend. Pipelines with two experts (Wan 2.2) get the plan on both.
+    Only self-attention and joint attention over the video tokens changes; where the plan is dense, the
+    model's own attention runs with its own backend. Pipelines with two experts (Wan 2.2) get the plan on both.
 
     Args:
         pipe: a diffusers pipeline or one of its transformers. Compile it afterwards, not before.
@@ -46,11 +46,11 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
 
 
 def attn_processors(transformer: nn.Module, plan: AccelPlan, *, backend: str = "auto") -> dict[str, Any]:
-    """Return processors that run a transformer's attention by a plan, for `transformer.set_attn_processor(...)`.
+    """Return processors that run attention by a plan, for `transformer.set_attn_processor(...)`.
 
-    Processors cannot know the denoising position, so this also puts a hook on the transformer, which stays there
-    until `disable(transformer)`. The dict has every processor of the model, those not swapped as they are; note that
-    `set_attn_processor` empties the dict it is given.
+    Processors cannot know the denoising position, so this also puts a hook on the transformer, which stays
+    there until `disable(transformer)`. The dict has every processor of the model, those not swapped as they
+    are; note that `set_attn_processor` empties the dict it is given.
 
     Raises:
         PlanError: the plan belongs to another model.
@@ -75,7 +75,8 @@ def stats(pipe: Any) -> dict[str, float]:
     """Report the attention calls of the last generation.
 
     Returns:
-        `density_mean` (query-key pairs kept ÷ all pairs, dense calls included), `sparse_calls`, `dense_calls`.
+        `density_mean` (query-key pairs kept ÷ all pairs, dense calls included), and the numbers of calls
+        `sparse_calls` and `dense_calls`.
 
     Raises:
         ValueError: there is no plan on the pipeline, or nothing was generated yet.

@@ -1,9 +1,10 @@
 """Attention processors that are the model's own, with the one attention function they call redirected.
 
-A processor of diffusers is a small class whose `__call__` projects, normalises, rotates and then calls one global,
-`dispatch_attention_fn` or `F.scaled_dot_product_attention`. `swapped_class` makes a subclass whose `__call__` is the
-same code object with that global bound to a function of ours. Behind it stands one opaque torch.library op, so that
-looking up the plan never breaks a graph and never recompiles, whatever the step, the range or the layer.
+A processor of diffusers is a small class whose `__call__` projects, normalises, rotates and then calls one
+global, `dispatch_attention_fn` or `F.scaled_dot_product_attention`. `swapped_class` makes a subclass whose
+`__call__` is the same code object with that global bound to a function of ours. Behind it stands one opaque
+torch.library op, so that looking up the plan never breaks a graph and never recompiles, whatever the step, the
+range or the layer.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _LAYER_ATTRIBUTE = "_dit_accel_layer"
 class LayerCursor:
     """The number of the attention module that runs, noted by a forward pre-hook on each of them.
 
-    Unlike a counter it stays right when a cache skips blocks. The number is a tensor because compiled blocks take
-    tensors as inputs, while an integer would be a constant of the graph and recompile it for every layer.
+    Unlike a counter it stays right when a cache skips blocks. The number is a tensor because compiled blocks
+    take tensors as inputs, while an integer would be a constant of the graph and recompile it for every layer.
     """
 
     def __init__(self) -> None:
@@ -91,8 +92,8 @@ def swapped_class(
         *function.__code__.co_names
     }:
         raise ValueError(
-            f"attention processor: expected one that calls {attention_function}, got {processor_class.__name__}; "
-            "restore the model's own processors before enabling dit-accel"
+            f"attention processor: expected one that calls {attention_function}, "
+            f"got {processor_class.__name__}; restore the model's own processors before enabling dit-accel"
         )
     scope = dict(function.__globals__)
     # Dynamo looks the globals of a function with a __name__ up in the module of that name, not in this dict.
@@ -125,8 +126,6 @@ def swapped_processor(processor: Any, swapped: type) -> Any:
 
 
 def _attention_function(redirect: Redirect, cursor: LayerCursor) -> Callable[..., Tensor]:
-    original, handle = redirect.original, redirect.handle
-
     def dispatch_attention(
         query: Tensor,
         key: Tensor,
@@ -141,7 +140,7 @@ def _attention_function(redirect: Redirect, cursor: LayerCursor) -> Callable[...
     ) -> Tensor:
         if parallel_config is not None:
             # Only plans that are dense throughout get here, the hook on the transformer refuses others.
-            return original(
+            return redirect.original(
                 query,
                 key,
                 value,
@@ -154,7 +153,7 @@ def _attention_function(redirect: Redirect, cursor: LayerCursor) -> Callable[...
             )
         name = None if backend is None else str(getattr(backend, "value", backend))
         return _attention_op(
-            query, key, value, attn_mask, cursor.layer, handle, dropout_p, is_causal, scale, name
+            query, key, value, attn_mask, cursor.layer, redirect.handle, dropout_p, is_causal, scale, name
         )
 
     def scaled_dot_product_attention(
@@ -168,7 +167,7 @@ def _attention_function(redirect: Redirect, cursor: LayerCursor) -> Callable[...
     ) -> Tensor:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         output = _attention_op(
-            query, key, value, attn_mask, cursor.layer, handle, dropout_p, is_causal, scale, None
+            query, key, value, attn_mask, cursor.layer, redirect.handle, dropout_p, is_causal, scale, None
         )
         return output.transpose(1, 2)
 
@@ -218,7 +217,7 @@ def _planned(
     is_causal: bool,
     scale: float | None,
 ) -> Tensor | None:
-    """Run one attention call by the plan; None where the plan is dense and the original function is to run."""
+    """Run one attention call by the plan; None where the plan is dense: then the original function runs."""
     if not state.running:
         raise RuntimeError(
             "dit-accel: an attention processor ran outside a forward of the transformer it was made for; "

@@ -1,4 +1,4 @@
-"""Where a generation is: the token grid, the denoising position and the guidance branch of the running forward."""
+"""Where a generation is: token grid, denoising position and guidance branch of the running forward."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dit_accel.plan import AccelPlan, Candidate
 
 HOOK_NAME = "dit_accel"
 
-# capture(layer_index, query, key, value, key_mask): tensors `[batch, seq, heads, dim]` after normalisation and RoPE,
-# key_mask bool `[batch, seq]` or None.
+# capture(layer_index, query, key, value, key_mask): tensors `[batch, seq, heads, dim]` after normalisation and
+# RoPE, key_mask bool `[batch, seq]` or None.
 Capture = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
@@ -52,7 +52,7 @@ class Stats:
 class AccelState:
     """The plan of one transformer and the position of its running forward.
 
-    Everything a family remembers between steps is kept by guidance branch, and forgotten when a generation starts.
+    What pattern families remember between steps is kept by branch, and forgotten when a generation starts.
 
     Attributes:
         all_dense: whether the plan has no sparse head anywhere.
@@ -86,7 +86,7 @@ class AccelState:
         return self._branches[self.branch].cache
 
     def begin(self, grid: TokenGrid | None, progress: float, branch: str = "") -> None:
-        """Enter a forward of the transformer. A generation that ended, failed or was interrupted is forgotten."""
+        """Enter a forward. A generation that ended, failed or was interrupted is forgotten."""
         if self.running or self._finished or self._starts_over(progress, branch):
             self.reset()
         self.grid, self.progress, self.branch = grid, progress, branch
@@ -124,7 +124,7 @@ class AccelState:
         position = self._branches.get(branch)
         if position is None:
             return False
-        # Some schedulers visit a timestep twice, but none the first one: that is a new generation of a few steps.
+        # Some schedulers visit a timestep twice, but none the first one: that is a new generation.
         return progress < position.progress or progress == position.first_progress
 
 
@@ -162,8 +162,8 @@ class AccelHook(ModelHook):
         state = self.state
         if getattr(module, "_parallel_config", None) is not None and not state.all_dense:
             raise RuntimeError(
-                f"{type(module).__name__} has a parallel config, and a plan with sparse heads cannot run on a split "
-                "sequence or split heads; disable() dit-accel or use a dense plan."
+                f"{type(module).__name__} has a parallel config, and a plan with sparse heads cannot run on a "
+                "split sequence or split heads; disable() dit-accel or use a dense plan."
             )
         arguments = state.family.bind(module, args, kwargs)
         grid = (

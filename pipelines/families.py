@@ -1,4 +1,4 @@
-"""What dit-accel has to know about each diffusers transformer class; nothing else here knows these classes."""
+"""What has to be known about each diffusers transformer class; no other folder knows these classes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ModelFamily:
     Attributes:
         name: short name of the family, such as "wan".
         transformer_class: name of the diffusers class.
-        blocks: (block list, attention) attribute names in forward order; only self-attention and joint attention
-            over the video tokens is listed, cross-attention and text refiners never are.
+        blocks: (block list, attention) attribute names in forward order; only self-attention and joint
+            attention over the video tokens is listed, cross-attention and text refiners never are.
         attention_function: the global its processors call: "dispatch_attention_fn" with tensors
             `[batch, seq, heads, dim]`, or "F.scaled_dot_product_attention" with `[batch, heads, seq, dim]`.
         read_grid: token grid of a forward call.
@@ -55,7 +55,7 @@ class ModelFamily:
     def progress(self, arguments: Arguments) -> float:
         """Fraction of the denoising done, 0 at pure noise and 1 at the clean sample.
 
-        Where the timestep differs between tokens (image-to-video keeps given frames clean) the noisiest counts.
+        Where tokens differ in their timestep (image-to-video keeps given frames clean) the noisiest counts.
         """
         timestep = float(torch.as_tensor(arguments["timestep"]).max())
         return min(1.0, max(0.0, 1.0 - timestep / self.noise_timestep))
@@ -97,7 +97,7 @@ def _cogvideox_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
 
 
 def _ltx_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
-    # The sequence comes packed: one latent pixel is one token, and the call says how many there are of each axis.
+    # The sequence comes packed, one latent pixel a token, and the call says how many there are of each axis.
     sizes = tuple(arguments[name] for name in ("num_frames", "height", "width"))
     if None in sizes:
         raise ValueError(
@@ -120,7 +120,7 @@ def _packed(model: str, source: str, sizes: tuple[int, ...], tokens: int, text_t
     frames, height, width = sizes
     if frames * height * width != tokens:
         raise ValueError(
-            f"{model}: expected {frames} x {height} x {width} tokens (frames x height x width) from {source}, "
+            f"{model}: expected {frames} x {height} x {width} tokens (frames, height, width) from {source}, "
             f"got {tokens}; token sequences that are no full grid cannot run a sparse plan"
         )
     return TokenGrid(frames, height, width, text_tokens, text_first=text_tokens > 0)

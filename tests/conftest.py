@@ -57,7 +57,7 @@ def tiny() -> Callable[..., Tiny]:
         torch.manual_seed(0)
         transformer = _BUILDERS[name](layers).eval()
         for parameter in transformer.parameters():
-            # The classes start near zero; attention has to matter for the output, or no test could see it change.
+            # The classes start near zero; attention has to matter, or no test could see it change.
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
         return Tiny(name, transformer.requires_grad_(False))
@@ -72,8 +72,8 @@ def any_tiny(request: pytest.FixtureRequest, tiny: Callable[..., Tiny]) -> Tiny:
 
 
 @pytest.fixture
-def wan_pipeline(tiny: Callable[..., Tiny]) -> Callable[..., Callable[..., Tensor]]:
-    """Builder of a tiny `WanPipeline` with a method `latents(...)` that runs it from random prompt embeddings."""
+def wan_pipeline(tiny: Callable[..., Tiny]) -> Callable[..., TinyWanPipeline]:
+    """Builder of a tiny `WanPipeline`; its `latents(...)` runs it from random prompt embeddings."""
 
     def build(experts: int = 1, layers: int = 2) -> TinyWanPipeline:
         second = (
