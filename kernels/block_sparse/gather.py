@@ -19,17 +19,18 @@ def attention(
     scale: float,
     key_mask: Tensor | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Rows with lists of one length run together, so nothing is padded and no score needs a mask.
 
-    Memory beyond a copy of the inputs: CHUNK_SCORES scores and the keys and values they belong to.
+    Memory beyond copies of the inputs: CHUNK_SCORES scores (at least one row) and the keys and values they
+    belong to. Without `return_lse` the second result is left unset.
     """
     batch, seq_q, heads, dim = query.shape
     block_q, block_k, rows, cols = index.block_q, index.block_k, index.rows, index.cols
     keys, values = _blocks(key, block_k), _blocks(value, block_k)
-    valid = (
-        None if key_mask is None else F.pad(key_mask, (0, -index.seq_k % block_k)).view(batch, cols, block_k)
-    )
+    valid = key_mask
+    if valid is not None:
+        valid = F.pad(valid, (0, -index.seq_k % block_k)).view(batch, cols, block_k)
 
     counts = index.counts.expand(batch, -1, -1).flatten().long()
     offsets = index.offsets.expand(batch, -1, -1).flatten()
@@ -38,15 +39,14 @@ def attention(
     last = index.indices[(offsets + counts - 1).clamp(min=0)] if index.indices.numel() else counts - 1
     lengths = counts * block_k - short * ((last == cols - 1) & (counts > 0))
     lengths, order = lengths.sort()
-    counts, offsets = counts[order], offsets[order]
+    offsets = offsets[order]
     queries = _blocks(query, block_q).index_select(0, order)
     output = torch.empty_like(queries)
-    lse = queries.new_empty(queries.shape[:2], dtype=torch.float32) if return_lse else None
+    lse = queries.new_empty(queries.shape[:2], dtype=torch.float32)
 
     stop = 0
-    for length, size in zip(
-        *(x.tolist() for x in lengths.unique_consecutive(return_counts=True)), strict=True
-    ):
+    groups = torch.stack(lengths.unique_consecutive(return_counts=True), dim=1)
+    for length, size in groups.tolist():
         start, stop = stop, stop + size
         count = -(-length // block_k)
         steps = torch.arange(count, device=query.device)
@@ -60,15 +60,19 @@ def attention(
             k = keys.index_select(0, picked).view(shape)[:, :length]
             v = values.index_select(0, picked).view(shape)[:, :length]
             mask = None if valid is None else valid[owner // heads, kept].view(shape[:2])[:, :length]
-            output[chunk], lse_chunk = _attend(queries[chunk], k, v, scale, mask, return_lse)
-            if lse is not None:
-                lse[chunk] = lse_chunk
+            scores = _scores(queries[chunk], k, scale, mask)
+            if return_lse:
+                lse[chunk] = scores.float().logsumexp(-1)
+            weights = scores.softmax(-1)
+            if mask is not None:
+                # Without any valid key a row is NaN here; all queries of a block share the mask.
+                weights = weights.masked_fill(~mask.any(-1)[:, None, None], 0)
+            output[chunk] = weights @ v
 
     inverse = order.argsort()
     output = output.index_select(0, inverse).view(batch, heads, rows * block_q, dim)
-    if lse is not None:
-        lse = lse.index_select(0, inverse).view(batch, heads, rows * block_q)[:, :, :seq_q]
-    return output[:, :, :seq_q].transpose(1, 2), lse
+    lse = lse.index_select(0, inverse).view(batch, heads, rows * block_q)
+    return output[:, :, :seq_q].transpose(1, 2), lse[:, :, :seq_q]
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
@@ -77,16 +81,9 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return x.reshape(-1, block, x.shape[-1])
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Dense attention of a batch of rows, q [n, block_q, dim], k and v [n, keys, dim], mask [n, keys]."""
+def _scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """scale * q k^T, -inf where mask [n, keys] is False; scale and mask cost no pass of their own."""
     bias = q.new_zeros(1, 1, 1)
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)[:, None]
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2), beta=mask is not None, alpha=scale)
-    weights = scores.softmax(-1)
-    if mask is not None:
-        # Rows whose keys are all masked are NaN here; every query of a block shares the mask.
-        weights = weights.masked_fill(~mask.any(-1)[:, None, None], 0)
-    return weights @ v, scores.float().logsumexp(-1) if return_lse else None
+    return torch.baddbmm(bias, q, k.transpose(1, 2), beta=mask is not None, alpha=scale)

@@ -1,0 +1,63 @@
+"""Block-sparse attention through compiled `flex_attention`, which on CPUs gives no log-sum-exp."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from dit_accel.kernels.block_index import BlockIndex
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, index: BlockIndex, scale: float, key_mask: Tensor | None
+) -> Tensor:
+    """Pad to whole blocks and run one compiled graph, dynamic in lengths and block lists."""
+    batch, seq_q, _, _ = query.shape
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype != torch.float64 and not torch.cpu._is_amx_tile_supported():
+        # Without AMX the generated code is 2.5 times faster in float32 than in 16 bits.
+        query, key, value = query.float(), key.float(), value.float()
+    q, k, v = _pad(query, index.block_q), _pad(key, index.block_k), _pad(value, index.block_k)
+    valid = torch.zeros(batch, k.shape[2], dtype=torch.bool, device=q.device)
+    valid[:, : index.seq_k] = True if key_mask is None else key_mask
+
+    # Blocks with an invalid key are partial: only they pay for the mask.
+    partial = ~valid.view(batch, 1, 1, index.cols, index.block_k).all(-1)
+    blocks = index.to_mask()
+    output = _compiled()(
+        q, k, v, *_padded_lists(blocks & partial), *_padded_lists(blocks & ~partial), valid, scale,
+        index.block_q, index.block_k,
+    )  # fmt: skip
+    return output[:, :, :seq_q].transpose(1, 2).to(dtype)
+
+
+def _run(q, k, v, partial_counts, partial, full_counts, full, valid, scale, block_q, block_k):
+    mask = BlockMask.from_kv_blocks(
+        partial_counts,
+        partial,
+        full_counts,
+        full,
+        BLOCK_SIZE=(block_q, block_k),
+        mask_mod=lambda b, h, q_idx, kv_idx: valid[b, kv_idx],
+        compute_q_blocks=False,
+    )
+    return flex_attention(q, k, v, block_mask=mask, scale=scale)
+
+
+@lru_cache(maxsize=1)
+def _compiled():
+    return torch.compile(_run, dynamic=True, fullgraph=True)
+
+
+def _padded_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts and full-width lists, kept blocks first and ascending, as BlockMask wants them."""
+    lists = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), lists.to(torch.int32)
+
+
+def _pad(x: Tensor, block: int) -> Tensor:
+    """[batch, seq, heads, dim] -> [batch, heads, whole blocks, dim]."""
+    return F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % block))
