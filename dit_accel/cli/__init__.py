@@ -1,6 +1,7 @@
 """The `dit-accel` command. Nothing heavy is imported before a subcommand runs."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; 0 on success, 1 with one line on stderr on failure, 2 for a wrong command line."""
     args = build_parser().parse_args(argv)
     try:
-        data, text = args.run(args)
+        # stdout is for the result alone, whatever libraries print on the way.
+        with contextlib.redirect_stdout(sys.stderr):
+            data, text = args.run(args)
     except (ValueError, OSError) as error:
         print(f"dit-accel {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

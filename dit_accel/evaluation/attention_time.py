@@ -59,10 +59,8 @@ def attention_seconds(
     def left(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
         spans.append(now(device) - starts.pop())
 
-    hooks = (
-        pipe.transformer.register_forward_pre_hook(entered),
-        pipe.transformer.register_forward_hook(left),
-    )
+    transformer = pipe.transformer
+    hooks = (transformer.register_forward_pre_hook(entered), transformer.register_forward_hook(left))
     try:
         with measured.apply(pipe), _OpClock(ATTENTION_OP, device) as clock:
             generate(pipe, prompt, settings, seed=seed, on_step=on_step)

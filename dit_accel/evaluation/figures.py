@@ -1,5 +1,6 @@
 """The comparison as pictures: frames side by side, a plan's heads, the speed–quality curve."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -111,12 +112,21 @@ def save_heads(plan: AccelPlan, path: Path) -> None:
     figure.suptitle(
         f"planned density {plan.density_mean:.2f}", color=INK, weight="bold", fontsize=11.5, y=0.985
     )
+    width, height = figure.get_size_inches()
+    columns = min(len(families), int(width / 1.05))
     figure.legend(
         handles=[Patch(facecolor=colours[name], label=name) for name in families],
-        loc="lower center", ncols=min(len(families), 6), frameon=False, fontsize=9.5, handlelength=1.1,
+        loc="lower center",
+        ncols=columns,
+        title="number: kept query–key pairs in %; colour:",
+        title_fontproperties={"size": 9},
+        frameon=False,
+        fontsize=9.5,
+        handlelength=1.1,
         columnspacing=1.3,
-    )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.36 / figure.get_figheight(), 1, 1), w_pad=1.2)
+    )
+    legend_inches = 0.4 + 0.22 * math.ceil(len(families) / columns)
+    figure.tight_layout(rect=(0, legend_inches / height, 1, 1), w_pad=1.2)
     _save(figure, path)
 
 

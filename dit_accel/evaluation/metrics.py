@@ -43,7 +43,7 @@ def ssim(frames: Tensor, reference: Tensor) -> float:
         ValueError: The tensors are not float videos of equal shape.
     """
     pred, target = _checked(frames, reference)
-    return float(structural_similarity_index_measure(pred, target, data_range=1.0))
+    return float(torch.as_tensor(structural_similarity_index_measure(pred, target, data_range=1.0)))
 
 
 def latent_rel_l2(latents: Tensor, reference: Tensor) -> float:

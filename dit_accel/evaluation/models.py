@@ -67,6 +67,10 @@ def load_model(model: str, *, dtype: torch.dtype = torch.bfloat16, device: str |
     from diffusers import DiffusionPipeline
 
     folder = Path(model)
+    if not folder.exists() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
+        raise ValueError(
+            f"model: there is no directory {model}; give a pipeline directory, a Hub id, or 'demo'"
+        )
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(f"model: {model} is no diffusers pipeline, it has no model_index.json")
     try:
@@ -98,7 +102,9 @@ def resolve_settings(model: str, pipe: Any, **given: int | float | None) -> Gene
         defaults = {"num_frames": 1} | {
             name: parameters[name].default for name in names if name in parameters
         }
-    values = {name: given.get(name) if given.get(name) is not None else defaults.get(name) for name in names}
+    values: dict[str, Any] = {
+        name: given.get(name) if given.get(name) is not None else defaults.get(name) for name in names
+    }
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from dit_accel.evaluation.generate import generate_variant, quiet
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.result import FORMAT_VERSION, Evaluation, Scorer
 from dit_accel.evaluation.store import GenerationStore
-from dit_accel.evaluation.timing import dense_backend, machine
+from dit_accel.evaluation.timing import dense_backend, machine, weights_digest
 from dit_accel.evaluation.variants import Variant
 
 
@@ -67,6 +68,7 @@ def evaluate(
         fingerprint=_fingerprint(
             FORMAT_VERSION,
             model,
+            weights_digest(pipe.transformer),
             [variant.identity for variant in variants],
             list(prompts),
             settings.to_dict(),
@@ -114,6 +116,9 @@ def _complete(
     total = (
         generations * settings.num_inference_steps + len(warmed) * warmup_steps + len(timed) * attention_steps
     )
+    reused = len(result.prompts) * count - generations
+    if reused and progress:
+        tqdm.write(f"{reused} finished generations are taken over from {folder}", file=sys.stderr)
     with quiet(pipe), tqdm(total=total, unit="step", disable=not progress, smoothing=0.05) as bar:
         for variant in warmed:
             bar.set_description(f"warm-up, {variant.name}")

@@ -1,5 +1,6 @@
 """Clocks, the machine's description and the name of the attention that dense runs use."""
 
+import hashlib
 import os
 import platform
 import time
@@ -52,6 +53,17 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, str | int | N
         "diffusers": package_version("diffusers"),
         "dit_accel": package_version("dit-accel"),
     }
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Tells a retrained or adapted model from the one before, by a few values of each parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        # Quantised parameters are tensor subclasses, which need not support indexing.
+        if type(parameter) is torch.nn.Parameter and not parameter.is_meta:
+            digest.update(parameter.detach().flatten()[:8].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def dense_backend(transformer: torch.nn.Module) -> str:
