@@ -25,9 +25,8 @@ def attention(
             if key_mask is not None:
                 mask = mask & key_mask[b]
             scores = (scale * (q @ k.T)).masked_fill_(~mask, -torch.inf)
-            total = scores.logsumexp(-1, keepdim=True)
-            # A row without keys has total = -inf: exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN.
-            weights = (scores - total.masked_fill(total == -torch.inf, 0)).exp_()
+            lse[b, h] = scores.logsumexp(-1)
+            # The softmax of a row without keys is NaN; its output is defined as 0.
+            weights = scores.softmax(-1).masked_fill_(~mask.any(-1, keepdim=True), 0)
             output[b, :, h] = (weights @ v).to(query.dtype)
-            lse[b, h] = total[:, 0]
     return output, lse

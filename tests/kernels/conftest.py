@@ -1,0 +1,133 @@
+"""Fixtures of the kernel tests: attention problems, the float64 error budget, poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dit_accel.kernels import BlockIndex
+from torch import Tensor
+
+
+@dataclass
+class Problem:
+    """Inputs of one attention call and their float64 answer from SDPA with a dense mask."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    index: BlockIndex
+    key_mask: Tensor | None
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [batch, heads, seq_q, seq_k]"""
+        mask = self.index.token_mask().expand(self.query.shape[0], -1, -1, -1)
+        return mask if self.key_mask is None else mask & self.key_mask[:, None, None]
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, BlockIndex]:
+        return self.query, self.key, self.value, self.index
+
+    def expected(self) -> Tensor:
+        q, k, v = (x.double().transpose(1, 2) for x in (self.query, self.key, self.value))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+        return output.masked_fill(~self.mask.any(-1, keepdim=True), 0).transpose(1, 2)
+
+    def expected_lse(self) -> Tensor:
+        q, k = (x.double().transpose(1, 2) for x in (self.query, self.key))
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return scores.masked_fill(~self.mask, -torch.inf).logsumexp(-1)
+
+    def eager(self) -> Tensor:
+        """The textbook formula in the dtype of the inputs."""
+        q, k, v = (x.transpose(1, 2) for x in (self.query, self.key, self.value))
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~self.mask, -torch.inf)
+        weights = scores.softmax(-1).masked_fill(~self.mask.any(-1, keepdim=True), 0)
+        return (weights @ v).transpose(1, 2)
+
+    def check(self, output: Tensor) -> None:
+        """No further from float64 than eager torch in the same dtype, plus a rounding band.
+
+        The band: one rounding of the output, and a few of the accumulation in float32. In float64 the oracle
+        itself errs, so there it is the bound for sums of that many terms.
+        """
+        expected = self.expected()
+        assert output.shape == expected.shape
+        assert output.dtype == self.query.dtype
+        largest = self.value.abs().max()
+        band = (
+            torch.finfo(output.dtype).eps * expected.abs().max()
+            + 8 * torch.finfo(torch.float32).eps * largest
+        )
+        if output.dtype == torch.float64:
+            band = (self.index.seq_k + self.query.shape[-1]) * torch.finfo(torch.float64).eps * largest
+        budget = (self.eager() - expected).abs().max() + band
+        error = (output - expected).abs().max()
+        assert error <= budget, f"error {error:.2e} is over the budget {budget:.2e}"
+        dead = ~self.mask.any(-1).transpose(1, 2)
+        assert (output[dead] == 0).all()
+
+    def check_lse(self, lse: Tensor) -> None:
+        """As `check`, for the log-sum-exp: the scores are rounded once to the dtype of the inputs."""
+        expected = self.expected_lse()
+        assert lse.dtype == torch.float32
+        assert torch.equal(lse == -torch.inf, expected == -torch.inf)
+        alive = expected.isfinite()
+        band = torch.finfo(self.query.dtype).eps * max(1.0, expected[alive].abs().max().item()) * 4
+        assert (lse[alive] - expected[alive]).abs().max() <= max(band, 1e-6)
+
+
+@pytest.fixture
+def problem() -> Callable[..., Problem]:
+    """Builder of attention problems from a seed; keys of batch element 0 are half masked by `masked`."""
+
+    def build(
+        dtype: torch.dtype = torch.float32,
+        *,
+        batch: int = 2,
+        seq_q: int = 333,
+        seq_k: int = 517,
+        heads: int = 2,
+        dim: int = 64,
+        block_q: int = 64,
+        block_k: int = 64,
+        density: float = 0.4,
+        index_batch: int = 1,
+        masked: bool = False,
+        strided: bool = False,
+        dead_rows: bool = False,
+        blocks: Tensor | None = None,
+    ) -> Problem:
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(batch, n, heads, dim, dtype=dtype) for n in (seq_q, seq_k, seq_k))
+        if strided:
+            q = q.transpose(1, 2).contiguous().transpose(1, 2)
+            k = torch.stack([k, k], -1)[..., 0]
+            v = torch.cat([v, v], 1)[:, :seq_k]
+        if blocks is None:
+            shape = (index_batch, heads, -(-seq_q // block_q), -(-seq_k // block_k))
+            blocks = torch.rand(shape) < density
+        if dead_rows:
+            blocks[0, 0, ::2] = False
+        key_mask = None
+        if masked:
+            key_mask = torch.rand(batch, seq_k) < 0.5
+            key_mask[0, : seq_k // 2] = False
+        index = BlockIndex.from_mask(blocks, block_q, block_k, seq_q, seq_k)
+        return Problem(q, k, v, index, key_mask)
+
+    return build
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that an output nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
