@@ -1,0 +1,104 @@
+"""Profiles the attention calls of a running dense generation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from dit_accel.calibration.profile import profile_call
+from dit_accel.calibration.tables import ProfileSums
+from torch import Tensor
+
+from dit_accel.evaluation.timing import now
+from dit_accel.plan import Candidate
+from dit_accel.state import AccelState
+
+_GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly, so calls sample different query blocks
+
+# first_call(state, query, key, value, key_mask) of the generation
+FirstCall = Callable[[AccelState, Tensor, Tensor, Tensor, Tensor | None], None]
+
+
+class Recorder:
+    """Profiles what the `capture` of every `AccelState` of a pipeline sees during one dense generation.
+
+    Attributes:
+        sums: profiles by guidance branch.
+        progress: of every denoising step so far.
+        seconds: time spent here instead of generating.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        sampled: Mapping[int, int],
+        layers: int,
+        *,
+        first_call: FirstCall | None = None,
+    ) -> None:
+        self.sums: dict[str, ProfileSums] = {}
+        self.progress: list[float] = []
+        self.seconds = 0.0
+        self._candidates = candidates
+        self._sampled = sampled
+        self._layers = layers
+        self._first_call = first_call
+        self._calls = 0
+
+    def attach(self, state: AccelState) -> None:
+        """Listens to the calls of a transformer. A pipeline's experts share one recorder."""
+        state.capture = functools.partial(self._call, state)
+
+    def _call(
+        self,
+        state: AccelState,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+    ) -> None:
+        start = now(query.device)
+        if self._first_call is not None:
+            self._first_call(state, query, key, value, key_mask)
+            self._first_call = None
+        if not self.progress or self.progress[-1] != state.progress:
+            self.progress.append(state.progress)
+        number = self._sampled.get(len(self.progress) - 1)
+        if number is not None:
+            self._profile(number, state, layer, query, key, value, key_mask)
+        self.seconds += now(query.device) - start
+
+    def _profile(
+        self,
+        number: int,
+        state: AccelState,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+    ) -> None:
+        if state.grid is None:
+            raise RuntimeError(
+                "the token grid is unknown during profiling; set AccelState.capture before generating"
+            )
+        if state.branch not in self.sums:
+            ranges = max(self._sampled.values()) + 1
+            self.sums[state.branch] = ProfileSums.zeros(
+                ranges, self._layers, query.shape[2], len(self._candidates)
+            )
+        with torch.no_grad():
+            call = profile_call(
+                query,
+                key,
+                value,
+                state.grid,
+                self._candidates,
+                block=state.plan.block,
+                phase=self._calls * _GOLDEN % 1.0,
+                key_mask=key_mask,
+            )
+        self._calls += 1
+        self.sums[state.branch].add_call(number, layer, call)

@@ -1,0 +1,169 @@
+"""The whole calibration: dense runs with profiling, choice, closed loop, report, plan."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from dit_accel.calibration.candidates import default_candidates
+from dit_accel.calibration.checkpoint import Checkpoint
+from dit_accel.calibration.choose import choose, multiplier_for_density
+from dit_accel.calibration.schedule import range_bounds, range_starts
+from dit_accel.calibration.stages import LATENCY_STEPS, Stages
+from dit_accel.calibration.tables import build_profile
+from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
+from dit_accel.pipelines import family_of
+from torch import nn
+from tqdm import tqdm
+
+from dit_accel.evaluation.generate import quiet
+from dit_accel.evaluation.metrics import PSNR_CEILING_DB
+from dit_accel.evaluation.models import GenerationSettings
+from dit_accel.evaluation.timing import machine
+from dit_accel.plan import AccelPlan, config_hash_of
+
+# What a calibration depends on besides its arguments and the model: latencies belong to a machine.
+_MACHINE = ("cpu", "gpu", "threads", "dtype", "torch", "diffusers", "dit_accel")
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    height: int,
+    width: int,
+    num_frames: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    target_psnr: float | None = None,
+    density: float | None = None,
+    output_dir: str | Path | None = None,
+    seed: int = 0,
+    held_out_prompts: Sequence[str] | None = None,
+    progress: bool = True,
+) -> AccelPlan:
+    """Measure a pipeline's attention heads and return the fastest plan at the quality asked for.
+
+    Prompt i is generated densely once, with the seed `seed + i`, while its attention is profiled and the
+    latency of every candidate is measured; then each step range, layer and head gets a candidate. With
+    `target_psnr` up to five accelerated generations of the first two prompts steer the choice. Two prompts
+    are enough; more cost a dense generation each.
+
+    Args:
+        pipe: a diffusers pipeline with a supported transformer, without a plan on it; it is left as it was.
+        prompts: calibration prompts.
+        height, width: pixels.
+        num_frames: frames of the video; image pipelines do not read it.
+        target_psnr: mean PSNR in dB against the dense runs that the plan should reach.
+        density: mean density over all attention calls that the plan should have, instead of a PSNR.
+        output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
+            any moment and called again with the same arguments, it continues and ends with the same plan.
+        held_out_prompts: further prompts on which PSNR and speed-up are measured, see `plan.validated`.
+
+    Raises:
+        ValueError: not exactly one of target_psnr and density, no prompts, an unsupported pipeline or one
+            with a plan, or an output_dir that holds a calibration with other arguments.
+
+    Example:
+        >>> plan = calibrate(pipe, ["a red circle moves left"], height=192, width=336, num_frames=33,
+        ...                  num_inference_steps=20, guidance_scale=5.0, target_psnr=30.0, output_dir="plan")
+    """
+    prompts, held_out = _texts("prompts", prompts), _texts("held_out_prompts", held_out_prompts or [])
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    _check_goal(target_psnr, density)
+    settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
+    objective = {"target_psnr": target_psnr, "density": density, "seed": seed, **settings.to_dict()}
+    candidates = default_candidates()
+    fingerprint = {
+        "prompts": prompts,
+        "held_out_prompts": held_out,
+        **objective,
+        "candidates": [candidate.label for candidate in candidates],
+        **_describe(pipe),
+    }
+    checkpoint = Checkpoint(None if output_dir is None else Path(output_dir) / "calibration", fingerprint)
+    generations = generations_needed(len(prompts), len(held_out), searching=target_psnr is not None)
+    steps = generations * num_inference_steps + (0 if checkpoint.load("latency") else LATENCY_STEPS)
+    bounds = range_bounds(num_inference_steps)
+    with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar:
+        stages = Stages(pipe, settings, candidates, bounds, checkpoint, bar)
+        runs = [stages.profiled(f"dense_{i}", prompt, seed + i) for i, prompt in enumerate(prompts)]
+        profile = build_profile(
+            [run.sums for run in runs],
+            stages.latency(),
+            dense=[candidate.family for candidate in candidates].index("dense"),
+            bounds=bounds,
+            progress=runs[0].progress,
+            guidance_scale=guidance_scale,
+        )
+        draft = AccelPlan(
+            candidates=candidates,
+            choice=torch.zeros(profile.recall.shape[:3], dtype=torch.int16),
+            range_starts=range_starts(bounds, runs[0].progress),
+            layers=stages.layers,
+            model_class=family_of(pipe.transformer).transformer_class,
+            config_hash=config_hash_of(pipe.transformer),
+            grid=runs[0].grid,
+            objective=objective,
+        )
+        validation = Validation(stages, draft, profile.tables, runs, prompts, held_out, seed)
+        if target_psnr is None:
+            choice = choose(profile.tables, multiplier_for_density(profile.tables, density or 0.0))
+        else:
+            choice = validation.meet(target_psnr)
+        validated = validation.report(choice)
+    plan = replace(draft, choice=choice, validated=validated, **profile.measures(choice))
+    if not validated.get("target_met", True):
+        tqdm.write(
+            f"target_psnr {target_psnr:g} dB was not reached in {MAX_TRIALS} generations; the plan is the "
+            f"most faithful that was tried, {validated['psnr_calibration']:.2f} dB on the calibration prompts"
+        )
+    if output_dir is not None:
+        plan.save_pretrained(output_dir)
+    return plan
+
+
+def _texts(name: str, prompts: Sequence[str]) -> list[str]:
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"{name}: expected a list of strings, got {prompts!r}")
+    return list(prompts)
+
+
+def _check_goal(target_psnr: float | None, density: float | None) -> None:
+    if (target_psnr is None) == (density is None):
+        raise ValueError(
+            "expected exactly one of target_psnr and density, "
+            f"got target_psnr={target_psnr!r}, density={density!r}"
+        )
+    if density is not None and not 0.0 < density <= 1.0:
+        raise ValueError(f"density: expected a number above 0 and up to 1, got {density!r}")
+    if target_psnr is not None and not 0.0 < target_psnr < PSNR_CEILING_DB:
+        raise ValueError(
+            f"target_psnr: expected dB above 0 and below {PSNR_CEILING_DB:g}, got {target_psnr!r}"
+        )
+
+
+def _describe(pipe: Any) -> dict[str, Any]:
+    """The model and the machine, as JSON values."""
+    here = machine(pipe._execution_device, pipe.transformer.dtype)
+    return {
+        "model_class": type(pipe.transformer).__name__,
+        "config_hash": config_hash_of(pipe.transformer),
+        "weights": _weights_digest(pipe.transformer),
+        **{name: here[name] for name in _MACHINE},
+    }
+
+
+def _weights_digest(transformer: nn.Module) -> str:
+    """Tells a retrained or adapted model from the one before by a few values of each plain parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in transformer.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if type(parameter) is nn.Parameter and not parameter.is_meta:
+            digest.update(parameter.detach().flatten()[:8].double().cpu().numpy().tobytes())
+    return digest.hexdigest()

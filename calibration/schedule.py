@@ -1,0 +1,61 @@
+"""Splits the denoising steps into ranges, picks the steps to profile and weighs each step's error."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+# Where the ranges begin, as fractions of the steps: finer early, where the picture is decided.
+RANGE_FRACTIONS = (0.0, 0.1, 0.3, 0.6)
+
+# Standard deviation of the latents' dominant directions, in units of the noise. Layout and large shapes are
+# common to many latent values, so along those directions the signal is several times stronger than the noise.
+_SIGNAL_STD = 4.0
+
+
+def range_bounds(steps: int, fractions: Sequence[float] = RANGE_FRACTIONS) -> tuple[int, ...]:
+    """Step index at which each range begins, followed by `steps`; every range has at least one step.
+
+    Raises:
+        ValueError: if there is no step.
+    """
+    if steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+    starts: list[int] = []
+    for fraction in fractions:
+        start = max(round(fraction * steps), starts[-1] + 1 if starts else 0)
+        if start < steps:
+            starts.append(start)
+    return (*starts, steps)
+
+
+def sampled_steps(bounds: Sequence[int], per_range: int) -> dict[int, int]:
+    """Steps to profile, spread evenly over each range: {step: range}."""
+    chosen = {}
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        count = min(per_range, stop - start)
+        for i in range(count):
+            chosen[start + (2 * i + 1) * (stop - start) // (2 * count)] = number
+    return chosen
+
+
+def range_starts(bounds: Sequence[int], progress: Sequence[float]) -> tuple[float, ...]:
+    """Progress at which each range begins: midway between its first step and the one before."""
+    return (0.0, *((progress[b - 1] + progress[b]) / 2 for b in bounds[1:-1]))
+
+
+def range_weights(bounds: Sequence[int], progress: Sequence[float]) -> tuple[float, ...]:
+    """How much an equal relative error of the prediction in each range counts in the final latents.
+
+    An error at noise level s = 1 - progress moves the latents by the step's length. Along a direction in
+    which the data is Gaussian with standard deviation a, the flow from there to the end scales it by a /
+    sqrt((1 - s)^2 a^2 + s^2), the ratio of the standard deviations of x_0 and x_s = (1 - s) x_0 + s * noise.
+    Errors of different steps add in squares.
+    """
+    ends = [*progress[1:], 1.0]
+    effect = []
+    for now, end in zip(progress, ends, strict=True):
+        noise = 1.0 - now
+        gain = _SIGNAL_STD / ((now * _SIGNAL_STD) ** 2 + noise**2) ** 0.5
+        effect.append(((end - now) * gain) ** 2)
+    return tuple(sum(effect[start:stop]) for start, stop in itertools.pairwise(bounds))

@@ -1,0 +1,175 @@
+"""Finds the plan that meets a PSNR target with few generations.
+
+Over the useful range PSNR falls almost linearly with the logarithm of the plan's predicted error, at a slope
+that all prompts share and a height that differs between them. Each generation adds one point to that line,
+whatever its prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from dit_accel.calibration.choose import choose, most_faithful_multiplier, multiplier_for_error, total_error
+from dit_accel.calibration.tables import Tables
+from torch import Tensor
+
+from dit_accel.evaluation.metrics import PSNR_CEILING_DB
+
+TOLERANCE_DB = 0.7  # a plan may exceed the target by this much before a faster one is looked for
+_AIM_DB = TOLERANCE_DB / 2
+_LARGEST_MOVE = 1.0  # decades of error beyond the points measured so far
+
+# What is believed before the first generation, as (mean, standard deviation).
+_HEIGHT_DB = (10.0, 8.0)
+_SLOPE_DB = (8.0, 3.0)  # per decade of squared error; 10 would be an error that reaches the frames unchanged
+_PROMPT_DB = (0.0, 2.0)
+# A line describes the curve only near the target, so points far from it say less.
+_MISFIT_DB, _MISFIT_PER_DB = 0.15, 0.15
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One generation: `plan` names the plan, `log_error` is log10 of its predicted error."""
+
+    plan: str
+    prompt: int
+    log_error: float
+    psnr: float
+
+
+class Line:
+    """The line fitted to trials: `psnr(prompt, log_error)`, by least squares with the prior beliefs above."""
+
+    def __init__(self, trials: Sequence[Trial], prompts: int, target: float) -> None:
+        unknowns = 2 + prompts
+        rows, values = [], []
+
+        def observe(coefficients: dict[int, float], value: float, deviation: float) -> None:
+            row = np.zeros(unknowns)
+            row[list(coefficients)] = list(coefficients.values())
+            rows.append(row / deviation)
+            values.append(value / deviation)
+
+        observe({0: 1.0}, *_HEIGHT_DB)
+        observe({1: 1.0}, *_SLOPE_DB)
+        for prompt in range(prompts):
+            observe({2 + prompt: 1.0}, *_PROMPT_DB)
+        for trial in trials:
+            misfit = _MISFIT_DB + _MISFIT_PER_DB * abs(trial.psnr - target)
+            observe({0: 1.0, 1: -trial.log_error, 2 + trial.prompt: 1.0}, trial.psnr, misfit)
+        solution = np.linalg.lstsq(np.stack(rows), np.array(values), rcond=None)[0]
+        self._height, self._slope = float(solution[0]), max(float(solution[1]), 1.0)
+        self._offsets = [float(offset) for offset in solution[2:]]
+
+    def psnr(self, prompt: int, log_error: float) -> float:
+        """Expected PSNR of one prompt in dB."""
+        return self._height + self._offsets[prompt] - self._slope * log_error
+
+    def log_error(self, psnr: float) -> float:
+        """The log10 error at which the mean over the prompts is expected to have this PSNR."""
+        return (self._height + float(np.mean(self._offsets)) - psnr) / self._slope
+
+
+def next_log_error(trials: Sequence[Trial], prompts: int, target: float) -> float:
+    """Where to try next: the error expected to land in the middle of the accepted band."""
+    wanted = Line(trials, prompts, target).log_error(target + _AIM_DB)
+    if not trials:
+        return wanted
+    tried = [trial.log_error for trial in trials]
+    return min(max(wanted, min(tried) - _LARGEST_MOVE), max(tried) + _LARGEST_MOVE)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found: the plan's multiplier, its mean PSNR in dB, and whether that meets the target.
+
+    `trials` are all that were run and `plan` names the one chosen among them; None is the all-dense plan.
+    """
+
+    multiplier: float
+    psnr: float
+    met: bool
+    plan: str | None
+    trials: tuple[Trial, ...]
+
+
+def search(
+    tables: Tables, prompts: int, target: float, measure: Callable[[int, Tensor, int], float], max_trials: int
+) -> Outcome:
+    """Looks for the fastest plan whose mean PSNR over the prompts is at least `target`.
+
+    Prompts take turns while the error is moved; a plan that should be right is then measured on the others
+    too. Ends when a plan measured on every prompt lies in [target, target + TOLERANCE_DB], or after
+    `max_trials` generations.
+
+    Args:
+        measure: `measure(number of the trial, choice, prompt)` generates and returns the PSNR in dB.
+    """
+    trials: list[Trial] = []
+    multipliers: dict[str, float] = {}
+    while len(trials) < max_trials:
+        wanted = _unfinished(trials, prompts, target)
+        if wanted is None:
+            multiplier = multiplier_for_error(tables, 10 ** next_log_error(trials, prompts, target))
+            if not trials and total_error(tables, choose(tables, multiplier)) == 0.0:
+                # Belief alone does not rule out every sparse plan.
+                multiplier = most_faithful_multiplier(tables)
+            name = plan_name(choose(tables, multiplier))
+            multipliers.setdefault(name, multiplier)
+            left = [p for p in range(prompts) if not any((t.plan, t.prompt) == (name, p) for t in trials)]
+            if not left:
+                break  # the error wanted lies between two neighbouring plans, and both are known
+            wanted = name, min(left, key=lambda p: sum(t.prompt == p for t in trials))
+        name, prompt = wanted
+        choice = choose(tables, multipliers[name])
+        error = total_error(tables, choice)
+        if error == 0.0:
+            return Outcome(multipliers[name], PSNR_CEILING_DB, True, None, tuple(trials))
+        psnr = measure(len(trials), choice, prompt)
+        trials.append(Trial(name, prompt, math.log10(error), psnr))
+        values = _measured(trials, name)
+        if len(values) == prompts and target <= fmean(values.values()) <= target + TOLERANCE_DB:
+            break
+    name = _best(trials, prompts, target)
+    psnr = _expected(trials, name, prompts, target)
+    return Outcome(multipliers[name], psnr, psnr >= target, name, tuple(trials))
+
+
+def plan_name(choice: Tensor) -> str:
+    """Equal for equal choices."""
+    return hashlib.sha256(choice.numpy().tobytes()).hexdigest()[:16]
+
+
+def _best(trials: Sequence[Trial], prompts: int, target: float) -> str:
+    """The fastest plan that was measured to meet the target, else is expected to, else the most faithful."""
+    good = [trial for trial in trials if _expected(trials, trial.plan, prompts, target) >= target]
+    measured = [trial for trial in good if len(_measured(trials, trial.plan)) == prompts]
+    if measured or good:
+        return max(measured or good, key=lambda trial: trial.log_error).plan
+    return min(trials, key=lambda trial: trial.log_error).plan
+
+
+def _measured(trials: Sequence[Trial], plan: str) -> dict[int, float]:
+    return {trial.prompt: trial.psnr for trial in trials if trial.plan == plan}
+
+
+def _expected(trials: Sequence[Trial], plan: str, prompts: int, target: float) -> float:
+    """Mean PSNR of a plan; prompts it was not tried on are read off the line."""
+    line = Line(trials, prompts, target)
+    log_error = next(trial.log_error for trial in trials if trial.plan == plan)
+    values = {prompt: line.psnr(prompt, log_error) for prompt in range(prompts)} | _measured(trials, plan)
+    return fmean(values.values())
+
+
+def _unfinished(trials: Sequence[Trial], prompts: int, target: float) -> tuple[str, int] | None:
+    """A (plan, prompt) worth completing: measured on some prompts, expected to land in the band on all."""
+    for plan in dict.fromkeys(trial.plan for trial in reversed(trials)):
+        missing = sorted(set(range(prompts)) - set(_measured(trials, plan)))
+        if missing and target <= _expected(trials, plan, prompts, target) <= target + TOLERANCE_DB:
+            return plan, missing[0]
+    return None

@@ -1,0 +1,210 @@
+"""The parts of a calibration that take time; each is done once, by this process or by an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from dit_accel.calibration.capture import Recorder
+from dit_accel.calibration.checkpoint import Checkpoint
+from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
+from dit_accel.calibration.schedule import sampled_steps
+from dit_accel.calibration.tables import ProfileSums
+from dit_accel.pipelines import family_of
+from torch import Tensor
+from tqdm import tqdm
+
+from dit_accel.enable import disable, enable, states
+from dit_accel.evaluation.generate import Generation, generate
+from dit_accel.evaluation.metrics import psnr
+from dit_accel.evaluation.models import GenerationSettings
+from dit_accel.evaluation.timing import now
+from dit_accel.grid import TokenGrid
+from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.state import AccelState
+
+_SAMPLED_STEPS_PER_RANGE = 2
+# The latency measurement on the progress bar, in steps of a generation.
+LATENCY_STEPS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRun:
+    """A dense generation, and what was measured during it if it was profiled.
+
+    frames: `[frames, height, width, 3]`, float in [0, 1].
+    seconds: of the generation alone; profile_seconds come on top.
+    sums: by guidance branch.
+    progress: of each step.
+    """
+
+    frames: Tensor
+    seconds: float
+    profile_seconds: float
+    sums: dict[str, ProfileSums]
+    progress: list[float]
+    grid: TokenGrid
+
+
+@dataclass(frozen=True)
+class AcceleratedRun:
+    """A generation with a plan: PSNR in dB against the dense one."""
+
+    psnr: float
+    seconds: float
+
+
+class Stages:
+    """Runs or loads the stages of one calibration; `bar` counts denoising steps."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        settings: GenerationSettings,
+        candidates: Sequence[Candidate],
+        bounds: Sequence[int],
+        checkpoint: Checkpoint,
+        bar: tqdm,
+    ) -> None:
+        self._pipe = pipe
+        self._settings = settings
+        self._candidates = candidates
+        self._bounds = bounds
+        self._checkpoint = checkpoint
+        self._bar = bar
+        self._attention = family_of(pipe.transformer).attention_modules(pipe.transformer)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the attention modules in forward order."""
+        return tuple(self._attention)
+
+    def profiled(self, name: str, prompt: str, seed: int) -> DenseRun:
+        """Generates densely and profiles attention on the way; the very first call times the candidates."""
+        stage = self._load(name)
+        if stage is None:
+            timed = self._checkpoint.load("latency") is not None
+            recorder = Recorder(
+                self._candidates,
+                sampled_steps(self._bounds, _SAMPLED_STEPS_PER_RANGE),
+                len(self._attention),
+                first_call=None if timed else self._measure_latency,
+            )
+            with self._enabled(AccelPlan.preset("dense")) as all_states:
+                for state in all_states:
+                    recorder.attach(state)
+                made = self._generate(name, prompt, seed)
+                grid = next(state.grid for state in all_states if state.grid is not None)
+            steps = self._settings.num_inference_steps
+            if len(recorder.progress) < steps:
+                raise ValueError(
+                    f"scheduler: expected {steps} steps with different timesteps, "
+                    f"got {len(recorder.progress)}; give the pipeline another scheduler"
+                )
+            tensors = {"frames": made.frames}
+            for branch, sums in recorder.sums.items():
+                tensors |= {f"{key}.{branch}": tensor for key, tensor in sums.tensors().items()}
+            values = {
+                "seconds": made.seconds - recorder.seconds,
+                "profile_seconds": recorder.seconds,
+                "branches": list(recorder.sums),
+                "progress": recorder.progress,
+                "grid": asdict(grid),
+            }
+            stage = self._checkpoint.save(name, tensors, values)
+        tensors, values = stage
+        sums = {
+            branch: ProfileSums({key: tensors[f"{key}.{branch}"] for key in ProfileSums.NAMES})
+            for branch in values["branches"]
+        }
+        return DenseRun(
+            tensors["frames"],
+            values["seconds"],
+            values["profile_seconds"],
+            sums,
+            values["progress"],
+            TokenGrid(**values["grid"]),
+        )
+
+    def latency(self) -> Latency:
+        """Latency of every candidate, known after the first `profiled`."""
+        stage = self._checkpoint.load("latency")
+        if stage is None:
+            raise RuntimeError(
+                "latencies are measured during the first profiled generation, which is still to come"
+            )
+        return Latency(stage[0]["candidates"], stage[1]["plain"])
+
+    def dense(self, name: str, prompt: str, seed: int) -> tuple[Tensor, float]:
+        """Frames and seconds of a plain dense generation."""
+        stage = self._load(name)
+        if stage is None:
+            made = self._generate(name, prompt, seed)
+            stage = self._checkpoint.save(name, {"frames": made.frames}, {"seconds": made.seconds})
+        return stage[0]["frames"], stage[1]["seconds"]
+
+    def accelerated(
+        self, name: str, plan: AccelPlan, prompt: str, seed: int, dense: Tensor
+    ) -> AcceleratedRun:
+        """Generates with a plan and compares with the dense frames."""
+        stage = self._load(name)
+        if stage is None:
+            with self._enabled(plan):
+                made = self._generate(name, prompt, seed)
+            values = {"psnr": psnr(made.frames, dense), "seconds": made.seconds}
+            stage = self._checkpoint.save(name, {"choice": plan.choice}, values)
+        return AcceleratedRun(**stage[1])
+
+    def skip(self, generations: int) -> None:
+        """Takes generations that are not needed off the progress bar."""
+        self._bar.total -= generations * self._settings.num_inference_steps
+        self._bar.refresh()
+
+    def _load(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
+        stage = self._checkpoint.load(name)
+        if stage is not None:
+            self.skip(1)
+        return stage
+
+    def _generate(self, name: str, prompt: str, seed: int) -> Generation:
+        self._bar.set_description(name.replace("_", " "))
+        return generate(self._pipe, prompt, self._settings, seed=seed, on_step=self._bar.update)
+
+    @contextmanager
+    def _enabled(self, plan: AccelPlan) -> Iterator[list[AccelState]]:
+        enable(self._pipe, plan)
+        try:
+            yield states(self._pipe)
+        finally:
+            disable(self._pipe)
+
+    def _measure_latency(
+        self, state: AccelState, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
+    ) -> None:
+        if state.grid is None:
+            raise RuntimeError(
+                "the token grid is unknown; AccelState.capture must be set before the generation"
+            )
+        mask = None if key_mask is None else key_mask[:, None, None]
+        backend = getattr(next(iter(self._attention.values())).processor, "_attention_backend", None)
+        share = LATENCY_STEPS / latency_calls(self._candidates)
+        self._bar.set_description("latency")
+        start = now(query.device)
+        with torch.no_grad():
+            latency = measure_latency(
+                query,
+                key,
+                value,
+                state.grid,
+                self._candidates,
+                lambda q, k, v: dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend),
+                block=state.plan.block,
+                key_mask=key_mask,
+                on_call=lambda: self._bar.update(share),
+            )
+        values = {"plain": latency.plain, "seconds": now(query.device) - start}
+        self._checkpoint.save("latency", {"candidates": latency.candidates}, values)

@@ -1,0 +1,160 @@
+"""From sums over profiled calls and measured latencies to the tables a plan is chosen from."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from dit_accel.calibration.cost import Latency
+from dit_accel.calibration.profile import CallProfile
+from dit_accel.calibration.schedule import range_weights
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """What a plan is chosen from.
+
+    Attributes:
+        error: float64 `[ranges, layers, heads, candidates]`, weighted squared error of a head over a range.
+        cost: float64 `[ranges, candidates]`, milliseconds one head takes over all calls of a range.
+        plain_cost: float64 `[ranges]`, the same for a head of an all-dense layer, which runs on the original
+            attention.
+        density: float64 `[candidates]`, kept pairs / all pairs.
+        calls: float64 `[ranges]`, attention calls of one layer in a range: the weight of a range in a mean.
+        dense: index of the dense candidate.
+    """
+
+    error: Tensor
+    cost: Tensor
+    plain_cost: Tensor
+    density: Tensor
+    calls: Tensor
+    dense: int
+
+    def __post_init__(self) -> None:
+        if self.error.ndim != 4:
+            raise ValueError(
+                f"error must be [ranges, layers, heads, candidates], got {tuple(self.error.shape)}"
+            )
+        ranges, _, _, candidates = self.error.shape
+        expected = {
+            "cost": (ranges, candidates),
+            "plain_cost": (ranges,),
+            "density": (candidates,),
+            "calls": (ranges,),
+        }
+        for name, shape in expected.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"{name} must be {list(shape)}, got {tuple(getattr(self, name).shape)}")
+        if not 0 <= self.dense < candidates:
+            raise ValueError(f"dense must be in 0..{candidates - 1}, got {self.dense}")
+
+
+class ProfileSums:
+    """Sums of call profiles, kept by step range and layer, for one guidance branch.
+
+    `mass`, `error`, `norm`: float64 `[ranges, layers, heads, candidates]`; `rows`, `density`: `[ranges,
+    layers, candidates]`; `calls`: `[ranges, layers]`.
+    """
+
+    NAMES = ("mass", "error", "norm", "rows", "density", "calls")
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.mass, self.error, self.norm, self.rows, self.density, self.calls = (
+            tensors[n] for n in self.NAMES
+        )
+
+    @classmethod
+    def zeros(cls, ranges: int, layers: int, heads: int, candidates: int) -> ProfileSums:
+        """Nothing profiled yet."""
+        per_head, per_layer = (ranges, layers, heads, candidates), (ranges, layers, candidates)
+        shapes = (per_head, per_head, per_head, per_layer, per_layer, (ranges, layers))
+        return cls({n: torch.zeros(s, dtype=torch.float64) for n, s in zip(cls.NAMES, shapes, strict=True)})
+
+    def add_call(self, number: int, layer: int, call: CallProfile) -> None:
+        """Adds one call of a layer in range `number`."""
+        for name in ("mass", "error", "norm", "rows", "density"):
+            getattr(self, name)[number, layer] += getattr(call, name)
+        self.calls[number, layer] += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name, as the constructor takes them."""
+        return {name: getattr(self, name) for name in self.NAMES}
+
+    def __add__(self, other: ProfileSums) -> ProfileSums:
+        return ProfileSums({name: getattr(self, name) + getattr(other, name) for name in self.NAMES})
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Recall and rel_l2 over all branches, float64 `[ranges, layers, heads, candidates]`, and more."""
+
+    recall: Tensor
+    rel_l2: Tensor
+    latency: Latency
+    tables: Tables
+
+    def measures(self, choice: Tensor) -> dict[str, Tensor]:
+        """Recall, error and latency of the chosen candidates, float32 `[ranges, layers, heads]`."""
+        at = choice.long()[..., None]
+        latency_ms = self.latency.candidates[choice.long()]
+        latency_ms[(choice == self.tables.dense).all(-1)] = self.latency.plain
+        return {
+            "recall": self.recall.gather(-1, at)[..., 0].float(),
+            "rel_l2": self.rel_l2.gather(-1, at)[..., 0].float(),
+            "latency_ms": latency_ms.float(),
+        }
+
+
+def build_profile(
+    runs: Sequence[Mapping[str, ProfileSums]],
+    latency: Latency,
+    *,
+    dense: int,
+    bounds: Sequence[int],
+    progress: Sequence[float],
+    guidance_scale: float,
+) -> Profile:
+    """Combines branches, ranges and latencies.
+
+    A head's error enters relative to the norm of its whole layer's output: what the layer's projection
+    receives. Classifier- free guidance predicts g * cond - (g - 1) * uncond, so squared errors of the
+    branches are averaged with g^2 and (g - 1)^2; ranges are weighted by `range_weights`, layers equally.
+
+    Args:
+        runs: of each prompt the sums by branch name; "cond" and "uncond" are the guided pair, other branches
+            count alike.
+        bounds, progress: see `schedule`.
+    """
+    branches = list(runs[0])
+    sums = {branch: functools.reduce(operator.add, (run[branch] for run in runs)) for branch in branches}
+    guided = {"cond": guidance_scale**2, "uncond": (guidance_scale - 1) ** 2}
+    weights = [guided.get(branch, 1.0) if set(guided) <= set(branches) else 1.0 for branch in branches]
+    relative = torch.zeros_like(sums[branches[0]].error)
+    for weight, branch in zip(weights, branches, strict=True):
+        layer_norm = sums[branch].norm.sum(2, keepdim=True).clamp(min=1e-30)
+        relative += weight / sum(weights) * sums[branch].error / layer_norm
+    both = functools.reduce(operator.add, sums.values())
+    lengths = torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=torch.float64)
+    calls = lengths * len(branches)
+    in_range = torch.tensor(range_weights(bounds, progress), dtype=torch.float64)
+    error = in_range.view(-1, 1, 1, 1) * relative / relative.shape[1]
+    error[..., dense] = 0.0  # not even rounding: nothing is more faithful than dense
+    return Profile(
+        recall=both.mass / both.rows[:, :, None].clamp(min=1),
+        rel_l2=(both.error / both.norm.clamp(min=1e-30)).sqrt(),
+        latency=latency,
+        tables=Tables(
+            error=error,
+            cost=calls[:, None] * latency.candidates,
+            plain_cost=calls * latency.plain,
+            density=both.density.sum((0, 1)) / both.calls.sum(),
+            calls=calls,
+            dense=dense,
+        ),
+    )

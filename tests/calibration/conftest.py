@@ -1,0 +1,32 @@
+"""A tiny Wan pipeline whose attention matters, at a size that has several blocks and no round number."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from torch import nn
+
+# 3 frames x 9 x 11 = 297 tokens: five blocks of 64, the last one short.
+SIZE = {"height": 144, "width": 176, "num_frames": 9}
+
+
+@pytest.fixture(scope="session")
+def lively_wan_dir(tiny_wan_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the tiny pipeline with weights large enough that every head changes the frames."""
+    pipe = WanPipeline.from_pretrained(tiny_wan_dir)
+    torch.manual_seed(0)
+    for parameter in pipe.transformer.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+    directory = tmp_path_factory.mktemp("lively-wan")
+    pipe.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def pipe(lively_wan_dir: Path) -> WanPipeline:
+    """The pipeline, without its progress bar."""
+    pipe = WanPipeline.from_pretrained(lively_wan_dir)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
