@@ -1,0 +1,33 @@
+# The README's two commands. Each sets itself up on a bare machine and is safe to repeat.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONSAFEPATH := 1
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types clean
+
+demo: $(STAMP)
+	$(BIN)/dit-accel demo --output outputs/demo
+
+test: $(STAMP) lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	rm -rf build/types && mkdir -p build/types
+	cp -r dit_accel build/types/dit_accel
+	cp -r kernels pipelines calibration build/types/dit_accel/
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dit_accel
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build outputs *.egg-info
