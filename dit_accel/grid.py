@@ -131,8 +131,8 @@ def _tile_places(grid: TokenGrid, frames: int, height: int, width: int) -> Tenso
     t, h, w = grid.coordinates().unbind(-1)
     slabs, pencils = math.ceil(grid.frames / frames), math.ceil(grid.height / height)
     slab = t * slabs // grid.frames
+    h = torch.where(slab % 2 == 1, grid.height - 1 - h, h)
     pencil = h * pencils // grid.height
-    pencil = torch.where(slab % 2 == 0, pencil, pencils - 1 - pencil)
     back = (slab * pencils + pencil) % 2 == 1
     column = torch.where(back, grid.width - 1 - w, w)
     key = (slab * pencils + pencil) * grid.width + column

@@ -253,7 +253,7 @@ class AccelPlan:
         directory = local_directory(directory_or_repo_id)
         config, tensors = read_files(directory, _FIELDS)
         file = str(directory / CONFIG_FILE)
-        values = {name: config[name] for name in _FIELDS}
+        values: dict[str, Any] = {name: config[name] for name in _FIELDS}
         values["candidates"] = tuple(
             _parsed(file, f"candidates[{number}]", Candidate.from_dict, entry)
             for number, entry in enumerate(config["candidates"])
@@ -270,7 +270,7 @@ class AccelPlan:
                 str(directory / TENSOR_FILE), "tensors", known, ", ".join(sorted(tensors)) or "none"
             )
         try:
-            return cls(**values, **tensors)
+            return cls(**(values | tensors))
         except PlanError as error:
             name = TENSOR_FILE if error.field in {"choice", *MEASURES} else CONFIG_FILE
             raise PlanError(str(directory / name), error.field, error.expected, error.got) from error

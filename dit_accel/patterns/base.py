@@ -112,7 +112,7 @@ class Family:
 
     def check_density(self, density: float) -> None:
         """Raise ValueError for a density the family cannot have."""
-        if not 0.0 <= density <= 1.0:
+        if isinstance(density, bool | str) or not 0.0 <= density <= 1.0:
             raise ValueError(f"density: expected a number from 0 to 1, got {density!r}")
         if self.density is not None and density != self.density:
             raise ValueError(f"family {self.name!r} has density {self.density} only, got {density!r}")

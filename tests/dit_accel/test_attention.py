@@ -1,0 +1,167 @@
+"""Attention with a pattern per head equals SDPA with the masks of those patterns."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel.attention import attend
+from dit_accel.grid import TokenGrid
+from dit_accel.patterns import select
+from dit_accel.plan import Candidate
+
+BLOCK = 16
+CANDIDATES = (
+    Candidate("dense", 1.0),
+    Candidate("skip", 0.0),
+    Candidate("window", 0.3),
+    Candidate("bands", 0.2),
+    Candidate("bands", 0.2, (("order", "space"),)),
+    Candidate("stripes", 0.25, (("sinks", 2),)),
+    Candidate("pooled", 0.3),
+    Candidate("pooled", 0.5, (("order", "frame"), ("top_p", 0.8))),
+)
+GRIDS = [
+    pytest.param(TokenGrid(5, 7, 9), id="5x7x9"),
+    pytest.param(TokenGrid(1, 9, 14), id="one-frame"),
+    pytest.param(TokenGrid(1, 1, 70), id="one-row"),
+    pytest.param(TokenGrid(3, 5, 7, text_tokens=9), id="text-after"),
+    pytest.param(TokenGrid(3, 5, 7, text_tokens=9, text_first=True), id="text-before"),
+]
+ROWS = [
+    pytest.param([2, 2, 2], id="one-family"),
+    pytest.param([6], id="broadcast"),
+    pytest.param([3, 0, 3], id="model-order"),
+    pytest.param([0, 1, 6], id="dense-skip-pooled"),
+    pytest.param([4, 5, 2], id="three-orders"),
+    pytest.param([7, 6, 1], id="dynamic-orders"),
+]
+
+
+def inputs(
+    grid: TokenGrid, heads: int = 3, batch: int = 2, dim: int = 16, dtype=torch.float64
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return list(torch.randn(3, batch, grid.total_tokens, heads, dim, generator=generator).to(dtype))
+
+
+def row_mask(query: Tensor, key: Tensor, grid: TokenGrid, row: list[int]) -> Tensor:
+    """The pairs each head keeps, bool `[batch, heads, seq, seq]`, selected head by head."""
+    masks = []
+    for head in range(query.shape[2]):
+        candidate = CANDIDATES[row[head % len(row)]]
+        q, k = query[:, :, head : head + 1], key[:, :, head : head + 1]
+        options = dict(candidate.options)
+        chosen = select(candidate.family, q, k, grid, density=candidate.density, block=BLOCK, **options)
+        masks.append(chosen.mask().expand(len(query), -1, -1, -1))
+    return torch.cat(masks, dim=1)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """Eager attention; rows without a key give zero."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return output.masked_fill(~mask.any(-1, keepdim=True), 0.0).transpose(1, 2)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all-keys", "key-mask"])
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_equals_masked_sdpa_in_float64(grid: TokenGrid, row: list[int], masked: bool) -> None:
+    query, key, value = inputs(grid)
+    mask, key_mask = row_mask(query, key, grid, row), None
+    if masked:
+        key_mask = torch.rand(2, grid.total_tokens, generator=torch.Generator().manual_seed(2)) < 0.7
+        mask = mask & key_mask[:, None, None]
+    output, density = attend(query, key, value, grid, CANDIDATES, row, block=BLOCK, key_mask=key_mask)
+    expected = sdpa(query, key, value, mask)
+    assert output.shape == query.shape
+    torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
+    assert density == pytest.approx(float(row_mask(query, key, grid, row).double().mean()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row", [ROWS[1], ROWS[4], ROWS[5]])
+def test_low_precision_errs_no_more_than_eager_does(row: list[int], dtype: torch.dtype) -> None:
+    grid = TokenGrid(5, 7, 9)
+    query, key, value = inputs(grid, dtype=dtype)
+    mask = row_mask(query, key, grid, row)
+    exact = sdpa(query.double(), key.double(), value.double(), mask)
+    eager = (sdpa(query, key, value, mask).double() - exact).abs().max()
+    output, _ = attend(query, key, value, grid, CANDIDATES, row, block=BLOCK)
+    assert output.dtype == dtype
+    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    assert (output.double() - exact).abs().max() <= 2 * eager + rounding
+
+
+def test_one_head_one_sample() -> None:
+    grid = TokenGrid(2, 3, 5)
+    query, key, value = inputs(grid, heads=1, batch=1)
+    for number in range(len(CANDIDATES)):
+        output, _ = attend(query, key, value, grid, CANDIDATES, [number], block=BLOCK)
+        expected = sdpa(query, key, value, row_mask(query, key, grid, [number]))
+        torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
+
+
+def test_scale_reaches_the_scores_and_the_selection() -> None:
+    grid = TokenGrid(5, 7, 9)
+    query, key, value = inputs(grid, heads=1)
+    candidates = (Candidate("pooled", 1.0, (("top_p", 0.5),)),)
+    output, density = attend(query, key, value, grid, candidates, [0], block=BLOCK, scale=3.0)
+    chosen = select("pooled", query, key, grid, density=1.0, block=BLOCK, scale=3.0, top_p=0.5)
+    assert density == chosen.density
+    assert density < attend(query, key, value, grid, candidates, [0], block=BLOCK)[1]
+    expected = sdpa(query, key, value, chosen.mask(), scale=3.0)
+    torch.testing.assert_close(output, expected, rtol=0, atol=256 * torch.finfo(torch.float64).eps)
+
+
+def test_head_layout_of_the_inputs_does_not_matter() -> None:
+    grid = TokenGrid(3, 5, 7, text_tokens=9, text_first=True)
+    query, key, value = inputs(grid)
+    row = torch.tensor([2, 6, 4], dtype=torch.int16)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
+    first, _ = attend(query, key, value, grid, CANDIDATES, row, block=BLOCK)
+    second, _ = attend(*strided, grid, CANDIDATES, row, block=BLOCK)
+    torch.testing.assert_close(first, second, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
+
+
+def test_cache_serves_static_rows_and_keeps_grids_apart() -> None:
+    cache: dict = {}
+    for grid in (TokenGrid(3, 4, 10), TokenGrid(10, 4, 3)):
+        query, key, value = inputs(grid)
+        for row in ([2, 3, 4], [4, 3, 2]):
+            plain, _ = attend(query, key, value, grid, CANDIDATES, row, block=BLOCK)
+            for _ in range(2):
+                again, density = attend(query, key, value, grid, CANDIDATES, row, block=BLOCK, cache=cache)
+                assert torch.equal(again, plain)
+                assert 0.1 < density < 0.4
+    assert len(cache) == 4
+
+
+def test_cache_never_holds_a_dynamic_choice() -> None:
+    grid, cache = TokenGrid(5, 7, 9), {}
+    query, key, value = inputs(grid)
+    for q in (query, -query):
+        output, _ = attend(q, key, value, grid, CANDIDATES, [6, 2, 5], block=BLOCK, cache=cache)
+        expected = sdpa(q, key, value, row_mask(q, key, grid, [6, 2, 5]))
+        torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
+    assert not cache
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0, 1], "row: expected 1 or 3 candidate numbers, one for each head, got 2"),
+        ([0, 1, 8], r"row: expected candidate numbers from 0 to 7, got \[0, 1, 8\]"),
+        ([-1], r"row: expected candidate numbers from 0 to 7, got \[-1\]"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(row: list[int], message: str) -> None:
+    grid = TokenGrid(3, 5, 7)
+    with pytest.raises(ValueError, match=message):
+        attend(*inputs(grid), grid, CANDIDATES, row, block=BLOCK)
+
+
+def test_sequences_of_another_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"query: expected \[batch, 30, heads, dim\]"):
+        attend(*inputs(TokenGrid(3, 5, 7)), TokenGrid(2, 3, 5), CANDIDATES, [2], block=BLOCK)

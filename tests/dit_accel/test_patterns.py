@@ -1,0 +1,248 @@
+"""What every pattern family promises on any grid: density, no starved row, text kept, caches apart."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_accel.grid import TokenGrid
+from dit_accel.patterns import FAMILIES, Selection, select
+from dit_accel.patterns.base import BlockSpace
+from dit_accel.patterns.stripes import _sampled_rows
+
+BLOCK = 16
+CHOOSING = ["window", "bands", "stripes", "pooled"]
+GRIDS = [
+    pytest.param(TokenGrid(7, 13, 11), id="7x13x11"),
+    pytest.param(TokenGrid(1, 9, 14), id="one-frame"),
+    pytest.param(TokenGrid(1, 1, 70), id="one-row"),
+    pytest.param(TokenGrid(3, 5, 7), id="3x5x7"),
+]
+TEXT_GRIDS = [
+    pytest.param(TokenGrid(3, 5, 7, text_tokens=9), id="text-after"),
+    pytest.param(TokenGrid(3, 5, 7, text_tokens=9, text_first=True), id="text-before"),
+    pytest.param(TokenGrid(2, 4, 8, text_tokens=16, text_first=True), id="text-block"),
+    pytest.param(TokenGrid(1, 1, 5, text_tokens=30), id="text-almost-all"),
+]
+
+
+def tokens(grid: TokenGrid, heads: int = 2, batch: int = 2, dim: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, batch, grid.total_tokens, heads, dim, generator=generator)
+    return query, key
+
+
+def chosen(name: str, grid: TokenGrid, density: float, **options: str | int | float) -> Selection:
+    return select(name, *tokens(grid), grid, density=density, block=BLOCK, **options)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.62, 1.0])
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_row_keeps_the_density_asked_within_a_block(grid: TokenGrid, name: str, density: float) -> None:
+    selection = chosen(name, grid, density)
+    counts, cols = selection.index.counts, selection.index.cols
+    assert (counts - density * cols).abs().max() <= 1
+    assert counts.min() >= 1
+    assert abs(selection.density - density) <= 1 / cols
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("grid", [*GRIDS, *TEXT_GRIDS])
+def test_more_density_keeps_all_that_less_kept(grid: TokenGrid, name: str) -> None:
+    masks = [chosen(name, grid, density).mask() for density in (0.0, 0.1, 0.25, 0.5, 0.9, 1.0)]
+    for less, more in itertools.pairwise(masks):
+        assert not (less & ~more).any()
+    assert masks[-1].all()
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("grid", [*GRIDS, *TEXT_GRIDS])
+def test_tokens_always_see_themselves(grid: TokenGrid, name: str) -> None:
+    assert chosen(name, grid, 0.05).mask().diagonal(dim1=-2, dim2=-1).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("grid", TEXT_GRIDS)
+def test_text_is_read_by_all_and_reads_all(grid: TokenGrid, name: str) -> None:
+    mask = chosen(name, grid, FAMILIES[name].density or (0.0 if name == "skip" else 0.2)).mask()
+    assert mask[:, :, grid.text_slice].all()
+    if name != "skip":
+        assert mask[..., grid.text_slice].all()
+
+
+def test_skip_rows_of_video_blocks_read_nothing_at_all() -> None:
+    assert not chosen("skip", TokenGrid(3, 5, 7), 0.0).mask().any()
+    grid = TokenGrid(2, 4, 8, text_tokens=16, text_first=True)
+    mask = chosen("skip", grid, 0.0).mask()
+    assert not mask[:, :, grid.video_slice].any()
+
+
+def test_dense_keeps_every_pair() -> None:
+    selection = chosen("dense", TokenGrid(7, 13, 11), 1.0)
+    assert selection.mask().all()
+    assert selection.density == 1.0
+    assert selection.in_model_order
+
+
+@pytest.mark.parametrize("order", ["frame", "space", "tile:3x2x4"])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_mask_is_the_block_mask_of_the_order_in_model_positions(name: str, order: str) -> None:
+    grid = TokenGrid(3, 5, 7, text_tokens=4, text_first=True)
+    selection = chosen(name, grid, 0.3, order=order)
+    mask, blocks = selection.mask(), selection.index.to_mask()
+    place = grid.inverse(grid.order(order))
+    assert torch.equal(selection.order[0], grid.order(order))
+    for query, key in [(0, 5), (17, 80), (108, 40), (60, 61), (33, 33)]:
+        expected = blocks[..., place[query] // BLOCK, place[key] // BLOCK]
+        assert torch.equal(mask[..., query, key], expected)
+
+
+@pytest.mark.parametrize("aspect", [0.5, 2.0])
+def test_window_is_the_nearest_box_and_grows_inwards_at_borders(aspect: float) -> None:
+    # 16-token tiles of one place: blocks are exactly 4 x 4 squares, so the box can be counted by hand
+    grid = TokenGrid(1, 28, 28)
+    index = chosen("window", grid, 9 / 49, order="tile:1x4x4", aspect=aspect).index
+    places = grid.coordinates(grid.order("tile:1x4x4")).view(49, 16, 3)[:, :, 1:].float().mean(1)
+    at = {tuple(((place - 1.5) / 4).int().tolist()): block for block, place in enumerate(places)}
+    mask = index.to_mask()[0, 0]
+    centre = {(h, w) for h in (2, 3, 4) for w in (2, 3, 4)}
+    assert {key for key, block in at.items() if mask[at[3, 3], block]} == centre
+    corner = {(h, w) for h in (0, 1, 2) for w in (0, 1, 2)}
+    assert {key for key, block in at.items() if mask[at[0, 0], block]} == corner
+
+
+def test_aspect_of_a_window_trades_space_for_time() -> None:
+    grid = TokenGrid(12, 12, 12)
+    places = grid.coordinates().float()
+    apart = (places[:, None] - places[None]).abs()
+    reach = {}
+    for aspect in (0.5, 2.0, 8.0):
+        mask = chosen("window", grid, 0.15, order="tile:2x2x4", aspect=aspect).mask()[0, 0]
+        reach[aspect] = apart[mask].mean(0)
+    assert reach[0.5][0] < reach[2.0][0] < reach[8.0][0]
+    assert reach[0.5][1] > reach[2.0][1] > reach[8.0][1]
+
+
+def test_bands_are_runs_of_equal_length_around_the_row() -> None:
+    mask = chosen("bands", TokenGrid(7, 13, 11), 0.2).index.to_mask()[0, 0]
+    kept = mask.sum(-1)
+    first, last = mask.int().argmax(-1), mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)
+    assert kept.unique().numel() == 1
+    assert torch.equal(last - first + 1, kept)
+    row = torch.arange(len(mask))
+    inside = (first > 0) & (last < mask.shape[1] - 1)
+    assert ((first + last)[inside] - 2 * row[inside]).abs().max() <= 1
+
+
+def test_stripes_keep_sinks_and_neighbours() -> None:
+    mask = chosen("stripes", TokenGrid(7, 13, 11), 0.2, sinks=2, local=1).index.to_mask()
+    blocks = torch.arange(mask.shape[-1])
+    assert mask[..., :2].all()
+    assert mask[..., (blocks[:, None] - blocks).abs() <= 1].all()
+    # beyond that, all rows take the first columns of one ranking, as many as their share allows
+    free = mask[:, :, 20:30, 2:18]
+    one, other = free[:, :, :, None], free[:, :, None]
+    assert not ((one & ~other).any(-1) & (other & ~one).any(-1)).any()
+
+
+def test_top_p_keeps_the_fewest_blocks_that_hold_the_mass_and_density_is_a_cap() -> None:
+    grid = TokenGrid(7, 13, 11)
+    query, key = tokens(grid)
+    query = query * 6
+    whole = select("pooled", query, key, grid, density=1.0, block=BLOCK, top_p=1.0).index.to_mask()
+    some = select("pooled", query, key, grid, density=1.0, block=BLOCK, top_p=0.6).index
+    capped = select("pooled", query, key, grid, density=0.1, block=BLOCK, top_p=0.6).index
+    assert whole.float().mean() > 0.99
+    assert some.counts.unique().numel() > 3
+    assert torch.equal(capped.counts, some.counts.clamp(max=round(0.1 * some.cols)))
+    order = grid.order("tile:4x4x4")
+    q, k = (torch.stack([part.mean(1) for part in x[:, order].split(BLOCK, 1)], dim=2) for x in (query, key))
+    sizes = torch.tensor([len(part) for part in order.split(BLOCK)])
+    mass = torch.softmax(q @ k.transpose(2, 3) * 8**-0.5 + sizes.log(), dim=-1)
+    mask = some.to_mask()
+    kept = (mass * mask).sum(-1)
+    least = (mass + (~mask) * 9).masked_fill(torch.eye(some.cols, dtype=torch.bool), 9).amin(-1)
+    assert kept.min() >= 0.6 - 1e-5
+    assert ((kept - least < 0.6 + 1e-5) | (mask.sum(-1) == 1)).all()
+
+
+@pytest.mark.parametrize("name", ["stripes", "pooled"])
+def test_dynamic_families_choose_for_each_batch_entry_and_head(name: str) -> None:
+    grid = TokenGrid(7, 13, 11)
+    query, key = tokens(grid, heads=3)
+    both = select(name, query, key, grid, density=0.2, block=BLOCK).index.to_mask()
+    assert both.shape[:2] == (2, 3)
+    for entry in range(2):
+        for head in range(3):
+            q, k = (x[entry : entry + 1, :, head : head + 1] for x in (query, key))
+            alone = select(name, q, k, grid, density=0.2, block=BLOCK).index.to_mask()
+            assert torch.equal(alone[0, 0], both[entry, head])
+    assert not torch.equal(both[0, 0], both[1, 0])
+    assert not torch.equal(both[0, 0], both[0, 1])
+
+
+@pytest.mark.parametrize("name", ["window", "bands"])
+def test_static_families_are_made_once_per_grid_options_and_heads(name: str) -> None:
+    one, other = TokenGrid(4, 6, 10), TokenGrid(6, 10, 4)
+    first = chosen(name, one, 0.3, order="space")
+    second = chosen(name, other, 0.3, order="space")
+    assert chosen(name, one, 0.3, order="space") is first
+    assert first.grid == one
+    assert second.grid == other
+    assert not torch.equal(first.mask(), second.mask())
+    assert not torch.equal(chosen(name, one, 0.3, order="frame").mask(), first.mask())
+    assert select(name, *tokens(one, heads=1), one, density=0.3, block=BLOCK, order="space").index.heads == 1
+    assert chosen(name, one, 0.5, order="space").density > first.density
+
+
+def test_sampled_rows_meet_every_column_of_the_picture() -> None:
+    # stripes sample 64 rows: with a fixed stride they would all lie in one image column here
+    grid = TokenGrid(4, 16, 64)
+    rows = _sampled_rows(BlockSpace(grid, "frame", 64, torch.device("cpu")), 64)
+    assert rows.unique().numel() == 64
+    assert rows.min() >= 0
+    assert rows.max() < grid.video_tokens
+    assert (rows % 64 // 8).unique().numel() == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("windows", {}, "unknown family 'windows'; known: dense, skip, window, bands, stripes, pooled"),
+        ("window", {"width": 3}, "family 'window' has no option 'width'; its options are: order, aspect"),
+        ("dense", {"density": 1.0, "order": "frame"}, "'dense' has no option 'order'; its options are: none"),
+        ("window", {"aspect": "2"}, "option 'aspect' of family 'window': expected float .*, got '2'"),
+        ("stripes", {"sinks": 1.5}, "option 'sinks' of family 'stripes': expected int .*, got 1.5"),
+        ("stripes", {"sinks": True}, "option 'sinks' of family 'stripes': expected int .*, got True"),
+        ("stripes", {"local": -1}, "option 'local' of family 'stripes': expected at least 0, got -1"),
+        ("stripes", {"samples": 0}, "option 'samples' of family 'stripes': expected at least 1, got 0"),
+        (
+            "pooled",
+            {"top_p": 1.2},
+            "option 'top_p' of family 'pooled': expected a number from 0 to 1, got 1.2",
+        ),
+        ("window", {"aspect": 0.0}, "option 'aspect' of family 'window': expected a number above 0, got 0.0"),
+        ("window", {"order": "tiles"}, "expected 'frame', 'space' or 'tile:TxHxW', got 'tiles'"),
+        ("window", {"density": 1.1}, "density: expected a number from 0 to 1, got 1.1"),
+        ("window", {"density": float("nan")}, "density: expected a number from 0 to 1, got nan"),
+        ("dense", {"density": 0.5}, "family 'dense' has density 1.0 only, got 0.5"),
+        ("skip", {"density": 0.5}, "family 'skip' has density 0.0 only, got 0.5"),
+        ("window", {"block": 0}, "block: expected at least 1 token, got 0"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused(name: str, arguments: dict, message: str) -> None:
+    grid = TokenGrid(3, 5, 7)
+    with pytest.raises(ValueError, match=message):
+        select(name, *tokens(grid), grid, **{"density": 0.3, "block": BLOCK, **arguments})
+
+
+def test_tensors_of_another_grid_are_refused() -> None:
+    query, key = tokens(TokenGrid(3, 5, 7))
+    with pytest.raises(
+        ValueError, match=r"query: expected \[batch, 30, heads, dim\] .* got \(2, 105, 2, 8\)"
+    ):
+        select("window", query, key, TokenGrid(2, 3, 5), density=0.3)
+    with pytest.raises(ValueError, match=r"key: expected \[batch, 105, heads, dim\] .* got \(2, 104, 2, 8\)"):
+        select("window", query, key[:, 1:], TokenGrid(3, 5, 7), density=0.3)

@@ -1,0 +1,342 @@
+"""Plans: what they answer, what survives the disk, and what is refused with which words."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save
+
+from dit_accel.grid import TokenGrid
+from dit_accel.plan import AccelPlan, Candidate, PlanError, config_hash_of
+
+CONFIG, TENSORS = "accel_config.json", "accel_plan.safetensors"
+LAYERS = ("blocks.0.attn1", "blocks.1.attn1")
+CANDIDATES = (
+    Candidate("dense", 1.0),
+    Candidate("skip", 0.0),
+    Candidate("window", 0.3, (("aspect", 1.5),)),
+    Candidate("bands", 0.25, (("order", "space"),)),
+)
+
+
+def make(**changes) -> AccelPlan:
+    choice = torch.tensor([[[0, 1, 2], [3, 2, 1]], [[2, 2, 2], [3, 3, 3]]], dtype=torch.int16)
+    generator = torch.Generator().manual_seed(0)
+    parts = {
+        "candidates": CANDIDATES,
+        "choice": choice,
+        "range_starts": (0.0, 0.4),
+        "layers": LAYERS,
+        "model_class": "WanTransformer3DModel",
+        "config_hash": "ab" * 32,
+        "grid": TokenGrid(5, 7, 9, text_tokens=3, text_first=True),
+        "block": 32,
+        "recall": torch.rand(2, 2, 3, generator=generator),
+        "rel_l2": torch.rand(2, 2, 3, generator=generator),
+        "latency_ms": torch.rand(2, 2, 3, generator=generator),
+        "objective": {"target_psnr": 30.0, "steps": 24, "prompts": ["ein Kreis — 圆"]},
+        "validated": {"psnr": 29.7, "held_out": {"psnr": None}},
+    }
+    return AccelPlan(**{**parts, **changes})
+
+
+def assert_equal(one: AccelPlan, other: AccelPlan) -> None:
+    for name in AccelPlan.__dataclass_fields__:
+        first, second = getattr(one, name), getattr(other, name)
+        if isinstance(first, torch.Tensor):
+            assert first.dtype == second.dtype
+            assert torch.equal(first, second)
+        else:
+            assert first == second, name
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(make(), id="full"),
+        pytest.param(make(recall=None, latency_ms=None, grid=None), id="without-measures"),
+        pytest.param(AccelPlan.preset("stripes", density=0.2, sinks=3, order="space"), id="preset"),
+    ],
+)
+def test_round_trip(plan: AccelPlan, tmp_path: Path) -> None:
+    plan.save_pretrained(tmp_path / "new" / "plan")
+    assert sorted(file.name for file in (tmp_path / "new").rglob("*")) == [CONFIG, TENSORS, "plan"]
+    assert_equal(AccelPlan.from_pretrained(tmp_path / "new" / "plan"), plan)
+    assert_equal(AccelPlan.from_pretrained(str(tmp_path / "new" / "plan")), plan)
+
+
+def test_saving_again_replaces_the_plan_and_nothing_else(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    other = make(block=48, recall=None)
+    other.save_pretrained(tmp_path)
+    assert_equal(AccelPlan.from_pretrained(tmp_path), other)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, TENSORS, "notes.txt"]
+
+
+def test_config_is_plain_json_with_versions(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
+    assert config["format_version"] == 1
+    assert config["library_versions"]["torch"] == torch.__version__
+    assert set(config["library_versions"]) == {"dit-accel", "torch", "diffusers"}
+    assert config["candidates"][3] == {
+        "family": "bands",
+        "density": 0.25,
+        "options": {"order": "space"},
+        "precision": "native",
+    }
+
+
+def change(directory: Path, **fields) -> None:
+    file = directory / CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.update(fields)
+    file.write_text(json.dumps({name: value for name, value in config.items() if value != "REMOVED"}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format_version": 2}, "format_version: expected at most 1, got 2; upgrade dit-accel to read it"),
+        ({"format_version": "1"}, "format_version: expected a positive integer, got '1'"),
+        ({"format_version": "REMOVED"}, "format_version: expected a positive integer, got None"),
+        ({"block": "REMOVED"}, "block: expected int, got no such field"),
+        ({"block": True}, "block: expected int, got True"),
+        ({"block": 0}, "block: expected a positive integer, got 0"),
+        ({"layers": "blocks.0"}, "layers: expected list or null, got 'blocks.0'"),
+        ({"layers": ["blocks.0.attn1", 7]}, r"layers: expected names, got \['blocks.0.attn1', 7\]"),
+        ({"model_class": 3}, "model_class: expected str or null, got 3"),
+        ({"grid": {"frames": 2}}, r"grid: expected a valid entry, got \{'frames': 2\} \(.*height"),
+        (
+            {"grid": {"frames": 0, "height": 1, "width": 1}},
+            r"grid: expected a valid entry, .*TokenGrid frames: expected an integer of at least 1, got 0",
+        ),
+        (
+            {"range_starts": [0.0, 0.9, 0.4]},
+            "range_starts: expected ascending numbers below 1, the first 0.0, got",
+        ),
+        ({"range_starts": [0.0, "x"]}, r"range_starts: expected ascending .* got \[0.0, 'x'\]"),
+        ({"candidates": []}, "candidates: expected at least one, got none"),
+        ({"candidates": [7]}, r"candidates\[0\]: expected a valid entry, got 7"),
+        (
+            {"candidates": [{"family": "radial", "density": 0.3, "options": {}, "precision": "native"}]},
+            r"candidates\[0\]: .*unknown family 'radial'; known: dense",
+        ),
+        (
+            {"candidates": [{"family": "window", "density": "x", "options": {}, "precision": "native"}]},
+            r"candidates\[0\]: .*density: expected a number from 0 to 1, got 'x'",
+        ),
+        (
+            {"candidates": [{"family": "window", "density": 0.3, "options": {}, "precision": "int4"}]},
+            r"candidates\[0\]: .*precision: expected 'native', got 'int4'",
+        ),
+        (
+            {"candidates": [{"family": "window", "density": 0.3, "options": {}}]},
+            r"candidates\[0\]: .*expected the keys \['density', 'family', 'options', 'precision'\]",
+        ),
+        ({"tensors_sha256": "REMOVED"}, "tensors_sha256: expected str, got no such field"),
+    ],
+)
+def test_bad_fields_are_named(fields: dict, message: str, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    change(tmp_path, **fields)
+    with pytest.raises(PlanError, match=message) as caught:
+        AccelPlan.from_pretrained(tmp_path)
+    assert str(tmp_path / CONFIG) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"range_starts": [0.0]}, r"choice: expected 1 along axis 0 for range_starts, got int16 \(2, 2, 3\)"),
+        ({"layers": ["only.one"]}, r"choice: expected 1 along axis 1 for layers, got int16 \(2, 2, 3\)"),
+        (
+            {"candidates": [{"family": "dense", "density": 1.0, "options": {}, "precision": "native"}]},
+            "choice: expected numbers from 0 to 0, got 0 to 3",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(fields: dict, message: str, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    change(tmp_path, **fields)
+    with pytest.raises(PlanError, match=message) as caught:
+        AccelPlan.from_pretrained(tmp_path)
+    assert str(tmp_path / TENSORS) in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40, 200, -1])
+def test_truncated_files_are_found_out(kept: int, tmp_path: Path) -> None:
+    for name, message in (
+        (CONFIG, "file: expected complete JSON"),
+        (TENSORS, r"sha256: .*truncated, corrupted"),
+    ):
+        make().save_pretrained(tmp_path)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: kept if kept >= 0 else -3])
+        with pytest.raises(PlanError, match=message) as caught:
+            AccelPlan.from_pretrained(tmp_path)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_flipped_bit_and_foreign_tensors_are_found_out(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    file = tmp_path / TENSORS
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(PlanError, match=f"{TENSORS}: sha256: expected [0-9a-f]{{64}} .* got [0-9a-f]{{64}}"):
+        AccelPlan.from_pretrained(tmp_path)
+    make(block=8, recall=None).save_pretrained(tmp_path / "other")
+    file.write_bytes((tmp_path / "other" / TENSORS).read_bytes())
+    with pytest.raises(PlanError, match="of another plan"):
+        AccelPlan.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"choice": torch.zeros(1, 1, 1)}, r"choice: expected int16 \[ranges, layers, heads\], got float32"),
+        ({"choice": torch.zeros(1, 1, dtype=torch.int16)}, r"choice: expected int16 .* got int16 \(1, 1\)"),
+        ({"recall": torch.zeros(1, 1, 1)}, "tensors: expected choice and any of recall, .*, got recall"),
+        (
+            {"choice": torch.zeros(1, 1, 1, dtype=torch.int16), "speed": torch.zeros(1)},
+            "tensors: expected choice and any of recall, rel_l2, latency_ms, got choice, speed",
+        ),
+        (
+            {"choice": torch.zeros(1, 1, 1, dtype=torch.int16), "recall": torch.zeros(1, 1, 2)},
+            r"recall: expected float32 \(1, 1, 1\) like choice, got float32 \(1, 1, 2\)",
+        ),
+    ],
+)
+def test_tensors_of_wrong_shape_are_named(tensors: dict, message: str, tmp_path: Path) -> None:
+    AccelPlan.preset("window", density=0.3).save_pretrained(tmp_path)
+    payload = save(tensors)
+    (tmp_path / TENSORS).write_bytes(payload)
+    change(tmp_path, tensors_sha256=hashlib.sha256(payload).hexdigest())
+    with pytest.raises(PlanError, match=message) as caught:
+        AccelPlan.from_pretrained(tmp_path)
+    assert TENSORS in str(caught.value)
+
+
+def test_missing_plans_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        PlanError, match="directory: expected a directory, got nothing there; give the directory"
+    ):
+        AccelPlan.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(PlanError, match="got nothing there"):
+        AccelPlan.from_pretrained("./nowhere")
+    with pytest.raises(PlanError, match=f"{CONFIG}: file: expected a file, got none; is this the directory"):
+        AccelPlan.from_pretrained(tmp_path)
+    make().save_pretrained(tmp_path)
+    (tmp_path / TENSORS).unlink()
+    with pytest.raises(PlanError, match=f"{TENSORS}: file: expected a file, got none"):
+        AccelPlan.from_pretrained(tmp_path)
+    with pytest.raises(PlanError, match="got a file"):
+        AccelPlan.from_pretrained(tmp_path / CONFIG)
+
+
+def test_a_hub_repository_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        PlanError, match=r"someone/no-such-plan: directory: expected a directory or a hub repo"
+    ):
+        AccelPlan.from_pretrained("someone/no-such-plan")
+
+
+def test_ranges_and_rows() -> None:
+    plan = make()
+    assert [plan.range_at(progress) for progress in (0.0, 0.39, 0.4, 0.41, 1.0)] == [0, 0, 1, 1, 1]
+    assert plan.row(0.2, 1).tolist() == [3, 2, 1]
+    assert plan.row(1.0, 0).tolist() == [2, 2, 2]
+    for progress in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="progress: expected a number from 0 to 1, got"):
+            plan.range_at(progress)
+    preset = AccelPlan.preset("pooled", density=0.25)
+    assert preset.row(0.7, 29).tolist() == [0]
+
+
+def test_planned_density_weighs_ranges_by_length() -> None:
+    first = (1.0 + 0.0 + 0.3 + 0.25 + 0.3 + 0.0) / 6
+    second = (3 * 0.3 + 3 * 0.25) / 6
+    assert make().density_mean == pytest.approx(0.4 * first + 0.6 * second)
+    assert AccelPlan.preset("dense").density_mean == 1.0
+    assert AccelPlan.preset("skip").density_mean == 0.0
+
+
+def test_check_accepts_the_model_of_the_plan_and_presets_accept_all() -> None:
+    make().check("WanTransformer3DModel", "ab" * 32, LAYERS, 3)
+    AccelPlan.preset("window", density=0.3).check("AnyTransformer", "00", ["a", "b", "c"], 24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {0: "FluxTransformer2DModel"},
+            "model_class: expected WanTransformer3DModel, got FluxTransformer2DModel",
+        ),
+        ({1: "cd" * 32}, f"config_hash: expected {'ab' * 32}, got {'cd' * 32}; calibrate this model"),
+        ({2: LAYERS[:1]}, r"layers: expected 2 layers \[.*\], got 1 layers \['blocks.0.attn1'\]"),
+        ({2: ["x"] * 40}, r"layers: expected 2 layers \[.*\], got 40 layers x .. x"),
+        ({3: 5}, "choice: expected 3 heads, got 5 heads"),
+    ],
+)
+def test_check_refuses_another_model(changes: dict[int, object], message: str) -> None:
+    arguments = ["WanTransformer3DModel", "ab" * 32, LAYERS, 3]
+    for place, value in changes.items():
+        arguments[place] = value
+    with pytest.raises(PlanError, match=message):
+        make().check(*arguments)
+
+
+def test_config_hash_is_of_the_architecture_alone(tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "freq_dim": 16, "text_dim": 8}
+    model = WanTransformer3DModel(**sizes, num_layers=1)
+    model.save_pretrained(tmp_path)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path)
+    assert loaded.config._name_or_path != model.config.get("_name_or_path")
+    assert config_hash_of(loaded) == config_hash_of(model)
+    assert len(config_hash_of(model)) == 64
+    assert config_hash_of(WanTransformer3DModel(**sizes, num_layers=2)) != config_hash_of(model)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "label"),
+    [
+        (Candidate("window", 0.3), "window@0.30"),
+        (Candidate("dense", 1.0), "dense@1.00"),
+        (Candidate("bands", 0.25, (("order", "space"),)), "bands@0.25 order=space"),
+    ],
+)
+def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
+    assert candidate.label == label
+    assert Candidate.from_dict(json.loads(json.dumps(candidate.to_dict()))) == candidate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "radial", "density": 0.3}, "unknown family 'radial'; known: dense, skip"),
+        ({"name": "window"}, "preset 'window' needs a density, for instance density=0.3"),
+        ({"name": "dense", "density": 0.3}, "family 'dense' has density 1.0 only, got 0.3"),
+        ({"name": "bands", "density": 0.3, "width": 3}, "family 'bands' has no option 'width'"),
+        ({"name": "bands", "density": 0.3, "precision": "fp8"}, "precision: expected 'native', got 'fp8'"),
+        ({"name": "bands", "density": 0.3, "block": 0}, "block: expected a positive integer, got 0"),
+    ],
+)
+def test_presets_that_make_no_sense_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AccelPlan.preset(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("validated", {"psnr": math.inf}), ("objective", {"x": object()})]
+)
+def test_notes_must_be_json_when_the_plan_is_made(name: str, value: dict) -> None:
+    with pytest.raises(PlanError, match=f"plan: {name}: expected finite JSON values, got"):
+        make(**{name: value})
