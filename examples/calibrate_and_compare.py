@@ -1,4 +1,4 @@
-"""Calibrate a plan, then compare it with dense and with a preset on prompts that the calibration has not seen.
+"""Calibrate a plan, then compare it with dense and a preset on prompts that the calibration has not seen.
 
     python examples/calibrate_and_compare.py --target-psnr 30 --output outputs/compare
 

@@ -3,7 +3,7 @@
     python examples/generate_wan.py "a red circle moves left over a striped background"
     python examples/generate_wan.py "a cat on a sofa" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --plan my-plan
 
-Without a plan every head attends within a window that holds 30 % of the keys; `dit-accel calibrate` makes plans.
+Without a plan every head attends within a window of 30 % of the keys; `dit-accel calibrate` makes plans.
 """
 
 import argparse

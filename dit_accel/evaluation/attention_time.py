@@ -46,7 +46,7 @@ def attention_seconds(
     """Seconds spent in the swapped attention and in the whole transformer during one generation.
 
     `variant` is dense or has a plan. Dense attention goes through the same op as a plan's, which calls the
-    model's own function. Watching each op slows the run a little: use the figures as a share and a ratio only.
+    model's own function. Watching each op costs a little time: use the two as a share and a ratio only.
     """
     measured = variant if variant.plan is not None else plan_variant(AccelPlan.preset("dense"), "dense")
     device = pipe._execution_device
