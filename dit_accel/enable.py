@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks import HookRegistry
 from torch import nn
 
+from dit_accel.kernels.block_sparse.api import BACKENDS
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, config_hash_of
 from dit_accel.processor import LayerCursor, swapped_class, swapped_processor
 from dit_accel.state import HOOK_NAME, AccelHook, AccelState, Stats, hook_of
-
-BACKENDS = ("auto", "reference", "torch", "flex", "triton")
 
 
 def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
     """Run the attention of a pipeline by a plan.
 
     Only self-attention and joint attention over the video tokens changes; where the plan is dense, the
-    model's own attention runs with its own backend. Pipelines with two experts (Wan 2.2) get the plan on both.
+    model's own attention runs with its own backend. A pipeline with two experts (Wan 2.2) gets the plan on
+    both.
 
     Args:
         pipe: a diffusers pipeline or one of its transformers. Compile it afterwards, not before.
@@ -41,7 +41,7 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
     for transformer in transformers:
         _check(transformer, plan, backend)
     for transformer in transformers:
-        transformer.set_attn_processor(_install(transformer, plan, backend))
+        cast(Any, transformer).set_attn_processor(_install(transformer, plan, backend))
     return pipe
 
 
@@ -148,7 +148,7 @@ def _install(transformer: nn.Module, plan: AccelPlan, backend: str) -> dict[str,
     """Hook a transformer that passed `_check`; return all its processors, those of the plan swapped."""
     family = family_of(transformer)
     state = AccelState(plan, family, backend)
-    processors = dict(transformer.attn_processors)
+    processors = dict(cast(Any, transformer).attn_processors)
     originals = dict(processors)
     cursor = LayerCursor()
     modules = family.attention_modules(transformer)

@@ -3,8 +3,8 @@
 A processor of diffusers is a small class whose `__call__` projects, normalises, rotates and then calls one
 global, `dispatch_attention_fn` or `F.scaled_dot_product_attention`. `swapped_class` makes a subclass whose
 `__call__` is the same code object with that global bound to a function of ours. Behind it stands one opaque
-torch.library op, so that looking up the plan never breaks a graph and never recompiles, whatever the step, the
-range or the layer.
+torch.library op, so that looking up the plan never breaks a graph and never recompiles, whatever the step,
+the range or the layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LayerCursor:
     """The number of the attention module that runs, noted by a forward pre-hook on each of them.
 
     Unlike a counter it stays right when a cache skips blocks. The number is a tensor because compiled blocks
-    take tensors as inputs, while an integer would be a constant of the graph and recompile it for every layer.
+    take tensors as inputs, while an integer would be a constant of the graph, recompiled for every layer.
     """
 
     def __init__(self) -> None:

@@ -17,8 +17,8 @@ from dit_accel.plan import AccelPlan, Candidate
 
 HOOK_NAME = "dit_accel"
 
-# capture(layer_index, query, key, value, key_mask): tensors `[batch, seq, heads, dim]` after normalisation and
-# RoPE, key_mask bool `[batch, seq]` or None.
+# capture(layer_index, query, key, value, key_mask): tensors `[batch, seq, heads, dim]` after normalisation
+# and RoPE, key_mask bool `[batch, seq]` or None.
 Capture = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
@@ -162,8 +162,8 @@ class AccelHook(ModelHook):
         state = self.state
         if getattr(module, "_parallel_config", None) is not None and not state.all_dense:
             raise RuntimeError(
-                f"{type(module).__name__} has a parallel config, and a plan with sparse heads cannot run on a "
-                "split sequence or split heads; disable() dit-accel or use a dense plan."
+                f"{type(module).__name__} has a parallel config, and a plan with sparse heads cannot run "
+                "on a split sequence or split heads; disable() dit-accel or use a dense plan."
             )
         arguments = state.family.bind(module, args, kwargs)
         grid = (

@@ -35,7 +35,7 @@ class ModelFamily:
     transformer_class: str
     blocks: tuple[tuple[str, str], ...]
     attention_function: str
-    read_grid: Callable[[nn.Module, Arguments], TokenGrid]
+    read_grid: Callable[[Any, Arguments], TokenGrid]
     noise_timestep: float
 
     def attention_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
@@ -76,27 +76,27 @@ def family_of(transformer: nn.Module) -> ModelFamily:
     )
 
 
-def _wan_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+def _wan_grid(transformer: Any, arguments: Arguments) -> TokenGrid:
     _, _, frames, height, width = arguments["hidden_states"].shape
     patch_frames, patch_height, patch_width = transformer.config.patch_size
     return TokenGrid(frames // patch_frames, height // patch_height, width // patch_width)
 
 
-def _hunyuan_video_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+def _hunyuan_video_grid(transformer: Any, arguments: Arguments) -> TokenGrid:
     _, _, frames, height, width = arguments["hidden_states"].shape
     patch, patch_frames = transformer.config.patch_size, transformer.config.patch_size_t
     text_tokens = arguments["encoder_hidden_states"].shape[1]
     return TokenGrid(frames // patch_frames, height // patch, width // patch, text_tokens)
 
 
-def _cogvideox_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+def _cogvideox_grid(transformer: Any, arguments: Arguments) -> TokenGrid:
     _, frames, _, height, width = arguments["hidden_states"].shape
     patch, patch_frames = transformer.config.patch_size, transformer.config.patch_size_t or 1
     text_tokens = arguments["encoder_hidden_states"].shape[1]
     return TokenGrid(frames // patch_frames, height // patch, width // patch, text_tokens, text_first=True)
 
 
-def _ltx_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+def _ltx_grid(transformer: Any, arguments: Arguments) -> TokenGrid:
     # The sequence comes packed, one latent pixel a token, and the call says how many there are of each axis.
     sizes = tuple(arguments[name] for name in ("num_frames", "height", "width"))
     if None in sizes:
@@ -107,7 +107,7 @@ def _ltx_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
     return _packed("LTX", "num_frames, height and width", sizes, arguments["hidden_states"].shape[1])
 
 
-def _flux_grid(transformer: nn.Module, arguments: Arguments) -> TokenGrid:
+def _flux_grid(transformer: Any, arguments: Arguments) -> TokenGrid:
     ids = arguments["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
     # Ids are (image, row, column); a reference image of the same size is a second "frame".

@@ -1,0 +1,128 @@
+"""The state knows where a generation is and forgets it when the next one begins."""
+
+import pytest
+import torch
+from dit_accel.pipelines import family_of
+
+from dit_accel.enable import enable, states, stats
+from dit_accel.grid import TokenGrid
+from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.state import AccelState
+
+GRID = TokenGrid(1, 5, 7)
+WINDOW = AccelPlan.preset("window", density=0.5, block=16)
+
+
+@pytest.fixture
+def state(tiny):
+    return AccelState(WINDOW, family_of(tiny("wan").transformer))
+
+
+def step(state, progress, branch=""):
+    state.begin(GRID, progress, branch)
+    state.record(10, 0.5, sparse=True)
+    state.cache["seen"] = state.cache.get("seen", 0) + 1
+    state.end()
+    return state.cache["seen"]
+
+
+def test_branches_remember_apart(state):
+    assert [step(state, p, b) for p in (0.0, 0.5) for b in ("cond", "uncond")] == [1, 1, 2, 2]
+    assert state.stats.sparse_calls == 4
+
+
+@pytest.mark.parametrize("first", [0.0, 0.1, 0.7])
+def test_a_generation_starts_when_progress_goes_back(state, first):
+    step(state, 0.1), step(state, 0.7)
+    assert step(state, first) == (1 if first < 0.7 else 3)
+
+
+def test_all_branches_are_forgotten_together(state):
+    step(state, 0.1, "cond"), step(state, 0.1, "uncond"), step(state, 0.7, "cond")
+    assert step(state, 0.1, "cond") == 1
+    assert step(state, 0.1, "uncond") == 1
+    assert state.stats.sparse_calls == 2
+
+
+def test_a_generation_of_one_step_is_a_generation(state):
+    assert [step(state, 0.0) for _ in range(3)] == [1, 1, 1]
+
+
+def test_a_scheduler_may_visit_a_timestep_twice(state):
+    assert [step(state, progress) for progress in (0.0, 0.3, 0.3, 0.6, 0.6)] == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_generation_keeps_its_stats_until_the_next(state):
+    step(state, 0.2)
+    state.finish()
+    assert state.stats.sparse_calls == 1
+    assert step(state, 0.3) == 1
+    assert state.stats.sparse_calls == 1
+
+
+def test_a_forward_that_failed_ends_the_generation(state):
+    step(state, 0.2)
+    state.begin(GRID, 0.3)
+    assert step(state, 0.4) == 1
+
+
+def test_rows_follow_range_and_layer(tiny):
+    candidates = (Candidate("dense", 1.0), Candidate("window", 0.5))
+    choice = torch.tensor([[[0, 0], [0, 1]], [[1, 1], [0, 0]]], dtype=torch.int16)
+    plan = AccelPlan(candidates, choice, (0.0, 0.5), layers=("a", "b"))
+    state = AccelState(plan, family_of(tiny("wan").transformer))
+    rows = {}
+    for progress in (0.2, 0.5):
+        state.begin(GRID, progress)
+        rows[progress] = [(row.tolist(), dense) for row, dense in map(state.row, range(2))]
+        state.end()
+    assert rows == {0.2: [([0, 0], True), ([0, 1], False)], 0.5: [([1, 1], False), ([0, 0], True)]}
+    assert not state.all_dense
+
+
+def test_interrupted_forward_of_a_real_model(tiny):
+    model = tiny("wan")
+    enable(model.transformer, WINDOW)
+    (state,) = states(model.transformer)
+    model.run(timestep=900.0)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.transformer.blocks[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.run(timestep=800.0)
+    handle.remove()
+    assert state.running
+    expected = model.run(timestep=700.0)
+    assert stats(model.transformer)["sparse_calls"] == 2
+    assert torch.equal(model.run(timestep=700.0), expected)
+
+
+def test_pipeline_reports_branches_and_position(wan_pipeline):
+    pipe = enable(wan_pipeline(), WINDOW)
+    (state,) = states(pipe)
+    seen = []
+    state.capture = lambda layer, *_: seen.append((state.branch, round(state.progress, 3), layer))
+    pipe.latents(steps=2)
+    positions = sorted({progress for _, progress, _ in seen})
+    assert positions[0] == 0.0
+    assert len(positions) == 2
+    assert seen == [(b, p, layer) for p in positions for b in ("cond", "uncond") for layer in (0, 1)]
+
+
+def test_a_plan_serves_the_same_positions_at_another_number_of_steps(wan_pipeline):
+    pipe = wan_pipeline()
+    plan = AccelPlan(
+        (Candidate("dense", 1.0), Candidate("window", 0.5)),
+        torch.tensor([0, 1], dtype=torch.int16).view(2, 1, 1),
+        (0.0, 0.25),
+        block=16,
+    )
+    enable(pipe, plan)
+    for steps in (4, 8):
+        pipe.latents(steps=steps)
+        share = stats(pipe)["dense_calls"] / (steps * 2 * 2)
+        timesteps = pipe.scheduler.timesteps
+        assert share == (1 - timesteps / 1000 < 0.25).double().mean().item()
+        assert 0 < share < 1
