@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dit_accel.plan import Candidate
 
-DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65)
+DENSITIES = (0.06, 0.12, 0.2, 0.3, 0.42, 0.6)
 
 _FAMILIES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("window", ()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from dit_accel.calibration.tables import Tables
@@ -80,17 +81,20 @@ def multiplier_for_error(tables: Tables, error: float) -> float:
 
 
 def most_faithful_multiplier(tables: Tables) -> float:
-    """The multiplier of the plan with the least error above 0; 0 error if no such plan is ever worth its cost."""
+    """The largest multiplier whose plan has any error; the smallest tried if every plan is dense."""
     return _bracket(tables, lambda choice: total_error(tables, choice) == 0.0)[0]
 
 
-def multiplier_for_density(tables: Tables, density: float) -> float:
-    """The multiplier whose plan's mean density is nearest to `density`.
+def choose_density(tables: Tables, density: float) -> Tensor:
+    """The plan of least error whose mean density is nearest to `density`, whatever the candidates' latency.
 
     Plans change in jumps, so the two sides of the jump across `density` are compared.
     """
-    sides = _bracket(tables, lambda choice: mean_density(tables, choice) >= density)
-    return min(sides, key=lambda multiplier: abs(mean_density(tables, choose(tables, multiplier)) - density))
+    cost = tables.calls[:, None] * tables.density
+    by_density = replace(tables, cost=cost, plain_cost=cost[:, tables.dense])
+    sides = _bracket(by_density, lambda choice: mean_density(tables, choice) >= density)
+    plans = [choose(by_density, multiplier) for multiplier in sides]
+    return min(plans, key=lambda choice: abs(mean_density(tables, choice) - density))
 
 
 def _bracket(tables: Tables, enough: Callable[[Tensor], bool]) -> tuple[float, float]:

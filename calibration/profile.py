@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from dit_accel.kernels import BlockIndex
 from torch import Tensor
 
@@ -13,9 +14,7 @@ from dit_accel.grid import TokenGrid
 from dit_accel.patterns import Selection, select
 from dit_accel.plan import Candidate
 
-_SCORES = (
-    1 << 23
-)  # float32 scores held at once; only their number is bounded, a block row is the smallest piece
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,18 +73,18 @@ def profile_call(
         at = torch.tensor(members)
         for b in range(batch):
             kept = torch.stack(
-                [_kept_blocks(selections[m].index, b, picks).expand(heads, -1, -1) for m in members], 2
+                [_kept_blocks(selections[m].index, b, picks).expand(heads, -1, -1) for m in members]
             )
             for h in range(heads):
                 places = order[h % order.shape[0]]
                 q_h, k_h, v_h = (t[b, :, h].index_select(0, places) for t in (query, key, value))
-                real = torch.ones_like(places, dtype=torch.bool) if key_mask is None else key_mask[b, places]
-                sums = _profile_head(q_h, k_h, v_h, real, picks, kept[h], block, scale)
-                mass[h, at] += sums[0]
-                error[h, at] += sums[1]
-                norm[h, at] += sums[2]
-                if h == 0:
-                    rows[at] += sums[3]
+                real = None if key_mask is None else key_mask[b, places]
+                sums = _profile_head(q_h, k_h, v_h, real, picks.tolist(), kept[:, h], block, scale)
+                for total, part in zip((mass, error, norm), sums, strict=True):
+                    total[h, at] += part
+            places = (picks[:, None] * block + torch.arange(block, device=picks.device)).flatten()
+            places = order[0, places[places < seq]]
+            rows[at] += len(places) if key_mask is None else key_mask[b, places].sum().item()
     density = torch.tensor([s.density for s in selections], dtype=torch.float64)
     return CallProfile(mass, error, norm, rows, density)
 
@@ -94,56 +93,47 @@ def _profile_head(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    real: Tensor,
-    picks: Tensor,
+    real: Tensor | None,
+    picks: Sequence[int],
     kept: Tensor,
     block: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Mass and error `[candidates]`, norm, row count of a head in one order; kept `[picks, candidates, cols]`."""
-    cols = kept.shape[-1]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass and error `[candidates]` and norm of a head in one order; kept is `[candidates, picks, cols]`."""
+    candidates, _, cols = kept.shape
     seq, dim = query.shape
     padding = cols * block - seq
-    key = torch.nn.functional.pad(key.float(), (0, 0, 0, padding))
-    value = torch.nn.functional.pad(value.float(), (0, 0, 0, padding)).view(cols, block, dim)
-    hidden = ~torch.nn.functional.pad(real, (0, padding))
-    mass = torch.zeros(kept.shape[1], dtype=torch.float64, device=query.device)
-    error, norm, count = (
-        torch.zeros_like(mass),
-        torch.zeros((), dtype=torch.float64, device=query.device),
-        0.0,
-    )
+    keys = F.pad(key.float() * scale, (0, 0, 0, padding)).T
+    values = F.pad(value.float(), (0, 0, 0, padding)).view(cols, block, dim)
+    hidden = None
+    if real is not None or padding:
+        real = torch.ones(seq, dtype=torch.bool, device=query.device) if real is None else real
+        hidden = ~F.pad(real, (0, padding))
+    # One more "candidate" that keeps everything gives the dense output from the same sums.
+    selected = F.pad(kept.to(torch.float32), (0, 0, 0, 0, 0, 1), value=1.0)
+    sums = torch.zeros(3, candidates, dtype=torch.float64, device=query.device)
 
-    for part in range(0, len(picks), step := max(1, _SCORES // (cols * block * block))):
-        blocks = picks[part : part + step]
-        places = (blocks[:, None] * block + torch.arange(block, device=blocks.device)).flatten()
-        counted = (places < seq) & ~hidden[places]
-        scores = (query[places.clamp(max=seq - 1)].float() * scale) @ key.T
-        probabilities = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-        probabilities *= counted[:, None]  # rows beyond the sequence or of padding count nothing
-        by_block = probabilities.view(-1, cols, block)
-        # What each key block adds to the output: a candidate's output is then one small matrix product away.
-        partial = torch.bmm(by_block.transpose(0, 1), value)  # [cols, rows, dim]
-        selected = kept[part : part + step].to(partial.dtype)
-        kept_mass = _per_block(selected, by_block.sum(-1).T[..., None])[..., 0]  # [blocks, candidates, block]
-        output = _per_block(selected, partial) / kept_mass.clamp(min=1e-30)[..., None]
-        dense = partial.sum(0).view(len(blocks), 1, block, dim)
-        mass += kept_mass.sum((0, 2), dtype=torch.float64)
-        error += (output - dense).square().sum((0, 2, 3), dtype=torch.float64)
-        norm += dense.square().sum(dtype=torch.float64)
-        count += counted.sum().item()
-    return mass.cpu(), error.cpu(), norm.cpu(), count
-
-
-def _per_block(selected: Tensor, parts: Tensor) -> Tensor:
-    """Sums parts `[cols, rows, n]` over the selected `[blocks, candidates, cols]` of each query block.
-
-    Returns `[blocks, candidates, rows / blocks, n]`.
-    """
-    blocks, candidates, cols = selected.shape
-    n = parts.shape[-1]
-    by_query_block = parts.reshape(cols, blocks, -1).transpose(0, 1)
-    return torch.bmm(selected, by_query_block).view(blocks, candidates, -1, n)
+    # Query block by query block: its scores stay in a CPU's cache.
+    for number, pick in enumerate(picks):
+        start = pick * block
+        rows = query[start : start + block].float()
+        scores = rows @ keys
+        if hidden is not None:
+            scores.masked_fill_(hidden, -torch.inf)
+        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        if hidden is not None:
+            scores *= ~hidden[start : start + len(rows), None]  # rows of padding count nothing
+        by_block = scores.view(-1, cols, block)
+        # What each key block adds to the output: a candidate's output is one row of a small product.
+        parts = torch.bmm(by_block.transpose(0, 1), values)
+        output = (selected[:, number] @ parts.view(cols, -1)).view(candidates + 1, -1, dim)
+        weight = selected[:, number] @ by_block.sum(-1).T
+        output /= weight.clamp(min=_TINY)[..., None]
+        sums[0] += (weight[:-1] / weight[-1].clamp(min=_TINY)).sum(-1)
+        sums[1] += (output[:-1] - output[-1]).square_().sum((1, 2))
+        sums[2] += output[-1].square().sum()
+    mass, error, norm = sums.cpu()
+    return mass, error, norm
 
 
 def _kept_blocks(index: BlockIndex, batch: int, rows: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from dit_accel.calibration.candidates import default_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
-from dit_accel.calibration.choose import choose, multiplier_for_density
-from dit_accel.calibration.schedule import range_bounds, range_starts
+from dit_accel.calibration.choose import choose_density
+from dit_accel.calibration.schedule import range_bounds, range_starts, sampled_steps
 from dit_accel.calibration.stages import LATENCY_STEPS, Stages
 from dit_accel.calibration.tables import build_profile
 from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
@@ -59,7 +59,8 @@ def calibrate(
         height, width: pixels.
         num_frames: frames of the video; image pipelines do not read it.
         target_psnr: mean PSNR in dB against the dense runs that the plan should reach.
-        density: mean density over all attention calls that the plan should have, instead of a PSNR.
+        density: mean density over all attention calls that the plan should have, instead of a PSNR; the plan
+            of least error at that density, however long its candidates take.
         output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
             any moment and called again with the same arguments, it continues and ends with the same plan.
         held_out_prompts: further prompts on which PSNR and speed-up are measured, see `plan.validated`.
@@ -91,8 +92,11 @@ def calibrate(
     steps = generations * num_inference_steps + (0 if checkpoint.load("latency") else LATENCY_STEPS)
     bounds = range_bounds(num_inference_steps)
     with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar:
-        stages = Stages(pipe, settings, candidates, bounds, checkpoint, bar)
-        runs = [stages.profiled(f"dense_{i}", prompt, seed + i) for i, prompt in enumerate(prompts)]
+        stages = Stages(pipe, settings, candidates, checkpoint, bar)
+        runs = [
+            stages.profiled(f"dense_{i}", prompt, seed + i, sampled_steps(bounds, i, len(prompts)))
+            for i, prompt in enumerate(prompts)
+        ]
         profile = build_profile(
             [run.sums for run in runs],
             stages.latency(),
@@ -113,7 +117,7 @@ def calibrate(
         )
         validation = Validation(stages, draft, profile.tables, runs, prompts, held_out, seed)
         if target_psnr is None:
-            choice = choose(profile.tables, multiplier_for_density(profile.tables, density or 0.0))
+            choice = choose_density(profile.tables, density or 0.0)
         else:
             choice = validation.meet(target_psnr)
         validated = validation.report(choice)

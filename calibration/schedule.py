@@ -29,14 +29,12 @@ def range_bounds(steps: int, fractions: Sequence[float] = RANGE_FRACTIONS) -> tu
     return (*starts, steps)
 
 
-def sampled_steps(bounds: Sequence[int], per_range: int) -> dict[int, int]:
-    """Steps to profile, spread evenly over each range: {step: range}."""
-    chosen = {}
-    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        count = min(per_range, stop - start)
-        for i in range(count):
-            chosen[start + (2 * i + 1) * (stop - start) // (2 * count)] = number
-    return chosen
+def sampled_steps(bounds: Sequence[int], share: int, shares: int) -> dict[int, int]:
+    """Steps to profile, one per range: {step: range}. The prompts, `shares` of them, take different steps."""
+    return {
+        start + (2 * share + 1) * (stop - start) // (2 * shares): number
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds))
+    }
 
 
 def range_starts(bounds: Sequence[int], progress: Sequence[float]) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,6 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from dit_accel.calibration.capture import Recorder
 from dit_accel.calibration.checkpoint import Checkpoint
 from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
-from dit_accel.calibration.schedule import sampled_steps
 from dit_accel.calibration.tables import ProfileSums
 from dit_accel.pipelines import family_of
 from torch import Tensor
@@ -27,7 +26,6 @@ from dit_accel.grid import TokenGrid
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.state import AccelState
 
-_SAMPLED_STEPS_PER_RANGE = 2
 # The latency measurement on the progress bar, in steps of a generation.
 LATENCY_STEPS = 5
 
@@ -66,14 +64,12 @@ class Stages:
         pipe: Any,
         settings: GenerationSettings,
         candidates: Sequence[Candidate],
-        bounds: Sequence[int],
         checkpoint: Checkpoint,
         bar: tqdm,
     ) -> None:
         self._pipe = pipe
         self._settings = settings
         self._candidates = candidates
-        self._bounds = bounds
         self._checkpoint = checkpoint
         self._bar = bar
         self._attention = family_of(pipe.transformer).attention_modules(pipe.transformer)
@@ -83,14 +79,14 @@ class Stages:
         """Names of the attention modules in forward order."""
         return tuple(self._attention)
 
-    def profiled(self, name: str, prompt: str, seed: int) -> DenseRun:
+    def profiled(self, name: str, prompt: str, seed: int, sampled: Mapping[int, int]) -> DenseRun:
         """Generates densely and profiles attention on the way; the very first call times the candidates."""
         stage = self._load(name)
         if stage is None:
             timed = self._checkpoint.load("latency") is not None
             recorder = Recorder(
                 self._candidates,
-                sampled_steps(self._bounds, _SAMPLED_STEPS_PER_RANGE),
+                sampled,
                 len(self._attention),
                 first_call=None if timed else self._measure_latency,
             )
