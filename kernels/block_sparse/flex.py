@@ -59,5 +59,5 @@ def _padded_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pad(x: Tensor, block: int) -> Tensor:
-    """[batch, seq, heads, dim] -> [batch, heads, whole blocks, dim]."""
-    return F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % block))
+    """[batch, seq, heads, dim] -> [batch, heads, whole blocks, dim], contiguous: strides are compiled in."""
+    return F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % block)).contiguous()
