@@ -21,6 +21,7 @@ def configure(subparsers: Any) -> None:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="one prompt per line (demo: its held-out ones)"
     )
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N prompts only")
     parser.add_argument(
         "--warmup-steps", type=int, default=2, metavar="N", help="untimed (default %(default)s)"
     )
@@ -47,6 +48,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     variants = parse_variants(args.variants)
     prompts = default_prompts(args.model, "held_out", args.prompts)
+    if args.limit is not None:
+        if args.limit < 1:
+            raise ValueError(f"limit: expected at least 1, got {args.limit}")
+        prompts = prompts[: args.limit]
     pipe, settings = load(args)
     result = evaluate(
         pipe,

@@ -73,7 +73,8 @@ def plan():
 
 
 def _picture(path):
-    return np.asarray(Image.open(path).convert("RGB")).astype(float)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(float)
 
 
 def test_the_console_table_is_aligned_and_complete(evaluation):

@@ -1,0 +1,267 @@
+"""The command line: every subcommand on a tiny pipeline, every message, and what importing it costs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dit_accel import AccelPlan
+from dit_accel.cli import COMMANDS, main
+
+SCRIPT = Path(sys.executable).with_name("dit-accel")
+SIZES = [
+    "--height",
+    "48",
+    "--width",
+    "80",
+    "--frames",
+    "5",
+    "--steps",
+    "3",
+    "--guidance",
+    "3",
+    "--dtype",
+    "float32",
+]
+PROMPTS = [
+    "a red circle moves left",
+    "a blue square moves up",
+    "a red square moves left",
+    "a blue circle moves up",
+]
+
+
+@pytest.fixture
+def prompts(tmp_path) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command and return its exit code, stdout and stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def _is_a_picture(path: Path) -> bool:
+    with Image.open(path) as image:
+        darkest, lightest = image.convert("L").getextrema()
+    return lightest - darkest > 100
+
+
+def test_importing_the_package_and_the_command_line_loads_nothing_heavy():
+    code = (
+        "import sys, dit_accel.cli; dit_accel.cli.build_parser(); "
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'matplotlib', 'torchmetrics', 'tqdm'}; "
+        "print(sorted(heavy & set(sys.modules)), dit_accel.__version__)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "0.1.0"]
+
+
+def test_the_installed_script_lists_the_subcommands():
+    done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True)
+    for command in COMMANDS:
+        assert f"\n    {command.__name__.rsplit('.', 1)[1]}" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_installed_script_fails_with_one_line():
+    done = subprocess.run([SCRIPT, "inspect", "/no/such/plan"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("dit-accel inspect: error: /no/such/plan")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [command.__name__.rsplit(".", 1)[1] for command in COMMANDS])
+def test_every_subcommand_has_json_output_and_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--json" in text
+    assert "--output DIR" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "dit-accel: error: the following arguments are required: COMMAND"),
+        (["paint"], "dit-accel: error: argument COMMAND: invalid choice: 'paint'"),
+        (["evaluate", "demo"], "dit-accel evaluate: error: the following arguments are required: --variants"),
+        (
+            ["generate", "demo", "--prompt", "x", "--steps", "few"],
+            "argument --steps: invalid int value: 'few'",
+        ),
+        (
+            ["calibrate", "demo", "--density", "0.3", "--target-psnr", "30"],
+            "not allowed with argument --density",
+        ),
+        (["env", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_a_wrong_command_line_is_answered_in_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["generate", "/no/model", "--prompt", "x"],
+            "model: there is no directory /no/model; give a pipeline",
+        ),
+        (["generate", "TMP", "--prompt", "x"], "is no diffusers pipeline, it has no model_index.json"),
+        (["generate", "TMP", "--prompt", "x", "--device", "abacus"], "device: expected cpu, cuda or cuda:N"),
+        (["generate", "TMP", "--prompt", "x", "--plan", "TMP"], "accel_config.json"),
+        (["evaluate", "TMP", "--variants", "dense"], "prompts: only the model 'demo' brings its own"),
+        (["evaluate", "TMP", "--variants", "fast"], "variant 'fast': expected dense, plan:DIR"),
+        (["evaluate", "demo", "--variants", "dense", "--prompts", "TMP/none.txt"], "prompts: cannot read"),
+        (["evaluate", "demo", "--variants", "dense", "--limit", "0"], "limit: expected at least 1, got 0"),
+        (["calibrate", "TMP"], "prompts: only the model 'demo' brings its own"),
+        (["demo", "--model", "TMP"], "prompts: only the model 'demo' brings its own"),
+        (["inspect", "TMP"], "accel_config.json"),
+        (["env", "--device", "cuda:77x"], "device: expected cpu, cuda or cuda:N"),
+    ],
+)
+def test_user_errors_are_one_line_and_no_traceback(argv, message, run, tmp_path):
+    code, out, err = run(*(argument.replace("TMP", str(tmp_path)) for argument in argv))
+    assert code == 1
+    assert out == ""
+    assert err.startswith(f"dit-accel {argv[0]}: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_too_few_prompts_for_the_demo(run, tiny_wan_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    code, _, err = run("demo", "--model", tiny_wan_dir, "--prompts", tmp_path / "prompts.txt")
+    assert code == 1
+    assert "expected 2 to calibrate on and 2 to compare, got 2 and 1" in err
+
+
+def test_an_interrupted_command_says_so(run, monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dit_accel.cli.env.run", interrupt)
+    assert run("env") == (130, "", "dit-accel env: interrupted\n")
+
+
+def test_env(run, tmp_path):
+    code, out, _ = run("env", "--json", "--device", "cpu", "--output", tmp_path)
+    data = json.loads(out)
+    assert code == 0
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["attention_backend"] in {"torch", "flex", "triton", "reference"}
+    assert isinstance(data["amx"], bool)
+    assert json.loads((tmp_path / "env.json").read_text()) == data
+    _, text, _ = run("env", "--device", "cpu", "--dtype", "float32")
+    assert torch.__version__ in text
+    assert "cpu, float32" in text
+
+
+def test_inspect(run, tmp_path):
+    AccelPlan.preset("window", density=0.3).save_pretrained(tmp_path / "plan")
+    code, out, _ = run("inspect", tmp_path / "plan", "--json", "--output", tmp_path)
+    data = json.loads(out)
+    assert code == 0
+    assert data["choice"] == [[[0]]]
+    assert data["candidates"][0]["label"] == "window@0.30"
+    assert data["candidates"][0]["heads"] == 1
+    assert data["density_mean"] == pytest.approx(0.3)
+    assert _is_a_picture(tmp_path / "heads.png")
+    _, text, _ = run("inspect", tmp_path / "plan")
+    assert "every layer  window@0.30" in text
+    assert "any (a preset)" in text
+
+
+def test_generate_dense_and_with_a_plan(run, tiny_wan_dir, tmp_path):
+    AccelPlan.preset("skip").save_pretrained(tmp_path / "plan")
+    arguments = ["generate", tiny_wan_dir, "--prompt", PROMPTS[0], *SIZES, "--json", "--output"]
+    code, out, _ = run(*arguments, tmp_path / "dense")
+    dense = json.loads(out)
+    assert (code, dense["density"], dense["plan"]) == (0, 1.0, None)
+    code, out, _ = run(*arguments, tmp_path / "fast", "--plan", tmp_path / "plan")
+    assert (code, json.loads(out)["density"]) == (0, 0.0)
+    for name in ("dense", "fast"):
+        frames = sorted((tmp_path / name / "frames").glob("*.png"))
+        assert len(frames) == 5
+        with Image.open(frames[0]) as image:
+            assert image.size == (80, 48)
+        assert (tmp_path / name / "video.mp4").stat().st_size > 500
+    first = [(tmp_path / name / "frames" / "000.png").read_bytes() for name in ("dense", "fast")]
+    assert first[0] != first[1]
+
+
+def test_evaluate(run, tiny_wan_dir, prompts, tmp_path):
+    names = "preset:window@0.3:block=8,preset:pooled@0.5:block=8"
+    arguments = ["evaluate", tiny_wan_dir, "--variants", names, "--prompts", prompts, "--limit", 2, *SIZES]
+    code, out, _ = run(*arguments, "--json", "--output", tmp_path, "--attention-steps", 1)
+    data = json.loads(out)
+    assert code == 0
+    assert data["prompts"] == PROMPTS[:2]
+    assert [row["name"] for row in data["variants"]] == ["dense", *names.split(",")]
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == data
+    assert _is_a_picture(tmp_path / "comparison.png")
+    assert _is_a_picture(tmp_path / "curve.png")
+    assert len(list(tmp_path.glob("*.mp4"))) == 6
+    assert "| `dense` |" in (tmp_path / "table.md").read_text()
+    # Started again, nothing is generated twice, and the table says the same.
+    code, out, err = run(*arguments, "--output", tmp_path, "--attention-steps", 1)
+    assert code == 0
+    assert "6 finished generations are taken over" in err
+    assert f"{data['variants'][1]['seconds_p50']:.2f}" in out
+
+
+def test_calibrate_and_use_the_plan(run, tiny_wan_dir, prompts, tmp_path):
+    plan = tmp_path / "plan"
+    arguments = ["calibrate", tiny_wan_dir, "--prompts", prompts, "--density", 0.5, *SIZES, "--output", plan]
+    code, out, _ = run(*arguments, "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["plan"] == str(plan)
+    assert data["objective"]["density"] == 0.5
+    assert data["density_mean"] == pytest.approx(AccelPlan.from_pretrained(plan).density_mean)
+    code, out, _ = run(
+        "generate", tiny_wan_dir, "--prompt", PROMPTS[0], "--plan", plan, *SIZES, "--output", tmp_path
+    )
+    assert code == 0
+    assert "attention density" in out
+
+
+def test_demo(run, tiny_wan_dir, prompts, tmp_path):
+    arguments = ["demo", "--model", tiny_wan_dir, "--prompts", prompts, *SIZES, "--target-psnr", 60]
+    code, out, err = run(*arguments, "--output", tmp_path, "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert "1 of 2: calibrate" in err
+    assert "2 of 2: generate" in err
+    assert data["prompts"] == PROMPTS[2:]
+    assert data["seed"] == 2
+    assert [row["name"] for row in data["variants"]] == ["dense", "accelerated"]
+    assert AccelPlan.from_pretrained(tmp_path / "plan").layers == ("blocks.0.attn1", "blocks.1.attn1")
+    assert _is_a_picture(tmp_path / "comparison.png")
+    assert _is_a_picture(tmp_path / "heads.png")
+    videos = sorted(path.name for path in tmp_path.glob("*.mp4"))
+    assert videos == ["000-accelerated.mp4", "000-dense.mp4", "001-accelerated.mp4", "001-dense.mp4"]
+    code, out, err = run(*arguments, "--output", tmp_path, "--json")
+    assert code == 0
+    assert json.loads(out)["runs"] == data["runs"]
