@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         seed=args.seed + len(calibration_prompts),
         scorer=semantic_scorer(args.model),
         output_dir=args.output,
+        warmup_steps=1,  # the calibration has warmed the process up already
     )
     written = write_outputs(result, variants, args.output)
     data = result.to_dict()

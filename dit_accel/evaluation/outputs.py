@@ -26,7 +26,7 @@ def write_outputs(
     pictured = result.pictured()
     for number in pictured:
         for variant in variants:
-            frames = result.generation(number, variant.name).frames
+            frames = result.store.get(number, variant.name).frames
             written.append(write_video(frames, folder / f"{number:03d}-{slug(variant.name)}.mp4", fps=fps))
     if others:
         written.append(folder / "comparison.png")
@@ -45,7 +45,7 @@ def write_outputs(
 
 
 def _pair(result: Evaluation, number: int, name: str) -> Pair:
-    dense, other = result.generation(number, "dense"), result.generation(number, name)
+    dense, other = result.store.get(number, "dense"), result.store.get(number, name)
     run = next(run for run in result.runs if (run.prompt, run.variant) == (number, name))
     speed = f"{other.seconds:.1f} s ({dense.seconds / other.seconds:.2f}×)"
     return Pair(

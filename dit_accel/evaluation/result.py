@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_accel.evaluation.generate import Generation
 from dit_accel.evaluation.metrics import latent_rel_l2, psnr, ssim
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.store import GenerationStore, write_json
@@ -63,24 +62,11 @@ class Evaluation:
         """Numbers of the prompts whose frames are kept."""
         return list(range(min(len(self.prompts), PICTURED_PROMPTS)))
 
-    def generation(self, prompt: int, name: str) -> Generation:
-        """The frames and latents of a prompt that is pictured, or not measured yet.
-
-        Raises:
-            ValueError: They were dropped after measuring, or never made.
-        """
-        found = self.store.get(prompt, name)
-        if found is None:
-            raise ValueError(
-                f"prompt {prompt}, variant {name!r}: only the prompts {self.pictured()} are kept"
-            )
-        return found
-
     def measure(self, prompt: int, scorer: Scorer | None) -> None:
         """Add the runs of a prompt that every variant has generated, and drop what is not pictured."""
-        dense = self.generation(prompt, "dense")
+        dense = self.store.get(prompt, "dense")
         for name in self.variants:
-            made = self.generation(prompt, name)
+            made = self.store.get(prompt, name)
             run = Run(
                 prompt=prompt,
                 variant=name,

@@ -101,7 +101,7 @@ def _complete(
         prompt: [
             variant
             for turn in range(count)
-            if result.store.get(prompt, (variant := variants[(prompt + turn) % count]).name) is None
+            if not result.store.has(prompt, (variant := variants[(prompt + turn) % count]).name)
         ]
         for prompt in open_prompts
     }

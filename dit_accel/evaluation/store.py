@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -30,61 +31,68 @@ def slug(name: str) -> str:
 
 
 class GenerationStore:
-    """Generations by (prompt number, variant name); in memory, and in a directory where there is one."""
+    """Generations by (prompt number, variant name): in a directory, or in memory where there is none."""
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self._held: dict[tuple[int, str], Generation] = {}
 
-    def _path(self, prompt: int, variant: str) -> Path | None:
-        return self.directory / f"{prompt:03d}-{slug(variant)}.safetensors" if self.directory else None
-
-    def get(self, prompt: int, variant: str) -> Generation | None:
-        """The generation if it was finished, by this process or by an earlier one."""
-        if (prompt, variant) in self._held:
-            return self._held[prompt, variant]
+    def has(self, prompt: int, variant: str) -> bool:
+        """Whether the generation was finished, by this process or by an earlier one."""
         path = self._path(prompt, variant)
-        if path is None or not path.is_file():
-            return None
+        return (prompt, variant) in self._held if path is None else path.is_file()
+
+    def get(self, prompt: int, variant: str) -> Generation:
+        """A finished generation.
+
+        Raises:
+            ValueError: There is none, or its file cannot be read.
+        """
+        path = self._path(prompt, variant)
+        if not self.has(prompt, variant):
+            raise ValueError(f"prompt {prompt}, variant {variant!r}: its frames were dropped, or never made")
+        if path is None:
+            return self._held[prompt, variant]
         try:
             tensors = load_file(path)
-        except (SafetensorError, OSError):
-            return None  # unreadable: made again, at the price of one generation
+        except SafetensorError as error:
+            raise ValueError(f"{path}: expected a generation, got a broken file; delete it") from error
         seconds, density = tensors["seconds_density"].tolist()
-        found = Generation(tensors["frames"], tensors["latents"], seconds, None if density < 0 else density)
-        self._held[prompt, variant] = found
-        return found
+        return Generation(
+            tensors["frames"], tensors["latents"], seconds, None if math.isnan(density) else density
+        )
 
     def put(self, prompt: int, variant: str, generation: Generation) -> None:
         """Keep a finished generation."""
-        self._held[prompt, variant] = generation
         path = self._path(prompt, variant)
         if path is None:
+            self._held[prompt, variant] = generation
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        density = -1.0 if generation.density is None else generation.density
-        save_file(
-            {
-                "frames": generation.frames,
-                "latents": generation.latents.contiguous(),
-                "seconds_density": torch.tensor([generation.seconds, density], dtype=torch.float64),
-            },
-            partial,
-        )
+        density = math.nan if generation.density is None else generation.density
+        tensors = {
+            "frames": generation.frames,
+            "latents": generation.latents.contiguous(),
+            "seconds_density": torch.tensor([generation.seconds, density], dtype=torch.float64),
+        }
+        save_file(tensors, partial)
         partial.replace(path)
+
+    def drop(self, prompt: int) -> None:
+        """Forget the generations of a prompt."""
+        self._held = {key: made for key, made in self._held.items() if key[0] != prompt}
+        self._unlink(f"{prompt:03d}-*.safetensors")
 
     def clear(self) -> None:
         """Forget everything."""
         self._held.clear()
-        if self.directory is not None:
-            for path in self.directory.glob("*.safetensors"):
-                path.unlink()
+        self._unlink("*.safetensors")
 
-    def drop(self, prompt: int) -> None:
-        """Forget the generations of a prompt."""
-        for key in [key for key in self._held if key[0] == prompt]:
-            del self._held[key]
+    def _path(self, prompt: int, variant: str) -> Path | None:
+        return self.directory / f"{prompt:03d}-{slug(variant)}.safetensors" if self.directory else None
+
+    def _unlink(self, pattern: str) -> None:
         if self.directory is not None:
-            for path in self.directory.glob(f"{prompt:03d}-*.safetensors"):
+            for path in self.directory.glob(pattern):
                 path.unlink()

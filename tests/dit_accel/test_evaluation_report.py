@@ -12,7 +12,6 @@ from dit_accel import AccelPlan
 from dit_accel.evaluation.figures import Pair, save_comparison, save_curve, save_heads
 from dit_accel.evaluation.media import to_images, write_frames, write_video
 from dit_accel.evaluation.report import console_table, markdown_table, plan_map
-from dit_accel.evaluation.store import slug
 from dit_accel.plan import Candidate
 
 
@@ -180,11 +179,3 @@ def test_videos_and_frames_can_be_read_back(tmp_path):
     paths = write_frames(ramp, tmp_path / "frames")
     assert [path.name for path in paths] == [f"{number:03d}.png" for number in range(6)]
     assert np.array_equal(_picture(paths[5]), np.asarray(to_images(ramp)[5]).astype(float))
-
-
-def test_slugs_are_safe_and_distinct():
-    names = ["dense", "preset:window@0.3", "preset/window@0.3", "plan:" + "a" * 100, "plan:" + "a" * 99]
-    slugs = [slug(name) for name in names]
-    assert slugs[0] == "dense"
-    assert len(set(slugs)) == len(names)
-    assert not any(set(text) & set("/: ") or len(text) > 70 for text in slugs)

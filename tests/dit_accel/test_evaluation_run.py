@@ -165,9 +165,9 @@ def test_variants_rotate_and_share_the_seed(pipe, monkeypatch):
 def test_only_the_pictured_prompts_keep_their_frames(evaluation):
     _, result = evaluation
     assert result.pictured() == [0, 1, 2]
-    assert result.generation(2, "dense").frames.shape == (5, 48, 80, 3)
-    with pytest.raises(ValueError, match="only the prompts"):
-        result.generation(3, "dense")
+    assert result.store.get(2, "dense").frames.shape == (5, 48, 80, 3)
+    with pytest.raises(ValueError, match="prompt 3, variant 'dense': its frames were dropped"):
+        result.store.get(3, "dense")
     assert not list(result.store.directory.glob("003-*"))
 
 
