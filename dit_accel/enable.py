@@ -11,7 +11,7 @@ from torch import nn
 from dit_accel.kernels.block_sparse.api import BACKENDS
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, config_hash_of
-from dit_accel.processor import LayerCursor, swapped_class, swapped_processor
+from dit_accel.processor import LayerCursor, check_processor, swapped_class, swapped_processor
 from dit_accel.state import HOOK_NAME, AccelHook, AccelState, Stats, hook_of
 
 
@@ -134,6 +134,8 @@ def _check(transformer: nn.Module, plan: AccelPlan, backend: str) -> None:
             "dit-accel is enabled here already; call dit_accel.disable(pipe) before enabling another plan"
         )
     modules = family.attention_modules(transformer)
+    for module in modules.values():
+        check_processor(type(module.processor), family.attention_function)
     heads = next(iter(modules.values())).heads
     plan.check(family.transformer_class, config_hash_of(transformer), tuple(modules), heads)
 
@@ -164,11 +166,16 @@ def _install(transformer: nn.Module, plan: AccelPlan, backend: str) -> dict[str,
 
     def restore() -> None:
         unwatch()
+        # Removing a diffusers hook puts `forward` back to what it was before, without what came on top since.
+        forward = transformer.forward
         registry.remove_hook(HOOK_NAME, recurse=False)
+        if forward is not hooked_forward:
+            transformer.forward = forward
         state.reset()
         for name, module in modules.items():
             if type(module.processor) in classes.values():
                 module.set_processor(originals[f"{name}.processor"])
 
     registry.register_hook(AccelHook(state, restore), HOOK_NAME)
+    hooked_forward = transformer.forward
     return processors

@@ -72,29 +72,34 @@ _handles = itertools.count(1)
 _redirects: weakref.WeakValueDictionary[int, Redirect] = weakref.WeakValueDictionary()
 
 
+def check_processor(processor_class: type, attention_function: str) -> None:
+    """Refuse a processor class that cannot be swapped.
+
+    Raises:
+        ValueError: it does not call `attention_function`, see `ModelFamily.attention_function`.
+    """
+    function = processor_class.__call__
+    names = set(attention_function.split("."))
+    if not isinstance(function, types.FunctionType) or not names <= set(function.__code__.co_names):
+        raise ValueError(
+            f"attention processor: expected one that calls {attention_function}, "
+            f"got {processor_class.__name__}; restore the model's own processors before enabling dit-accel"
+        )
+
+
 def swapped_class(
-    processor_class: type, attention_function: str, state: AccelState, cursor: LayerCursor
+    processor_class: Any, attention_function: str, state: AccelState, cursor: LayerCursor
 ) -> type:
-    """Subclass a processor class so that its attention calls follow the plan of `state`.
+    """Subclass a processor class so that its attention follows the plan of `state`; see `check_processor`.
 
     Args:
         processor_class: the class of the processor a model has.
         attention_function: the global it calls, see `ModelFamily.attention_function`.
         state: plan and position; it must be told of every forward of the transformer.
         cursor: knows the layer that runs.
-
-    Raises:
-        ValueError: a processor that does not call that global.
     """
     function = processor_class.__call__
     name, _, attribute = attention_function.partition(".")
-    if not isinstance(function, types.FunctionType) or not {name, *attribute.split()} <= {
-        *function.__code__.co_names
-    }:
-        raise ValueError(
-            f"attention processor: expected one that calls {attention_function}, "
-            f"got {processor_class.__name__}; restore the model's own processors before enabling dit-accel"
-        )
     scope = dict(function.__globals__)
     # Dynamo looks the globals of a function with a __name__ up in the module of that name, not in this dict.
     module_name = scope.pop("__name__")
@@ -174,7 +179,8 @@ def _attention_function(redirect: Redirect, cursor: LayerCursor) -> Callable[...
     return scaled_dot_product_attention if redirect.heads_first else dispatch_attention
 
 
-@torch.library.custom_op("dit_accel::attention", mutates_args=())
+# A CUDA graph would replay the choice that was right when it was recorded.
+@torch.library.custom_op("dit_accel::attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attention_op(
     query: Tensor,
     key: Tensor,

@@ -144,7 +144,11 @@ class _BranchTracker(StateManager):
 
 
 class AccelHook(ModelHook):
-    """Tells the state, before the first block runs, where the forward is."""
+    """Tells the state, before the first block runs, where the forward is.
+
+    Diffusers tells this hook the guidance branch and the end of a generation. The forward itself is watched
+    with hooks of torch: those of diffusers wrap `forward`, which CPU offloading puts back to what it found.
+    """
 
     _is_stateful = True
 
@@ -153,12 +157,30 @@ class AccelHook(ModelHook):
         self.state = state
         self.restore = restore
         self.tracker = _BranchTracker()
+        self._handles: list[Any] = []
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Watch the forwards of the transformer; diffusers calls this on registration."""
+        self._handles = [
+            module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            module.register_forward_hook(self._end),
+        ]
+        return module
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        """Stop watching; diffusers (whose spelling this is) calls it on removal."""
+        for handle in self._handles:
+            handle.remove()
+        return module
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        """Diffusers calls this when a pipeline is done with a generation."""
+        self.state.finish()
+        return module
 
     # Reads the timestep's value, which a compiler cannot trace; blocks are compiled below this.
     @torch.compiler.disable
-    def pre_forward(
-        self, module: nn.Module, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
         if getattr(module, "_parallel_config", None) is not None and not state.all_dense:
             raise RuntimeError(
@@ -170,16 +192,10 @@ class AccelHook(ModelHook):
             None if state.all_dense and state.capture is None else state.family.read_grid(module, arguments)
         )
         state.begin(grid, state.family.progress(arguments), self.tracker.branch)
-        return args, kwargs
 
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.state.end()
-        return output
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        """Diffusers calls this when a pipeline is done with a generation."""
-        self.state.finish()
-        return module
 
 
 def hook_of(transformer: nn.Module) -> AccelHook | None:

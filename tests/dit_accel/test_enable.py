@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from dit_accel.pipelines import family_of
+from torch import nn
 
 import dit_accel
 from dit_accel.enable import attn_processors, disable, enable, states, stats
@@ -164,6 +166,35 @@ def test_attn_processors_work_without_enable(any_tiny):
     assert all(before[name] is processor for name, processor in transformer.attn_processors.items())
 
 
+@pytest.mark.parametrize("offloaded_first", [True, False])
+def test_offloading_hooks_come_and_go(tiny, offloaded_first):
+    """CPU offloading wraps `forward` when switched on and unwraps it after every generation."""
+    model = tiny("wan")
+    expected = model.run()
+    offloads = []
+
+    class Offload(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            offloads.append(module)
+            return args, kwargs
+
+    if offloaded_first:
+        add_hook_to_module(model.transformer, Offload())
+    enable(model.transformer, WINDOW)
+    sparse = model.run()
+    for _ in range(2):
+        remove_hook_from_module(model.transformer)
+        add_hook_to_module(model.transformer, Offload())
+        assert torch.equal(model.run(), sparse)
+    disable(model.transformer)
+    offloads.clear()
+    assert torch.equal(model.run(), expected)
+    assert offloads == [model.transformer]
+    remove_hook_from_module(model.transformer)
+    assert torch.equal(model.run(), expected)
+    assert not torch.equal(sparse, expected)
+
+
 def test_backend_is_the_kernels(tiny):
     model = tiny("wan")
     outputs = {}
@@ -251,11 +282,15 @@ class TestRefusals:
         with pytest.raises(PlanError, match="config_hash"):
             enable(tiny("wan", layers=3).transformer, ranged_plan(tiny("wan")))
 
-    def test_second_expert_that_does_not_fit_leaves_the_first_alone(self, wan_pipeline, tiny):
+    @pytest.mark.parametrize("obstacle", ["config", "processor"])
+    def test_second_expert_that_does_not_fit_leaves_the_first_alone(self, wan_pipeline, tiny, obstacle):
         pipe = wan_pipeline(experts=2)
-        pipe.transformer_2 = tiny("wan", layers=3).transformer
+        if obstacle == "config":
+            pipe.transformer_2 = tiny("wan", layers=3).transformer
+        else:
+            pipe.transformer_2.blocks[1].attn1.set_processor(nn.Identity())
         before = pipe.transformer.attn_processors
-        with pytest.raises(PlanError, match="config_hash"):
+        with pytest.raises(ValueError, match="config_hash|calls dispatch_attention_fn, got Identity"):
             enable(pipe, ranged_plan(tiny("wan")))
         assert hook_of(pipe.transformer) is None
         assert all(before[name] is processor for name, processor in pipe.transformer.attn_processors.items())
