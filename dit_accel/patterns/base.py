@@ -52,21 +52,18 @@ class BlockSpace:
             return tokens
         return tokens.index_select(1, self.order)
 
-    def block_sums(self, tokens: Tensor, dim: int) -> Tensor:
-        """Sum ordered tokens over the video blocks along `dim`, in float32."""
-        whole = self.chosen_tokens // self.block
-        sums = tokens.narrow(dim, 0, whole * self.block).unflatten(dim, (whole, self.block))
-        sums = sums.sum(dim + 1, dtype=torch.float32)
-        if whole == self.video_blocks:
-            return sums
-        rest = tokens.narrow(dim, whole * self.block, self.chosen_tokens - whole * self.block)
-        return torch.cat((sums, rest.sum(dim, keepdim=True, dtype=torch.float32)), dim=dim)
+    def means(self, tokens: Tensor, dim: int, run: int) -> Tensor:
+        """Average the video blocks' tokens over each run of `run` ordered tokens along `dim`."""
+        whole, rest = divmod(self.chosen_tokens, run)
+        means = tokens.narrow(dim, 0, whole * run).unflatten(dim, (whole, run)).mean(dim + 1)
+        if not rest:
+            return means
+        return torch.cat((means, tokens.narrow(dim, whole * run, rest).mean(dim, keepdim=True)), dim=dim)
 
-    def block_sizes(self) -> Tensor:
-        """float32 `[video_blocks]`: tokens in each video block."""
-        sizes = torch.full((self.video_blocks,), self.block, dtype=torch.float32, device=self.device)
-        sizes[-1:] -= self.video_blocks * self.block - self.chosen_tokens
-        return sizes
+    def run_sizes(self, run: int) -> Tensor:
+        """Count the tokens of each run that `means` averages, float32 `[runs]`."""
+        starts = torch.arange(0, self.chosen_tokens, run, dtype=torch.float32, device=self.device)
+        return (self.chosen_tokens - starts).clamp(max=run)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def _choose(space: BlockSpace, kept: int, *, aspect: float) -> Tensor:
     if aspect <= 0:
         raise ValueError(f"option 'aspect' of family 'window': expected a number above 0, got {aspect!r}")
     places = space.grid.coordinates(space.order.cpu())[: space.chosen_tokens].float()
-    centres = space.block_sums(places, dim=0) / space.block_sizes().cpu()[:, None]
+    centres = space.means(places, 0, space.block)
     centres[:, 0] /= aspect
     apart = (centres[:, None] - centres[None]).abs()
     # Many blocks are equally far by the largest axis: the straight distance decides among them.

@@ -151,9 +151,9 @@ def test_top_p_keeps_the_fewest_blocks_that_hold_the_mass_and_density_is_a_cap()
     grid = TokenGrid(7, 13, 11)
     query, key = tokens(grid)
     query = query * 6
-    whole = select("pooled", query, key, grid, density=1.0, block=BLOCK, top_p=1.0).index.to_mask()
-    some = select("pooled", query, key, grid, density=1.0, block=BLOCK, top_p=0.6).index
-    capped = select("pooled", query, key, grid, density=0.1, block=BLOCK, top_p=0.6).index
+    whole = select("pooled", query, key, grid, density=1.0, block=BLOCK, top_p=1.0, parts=1).index.to_mask()
+    some = select("pooled", query, key, grid, density=1.0, block=BLOCK, top_p=0.6, parts=1).index
+    capped = select("pooled", query, key, grid, density=0.1, block=BLOCK, top_p=0.6, parts=1).index
     assert whole.float().mean() > 0.99
     assert some.counts.unique().numel() > 3
     assert torch.equal(capped.counts, some.counts.clamp(max=round(0.1 * some.cols)))
@@ -222,6 +222,11 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
             "pooled",
             {"top_p": 1.2},
             "option 'top_p' of family 'pooled': expected a number from 0 to 1, got 1.2",
+        ),
+        (
+            "pooled",
+            {"parts": 3},
+            "option 'parts' of family 'pooled': expected a divisor of the block, 16, got 3",
         ),
         ("window", {"aspect": 0.0}, "option 'aspect' of family 'window': expected a number above 0, got 0.0"),
         ("window", {"order": "tiles"}, "expected 'frame', 'space' or 'tile:TxHxW', got 'tiles'"),

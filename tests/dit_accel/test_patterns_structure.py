@@ -35,6 +35,12 @@ def same_place(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return near((h * GRID.width + w)[:, None] / 6)
 
 
+def moving(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A picture that drifts by most of a token per frame."""
+    t, h, w = GRID.coordinates().float().unbind(-1)
+    return near(torch.stack((h - 0.8 * t, w + 0.6 * t), dim=-1))
+
+
 def columns(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A few stretches of keys that every query reads."""
     key = torch.randn(1, GRID.video_tokens, 1, 8, generator=generator)
@@ -93,6 +99,11 @@ def test_family_finds_what_the_static_others_miss(structure, finder: str, least:
 @pytest.mark.parametrize("order", ["frame", "space", "tile:4x4x4"])
 def test_pooled_finds_neighbours_in_any_order(order: str) -> None:
     assert recall(local, "pooled", 0.3, order=order) > 0.75
+
+
+def test_pooling_in_parts_follows_a_moving_picture_better_than_whole_block_means() -> None:
+    whole, parts = (recall(moving, "pooled", 0.15, parts=parts) for parts in (1, 4))
+    assert parts > whole + 0.02
 
 
 @pytest.mark.parametrize("name", ["stripes", "pooled"])
