@@ -122,7 +122,14 @@ def _prepare(
     chosen: list[tuple[Selection, Tensor]] = []
     for candidate, members in heads_of.items():
         ids = torch.tensor(members)
-        q, k = (query, key) if len(members) == heads else (x[:, :, members] for x in (query, key))
+        q, k = query, key
+        if len(members) < heads:
+            # A static family looks at shapes alone, so any heads will do for it.
+            static = FAMILIES[candidate.family].static
+            q, k = (
+                x[:, :, : len(members)] if static else x.index_select(2, ids.to(x.device))
+                for x in (query, key)
+            )
         options = dict(candidate.options)
         selection = select(
             candidate.family, q, k, grid, density=candidate.density, block=block, scale=scale, **options
