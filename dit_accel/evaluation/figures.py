@@ -49,48 +49,55 @@ def save_comparison(pairs: Sequence[Pair], path: Path, *, columns: int = 6) -> N
     """
     if not pairs:
         raise ValueError("pairs: expected at least one prompt to draw, got none")
-    height, width = pairs[0].dense.shape[1:3]
-    cell = 1.9
-    row_height = cell * height / width
-    columns = min(columns, pairs[0].dense.shape[0])
-    margin, title, gap = 1.55, 0.5, 0.04
-    total_width = margin + columns * (cell + gap) + 0.15
-    total_height = len(pairs) * (title + 3 * (row_height + gap) + 0.2) + 0.1
-    figure = Figure(figsize=(total_width, total_height), facecolor=PAPER)
-    y = total_height
+    # Inches: a margin for the notes on the left, and for each pair a title over three strips of frames.
+    margin, title, gap, frame_width = 1.55, 0.5, 0.05, 1.93
+    strip = _strip(pairs[0].dense, columns)
+    strip_width = frame_width * min(columns, len(pairs[0].dense))
+    strip_height = strip_width * strip.shape[0] / strip.shape[1]
+    width = margin + strip_width + 0.15
+    height = len(pairs) * (title + 3 * (strip_height + gap) + 0.2) + 0.1
+    figure = Figure(figsize=(width, height), facecolor=PAPER)
+
+    def write(x: float, y: float, text: str, size: float, *, strong: bool, above: bool) -> None:
+        figure.text(
+            x / width,
+            y / height,
+            text,
+            fontsize=size,
+            color=INK if strong else MUTED,
+            weight="bold" if strong else "normal",
+            va="bottom" if above else "top",
+            linespacing=1.35,
+        )
+
+    y = height
     for pair in pairs:
         y -= title
-        figure.text(
-            margin / total_width, (y + 0.13) / total_height, _wrap(pair.prompt, total_width - margin),
-            fontsize=11.5, color=INK, weight="bold", va="bottom",
-        )  # fmt: skip
-        difference = ((pair.accelerated - pair.dense).abs() * DIFFERENCE_GAIN).clamp(0, 1)
-        rows = (
+        shown = textwrap.shorten(pair.prompt, width=max(20, int(strip_width * 11)), placeholder=" …")
+        write(margin, y + 0.13, shown, 11.5, strong=True, above=True)
+        for name, note, frames in (
             ("dense", pair.dense_note, pair.dense),
             ("accelerated", pair.accelerated_note, pair.accelerated),
-            (f"difference ×{DIFFERENCE_GAIN}", "", difference),
-        )
-        for name, note, frames in rows:
-            y -= row_height
-            middle = (y + row_height / 2) / total_height
-            figure.text(
-                0.12 / total_width, middle, name, fontsize=10.5, color=INK, weight="bold", va="bottom"
-            )
-            figure.text(0.12 / total_width, middle, note, fontsize=9, color=MUTED, va="top", linespacing=1.35)
-            for column, frame in enumerate(np.linspace(0, len(frames) - 1, columns).round().astype(int)):
-                left = (margin + column * (cell + gap)) / total_width
-                axes = figure.add_axes(
-                    (left, y / total_height, cell / total_width, row_height / total_height)
-                )
-                axes.imshow(frames[frame].clamp(0, 1).numpy(), interpolation="lanczos")
-                axes.set_axis_off()
+            (f"difference ×{DIFFERENCE_GAIN}", "", (pair.accelerated - pair.dense).abs() * DIFFERENCE_GAIN),
+        ):
+            y -= strip_height
+            write(0.12, y + strip_height / 2, name, 10.5, strong=True, above=True)
+            write(0.12, y + strip_height / 2, note, 9, strong=False, above=False)
+            place = (margin / width, y / height, strip_width / width, strip_height / height)
+            axes = figure.add_axes(place)
+            axes.imshow(_strip(frames, columns), interpolation="lanczos", aspect="auto")
+            axes.set_axis_off()
             y -= gap
         y -= 0.2
     _save(figure, path)
 
 
-def _wrap(prompt: str, width_inches: float) -> str:
-    return textwrap.shorten(prompt, width=max(20, int(width_inches * 11)), placeholder=" …")
+def _strip(frames: Tensor, columns: int) -> np.ndarray:
+    """Evenly spaced frames side by side with white between them, `[height, width, 3]`."""
+    chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+    white = np.ones((frames.shape[1], max(1, frames.shape[2] // 48), 3), dtype=np.float32)
+    parts = [part for number in chosen for part in (frames[number].clamp(0, 1).numpy(), white)]
+    return np.concatenate(parts[:-1], axis=1)
 
 
 def save_heads(plan: AccelPlan, path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import dit_accel
 from dit_accel import AccelPlan
 from dit_accel.cli import COMMANDS, main
 
@@ -68,6 +69,20 @@ def test_importing_the_package_and_the_command_line_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "0.1.0"]
+
+
+def test_every_public_name_can_be_imported():
+    for name in dit_accel.__all__:
+        assert getattr(dit_accel, name) is not None
+    assert set(dit_accel.__all__) <= set(dir(dit_accel))
+    with pytest.raises(AttributeError, match=r"no attribute 'accelerate'; it offers AccelPlan, PlanError"):
+        dit_accel.accelerate  # noqa: B018
+
+
+def test_importing_the_module_enable_does_not_hide_the_function():
+    code = "import dit_accel.enable, dit_accel; from dit_accel.enable import states; print(dit_accel.enable.__name__)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "enable"
 
 
 def test_the_installed_script_lists_the_subcommands():
