@@ -1,14 +1,12 @@
 """A tiny Wan pipeline whose attention matters, at a size that has several blocks and no round number."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanPipeline
 from torch import nn
-
-# 3 frames x 9 x 11 = 297 tokens: five blocks of 64, the last one short.
-SIZE = {"height": 144, "width": 176, "num_frames": 9}
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +28,17 @@ def pipe(lively_wan_dir: Path) -> WanPipeline:
     pipe = WanPipeline.from_pretrained(lively_wan_dir)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def arguments() -> dict[str, Any]:
+    """Arguments of `calibrate`: 3 frames x 9 x 11 = 297 tokens are five blocks of 64, the last one short."""
+    return {
+        "prompts": ["a red circle moves left", "a blue square moves up"],
+        "height": 144,
+        "width": 176,
+        "num_frames": 9,
+        "num_inference_steps": 5,
+        "guidance_scale": 4.0,
+        "progress": False,
+    }

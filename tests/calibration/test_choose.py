@@ -27,7 +27,9 @@ def tables(ranges=2, layers=1, heads=3, candidates=3, seed=0, plain=0.8) -> Tabl
     density = torch.linspace(1.0, 0.1, candidates, dtype=torch.float64)
     calls = torch.arange(1, ranges + 1, dtype=torch.float64)
     noise = torch.rand(ranges, candidates, generator=generator, dtype=torch.float64)
-    return Tables(error, calls[:, None] * density * (0.8 + 0.4 * noise), plain * calls, density, calls, dense=0)
+    return Tables(
+        error, calls[:, None] * density * (0.8 + 0.4 * noise), plain * calls, density, calls, dense=0
+    )
 
 
 def all_plans(t: Tables):
@@ -113,7 +115,9 @@ def test_mean_density_weighs_ranges_by_their_calls():
     ("name", "value", "message"),
     [
         pytest.param("cost", torch.ones(2, 2), r"cost must be \[2, 3\], got \(2, 2\)", id="cost"),
-        pytest.param("error", torch.ones(2, 3), r"error must be \[ranges, layers, heads, candidates\]", id="error"),
+        pytest.param(
+            "error", torch.ones(2, 3), r"error must be \[ranges, layers, heads, candidates\]", id="error"
+        ),
         pytest.param("dense", 3, r"dense must be in 0..2, got 3", id="dense"),
     ],
 )

@@ -52,7 +52,8 @@ def test_range_starts_separate_the_steps():
 def test_weights_grow_with_step_length_and_with_noise():
     even = [0.0, 0.25, 0.5, 0.75]
     weights = range_weights((0, 1, 2, 3, 4), even)
-    assert list(weights) == sorted(weights, reverse=True)  # equal steps: the earlier, the more it is amplified
+    # Equal steps: the earlier an error is made, the more it is amplified.
+    assert list(weights) == sorted(weights, reverse=True)
     longer = range_weights((0, 1, 2), [0.0, 0.1])
     assert longer[1] > longer[0]
     # At the very end the flow changes nothing any more: the weight is the squared step.

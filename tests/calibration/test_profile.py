@@ -1,0 +1,129 @@
+"""Recall and rel_l2 of the profile against brute force in float64 on full masks."""
+
+import pytest
+import torch
+
+from dit_accel.calibration.candidates import default_candidates
+from dit_accel.calibration.profile import profile_call
+from dit_accel.grid import TokenGrid
+from dit_accel.patterns import select
+from dit_accel.plan import Candidate
+
+CANDIDATES = (
+    Candidate("dense", 1.0),
+    Candidate("skip", 0.0),
+    Candidate("window", 0.3),
+    Candidate("bands", 0.4, (("order", "space"),)),
+    Candidate("bands", 0.4, (("order", "frame"),)),
+    Candidate("stripes", 0.3),
+    Candidate("pooled", 0.25),
+    Candidate("pooled", 0.6),
+)
+EVERYTHING = 1000
+
+GRIDS = [
+    pytest.param(TokenGrid(3, 5, 7), 1, 2, 16, id="B1-S105-H2-block16"),
+    pytest.param(TokenGrid(1, 9, 7), 2, 1, 16, id="B2-one-frame-one-head"),
+    pytest.param(TokenGrid(3, 5, 7, text_tokens=11), 2, 3, 32, id="B2-text-last"),
+    pytest.param(TokenGrid(2, 4, 4, text_tokens=5, text_first=True), 1, 2, 64, id="single-block"),
+]
+
+
+def tensors(grid, batch, heads, dim=24, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, batch, grid.total_tokens, heads, dim)
+    return (1.5 * torch.randn(shape, generator=generator)).to(dtype).unbind(0)
+
+
+def brute_force(query, key, value, grid, candidate, block, key_mask):
+    """Per head: mass, squared error, squared norm over all real rows."""
+    q, k, v = (t.double().transpose(1, 2) for t in (query, key, value))
+    scores = q @ k.transpose(-1, -2) * query.shape[-1] ** -0.5
+    real = torch.ones(query.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
+    scores = scores.masked_fill(~real[:, None, None], -torch.inf)
+    weights = scores.softmax(-1) * real[:, None, :, None]
+    options = dict(candidate.options)
+    selected = select(candidate.family, query, key, grid, density=candidate.density, block=block, **options)
+    kept = weights * selected.mask()
+    mass = kept.sum(-1)
+    dense = weights @ v
+    output = torch.where(mass[..., None] > 0, kept @ v / mass[..., None].clamp(min=1e-300), 0.0)
+    rows = int(real.sum())
+    return mass.sum((0, 2)), (output - dense).square().sum((0, 2, 3)), dense.square().sum((0, 2, 3)), rows
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all-real", "key-mask"])
+@pytest.mark.parametrize(("grid", "batch", "heads", "block"), GRIDS)
+def test_profile_of_all_rows_is_the_brute_force(grid, batch, heads, block, masked):
+    query, key, value = tensors(grid, batch, heads)
+    key_mask = None
+    if masked:
+        key_mask = torch.ones(batch, grid.total_tokens, dtype=torch.bool)
+        key_mask[-1, grid.total_tokens - 3 :] = False
+    found = profile_call(
+        query, key, value, grid, CANDIDATES, block=block, query_blocks=EVERYTHING, key_mask=key_mask
+    )
+    for number, candidate in enumerate(CANDIDATES):
+        mass, error, norm, rows = brute_force(query, key, value, grid, candidate, block, key_mask)
+        # Float32 sums over some hundred keys: a few hundred roundings of 2^-24.
+        budget = grid.total_tokens * 2.0**-24
+        torch.testing.assert_close(found.mass[:, number] / rows, mass / rows, rtol=budget, atol=budget)
+        torch.testing.assert_close(found.norm[:, number], norm, rtol=2 * budget, atol=0.0)
+        rel_l2 = (found.error[:, number] / norm).sqrt()
+        torch.testing.assert_close(rel_l2, (error / norm).sqrt(), rtol=0.0, atol=2 * budget)
+        assert found.rows[number] == rows
+
+
+def test_dense_loses_nothing_and_skip_everything():
+    grid = TokenGrid(3, 5, 7)
+    found = profile_call(*tensors(grid, 2, 2), grid, CANDIDATES, block=16, query_blocks=3, phase=0.7)
+    torch.testing.assert_close(found.mass[:, 0], found.rows[0].expand(2))
+    assert (found.error[:, 0] == 0).all()
+    assert (found.mass[:, 1] == 0).all()
+    torch.testing.assert_close(found.error[:, 1], found.norm[:, 1])
+
+
+def test_sampled_blocks_estimate_the_whole():
+    grid = TokenGrid(5, 9, 11)
+    query, key, value = tensors(grid, 1, 2)
+    whole = profile_call(query, key, value, grid, CANDIDATES, block=16, query_blocks=EVERYTHING)
+    part = profile_call(query, key, value, grid, CANDIDATES, block=16, query_blocks=8, phase=0.4)
+    assert (part.rows == 8 * 16).all()
+    recall = (whole.mass / whole.rows, part.mass / part.rows)
+    torch.testing.assert_close(recall[1], recall[0], rtol=0.0, atol=0.1)
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.5, 0.999])
+def test_phase_moves_the_sampled_blocks_within_the_sequence(phase):
+    grid = TokenGrid(3, 5, 7)
+    found = profile_call(*tensors(grid, 1, 1), grid, CANDIDATES[:1], block=16, query_blocks=4, phase=phase)
+    # 105 tokens are six full blocks and one of 9; without a phase the short one is not reached.
+    assert found.rows.item() == (4 * 16 if phase == 0.0 else 3 * 16 + 9)
+
+
+def test_bfloat16_is_profiled_in_float32():
+    grid = TokenGrid(3, 5, 7)
+    half = tensors(grid, 1, 2, dtype=torch.bfloat16)
+    full = tuple(t.float() for t in half)
+    low = profile_call(*half, grid, CANDIDATES[:5], block=16, query_blocks=EVERYTHING)
+    high = profile_call(*full, grid, CANDIDATES[:5], block=16, query_blocks=EVERYTHING)
+    torch.testing.assert_close(low.mass, high.mass)
+    torch.testing.assert_close(low.error, high.error)
+
+
+def test_density_is_that_of_the_selection():
+    grid = TokenGrid(3, 5, 7)
+    query, key, value = tensors(grid, 1, 2)
+    found = profile_call(query, key, value, grid, CANDIDATES, block=16)
+    assert found.density[0] == 1.0
+    assert found.density[1] == 0.0
+    assert found.density[7] == pytest.approx(
+        select("pooled", query, key, grid, density=0.6, block=16).density
+    )
+
+
+def test_default_candidates_have_dense_and_skip_once_and_no_duplicates():
+    candidates = default_candidates()
+    assert [c.family for c in candidates].count("dense") == 1
+    assert [c.family for c in candidates].count("skip") == 1
+    assert len(set(candidates)) == len(candidates)

@@ -1,0 +1,166 @@
+"""The whole calibration on a tiny Wan pipeline."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import AccelPlan
+from dit_accel.calibration import calibrate, stages
+from dit_accel.calibration.cost import Latency
+
+# Calibrates in a process of its own; the clock is replaced as in `density_clock`.
+SCRIPT = """
+import json, sys
+import torch
+from diffusers import WanPipeline
+from dit_accel.calibration import calibrate, stages
+from dit_accel.calibration.cost import Latency
+
+def density_clock(query, key, value, grid, candidates, original, **options):
+    return Latency(torch.tensor([0.01 + c.density for c in candidates], dtype=torch.float64), 1.0)
+
+model, output_dir, threads, arguments = sys.argv[1:]
+torch.set_num_threads(int(threads))
+stages.measure_latency = density_clock
+calibrate(WanPipeline.from_pretrained(model), output_dir=output_dir, **json.loads(arguments))
+"""
+
+
+@pytest.fixture
+def density_clock(monkeypatch):
+    """Latency as on large models, proportional to density: at 297 tokens launching is all that takes time."""
+
+    def measure(query, key, value, grid, candidates, original, **options):
+        return Latency(torch.tensor([0.01 + c.density for c in candidates], dtype=torch.float64), 1.0)
+
+    monkeypatch.setattr(stages, "measure_latency", measure)
+
+
+def test_density_plan_runs_at_its_density(pipe, arguments, tmp_path):
+    plan = calibrate(pipe, **arguments, density=0.5, output_dir=tmp_path / "plan")
+    assert plan.choice.shape == (4, 2, 2)
+    assert plan.layers == ("blocks.0.attn1", "blocks.1.attn1")
+    assert plan.grid == dit_accel.TokenGrid(3, 9, 11)
+    assert plan.validated["density_mean"] == pytest.approx(0.5, abs=0.1)
+    assert plan.validated["calibration_dense_generations"] > 2
+    assert ((plan.recall >= 0) & (plan.recall <= 1.0001)).all()
+    assert (plan.latency_ms > 0).all()
+    dense = plan.choice == [c.family for c in plan.candidates].index("dense")
+    assert (plan.rel_l2[dense] == 0).all()
+    assert (plan.rel_l2[~dense] > 0).all()
+
+    dit_accel.enable(pipe, AccelPlan.from_pretrained(tmp_path / "plan"))
+    settings = {name: value for name, value in arguments.items() if name not in ("prompts", "progress")}
+    pipe(prompt="a red circle", output_type="latent", **settings)
+    assert dit_accel.stats(pipe)["density_mean"] == pytest.approx(plan.validated["density_mean"], abs=0.02)
+
+
+def test_pipeline_is_left_as_it_was(pipe, arguments):
+    processors = dict(pipe.transformer.attn_processors)
+    calibrate(pipe, **arguments, density=0.5)
+    after = pipe.transformer.attn_processors
+    assert all(after[name] is processor for name, processor in processors.items())
+    with pytest.raises(ValueError, match="not enabled"):
+        dit_accel.disable(pipe)
+
+
+@pytest.mark.usefixtures("density_clock")
+def test_target_is_met_and_reported_on_held_out_prompts(pipe, arguments):
+    plan = calibrate(pipe, **arguments, target_psnr=25.0, held_out_prompts=["a red square moves up"])
+    report = plan.validated
+    assert report["target_met"]
+    assert report["psnr_calibration"] >= 25.0
+    assert report["density_mean"] < 1.0
+    assert report["psnr_held_out"] == report["psnr_held_out_min"] > 15
+    assert report["speedup"] > 0
+    assert plan.objective["target_psnr"] == 25.0
+    assert plan.objective["num_inference_steps"] == 5
+
+
+@pytest.mark.usefixtures("density_clock")
+def test_unreachable_target_says_so_in_one_line(pipe, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "psnr", lambda frames, reference: 12.0)
+    plan = calibrate(pipe, **arguments, target_psnr=40.0)
+    assert not plan.validated["target_met"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "target_psnr 40 dB was not reached" in line] == lines
+
+
+@pytest.mark.usefixtures("density_clock")
+@pytest.mark.parametrize("stage", ["latency", "dense_0", "trial_0"])
+def test_killed_calibration_continues_to_the_same_plan(pipe, arguments, lively_wan_dir, tmp_path, stage):
+    arguments |= {"target_psnr": 26.0}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-c", SCRIPT, str(lively_wan_dir), str(killed), threads, json.dumps(arguments)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, stderr=subprocess.DEVNULL)
+    try:
+        _wait_for(killed / "calibration" / f"{stage}.safetensors", process)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (killed / "accel_config.json").exists()
+    finished = {path.name: path.stat().st_mtime_ns for path in (killed / "calibration").glob("*.safetensors")}
+
+    continued = calibrate(pipe, **arguments, output_dir=killed)
+    fresh = calibrate(pipe, **arguments, output_dir=whole)
+    assert continued.choice.numpy().tobytes() == fresh.choice.numpy().tobytes()
+    assert (continued.choice != 0).any()
+    assert continued.range_starts == fresh.range_starts
+    assert torch.equal(continued.rel_l2, fresh.rel_l2)
+    assert continued.validated["psnr_calibration"] == fresh.validated["psnr_calibration"]
+    for name, written in finished.items():
+        assert (killed / "calibration" / name).stat().st_mtime_ns == written  # loaded, not done again
+    assert torch.equal(AccelPlan.from_pretrained(killed).choice, fresh.choice)
+
+
+def _wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the calibration ended with {process.poll()} before {path.name} was there")
+        time.sleep(0.005)
+
+
+def test_other_arguments_in_the_same_directory_are_refused(pipe, arguments, tmp_path):
+    calibrate(pipe, **arguments, density=0.5, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="guidance_scale = 4.0, got 3.0"):
+        calibrate(pipe, **arguments | {"guidance_scale": 3.0}, density=0.5, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="density = 0.5, got 0.25"):
+        calibrate(pipe, **arguments, density=0.25, output_dir=tmp_path)
+    with torch.no_grad():
+        pipe.transformer.blocks[1].attn1.to_q.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="weights = "):
+        calibrate(pipe, **arguments, density=0.5, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({}, "exactly one of target_psnr and density, got .*=None, density=None", id="neither"),
+        pytest.param({"target_psnr": 30.0, "density": 0.5}, "exactly one of target_psnr and", id="both"),
+        pytest.param({"density": 1.5}, "density: expected a number above 0 .*, got 1.5", id="density"),
+        pytest.param({"target_psnr": 120.0}, "target_psnr: expected dB above 0 and below 100", id="psnr"),
+        pytest.param({"density": 0.5, "prompts": []}, "prompts: expected at least one", id="none"),
+        pytest.param({"density": 0.5, "prompts": "a"}, "prompts: expected a list of strings", id="string"),
+        pytest.param({"density": 0.5, "num_inference_steps": 0}, "num_inference_steps.*positive", id="steps"),
+    ],
+)
+def test_wrong_arguments_are_refused(pipe, arguments, change, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(pipe, **arguments | change)
+
+
+def test_an_enabled_pipeline_is_refused_and_keeps_its_plan(pipe, arguments):
+    dit_accel.enable(pipe, AccelPlan.preset("dense"))
+    with pytest.raises(ValueError, match="enabled here already"):
+        calibrate(pipe, **arguments, density=0.5)
+    dit_accel.disable(pipe)

@@ -1,0 +1,95 @@
+"""The closed loop on synthetic curves of PSNR over error."""
+
+import math
+
+import pytest
+import torch
+
+from dit_accel.calibration.choose import choose, total_cost, total_error
+from dit_accel.calibration.search import TOLERANCE_DB, search
+from dit_accel.calibration.tables import Tables
+
+
+def tables(layers=6, heads=4) -> Tables:
+    """Four ranges of heads that differ widely in how much error their candidates make."""
+    generator = torch.Generator().manual_seed(0)
+    density = torch.tensor([1.0, 0.0, 0.06, 0.12, 0.2, 0.3, 0.42, 0.6], dtype=torch.float64)
+    sensitivity = torch.rand(4, layers, heads, 1, generator=generator, dtype=torch.float64) ** 3 * 1e-2
+    error = sensitivity * (1 - density) ** 2
+    calls = torch.tensor([4.0, 8.0, 12.0, 16.0], dtype=torch.float64)
+    return Tables(error, calls[:, None] * (0.05 + density), calls * 1.0, density, calls, dense=0)
+
+
+class Curve:
+    """PSNR by error: a line in log10(error) that saturates at low PSNR, at another height for each prompt."""
+
+    def __init__(self, t: Tables, height: float, slope: float, offsets: tuple[float, ...]) -> None:
+        self.t, self.height, self.slope, self.offsets = t, height, slope, offsets
+        self.asked: list[int] = []
+
+    def __call__(self, number: int, choice: torch.Tensor, prompt: int) -> float:
+        assert number == len(self.asked)
+        self.asked.append(prompt)
+        return self.psnr(choice, prompt)
+
+    def psnr(self, choice: torch.Tensor, prompt: int) -> float:
+        line = self.height + self.offsets[prompt] - self.slope * math.log10(total_error(self.t, choice))
+        return 12 + 4 * math.log1p(math.exp((line - 12) / 4))
+
+    def mean(self, choice: torch.Tensor) -> float:
+        return sum(self.psnr(choice, p) for p in range(len(self.offsets))) / len(self.offsets)
+
+
+@pytest.mark.parametrize("offsets", [(0.0,), (1.5, -1.5), (-2.5, 2.0)], ids=["one", "two", "two-apart"])
+@pytest.mark.parametrize(("height", "slope"), [(10, 8), (6, 7), (16, 9), (22, 5)])
+@pytest.mark.parametrize("target", [25.0, 28.0, 34.0])
+def test_target_is_met_within_the_tolerance(target, height, slope, offsets):
+    t = tables()
+    curve = Curve(t, height, slope, offsets)
+    found = search(t, len(offsets), target, curve, max_trials=6)
+    choice = choose(t, found.multiplier)
+    assert found.met
+    assert target - 0.1 <= curve.mean(choice) <= target + TOLERANCE_DB + 0.1
+    assert found.psnr == pytest.approx(curve.mean(choice), abs=0.2)
+    assert len(curve.asked) == len(found.trials) <= 6
+
+
+def test_prompts_take_turns():
+    t = tables()
+    curve = Curve(t, 10, 8, (2.0, -2.0))
+    search(t, 2, 28.0, curve, max_trials=6)
+    assert curve.asked[:2] == [0, 1]
+
+
+def test_unreachable_target_gives_the_most_faithful_plan_tried():
+    t = tables()
+    tried = []
+
+    def hopeless(number: int, choice: torch.Tensor, prompt: int) -> float:
+        tried.append(total_error(t, choice))
+        return 15.0 + 0.1 * number
+
+    found = search(t, 1, 40.0, hopeless, max_trials=4)
+    assert not found.met
+    assert len(tried) == 4
+    assert total_error(t, choose(t, found.multiplier)) == min(tried)
+    assert found.psnr < 40
+
+
+def test_dense_is_the_answer_when_nothing_else_is_worth_it():
+    t = tables()
+    slow = Tables(t.error, t.cost + 100 * t.calls[:, None], t.plain_cost, t.density, t.calls, t.dense)
+    found = search(slow, 1, 28.0, lambda *_: pytest.fail("a dense plan needs no generation"), max_trials=4)
+    assert found.met
+    assert found.plan is None
+    assert (choose(slow, found.multiplier) == slow.dense).all()
+
+
+def test_higher_targets_cost_more():
+    t = tables()
+    costs = []
+    for target in (22.0, 26.0, 30.0, 34.0):
+        found = search(t, 1, target, Curve(t, 10, 8, (0.0,)), max_trials=6)
+        costs.append(total_cost(t, choose(t, found.multiplier)))
+    assert costs == sorted(costs)
+    assert costs[0] < costs[-1]
