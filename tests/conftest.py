@@ -258,7 +258,7 @@ _INPUTS = {
 
 @pytest.fixture(scope="session")
 def tiny_wan_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of an untrained `WanPipeline` that `from_pretrained` loads: 2 layers, 2 heads of dimension 16.
+    """Directory of an untrained `WanPipeline` for `from_pretrained`: 2 layers, 2 heads of dimension 16.
 
     80 × 96 pixels and 9 frames are 3 × 5 × 6 = 90 tokens.
     """
