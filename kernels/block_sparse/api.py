@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
+
 from dit_accel.kernels.block_index import BlockIndex
 from dit_accel.kernels.block_sparse import gather, reference
-from torch import Tensor
 
 BACKENDS = ("auto", "reference", "torch", "flex", "triton")
 PRECISIONS = ("native",)

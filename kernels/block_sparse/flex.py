@@ -6,9 +6,10 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from dit_accel.kernels.block_index import BlockIndex
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from dit_accel.kernels.block_index import BlockIndex
 
 
 def attention(

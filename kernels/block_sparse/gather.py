@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from dit_accel.kernels.block_index import BlockIndex
 from torch import Tensor
+
+from dit_accel.kernels.block_index import BlockIndex
 
 # Scores per chunk: few enough to stay in the cache between the two matmuls.
 CHUNK_SCORES = 1 << 19
@@ -20,7 +21,7 @@ def attention(
     key_mask: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Rows with lists of one length run together, so nothing is padded and no score needs a mask.
+    """Rows with lists of one length run together, so that no list is padded.
 
     Memory beyond copies of the inputs: CHUNK_SCORES scores (at least one row) and the keys and values they
     belong to. Without `return_lse` the second result is left unset.
@@ -57,10 +58,12 @@ def attention(
             kept = index.indices[offsets[chunk, None] + steps]
             picked = (owner * cols + kept).flatten()
             shape = (len(owner), count * block_k, dim)
-            k = keys.index_select(0, picked).view(shape)[:, :length]
-            v = values.index_select(0, picked).view(shape)[:, :length]
-            mask = None if valid is None else valid[owner // heads, kept].view(shape[:2])[:, :length]
+            k = keys.index_select(0, picked).view(shape)
+            v = values.index_select(0, picked).view(shape)
+            mask = None if valid is None else valid[owner // heads, kept].view(shape[:2])
             scores = _scores(queries[chunk], k, scale, mask)
+            # Masked, not cut off: an odd number of columns would slow the matmuls down by half.
+            scores[..., length:] = -torch.inf
             if return_lse:
                 lse[chunk] = scores.float().logsumexp(-1)
             weights = scores.softmax(-1)

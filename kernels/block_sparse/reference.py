@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from dit_accel.kernels.block_index import BlockIndex
 from torch import Tensor
+
+from dit_accel.kernels.block_index import BlockIndex
 
 
 def attention(

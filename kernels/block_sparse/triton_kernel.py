@@ -7,8 +7,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from dit_accel.kernels.block_index import BlockIndex
 from torch import Tensor
+
+from dit_accel.kernels.block_index import BlockIndex
 
 # Names: o_ offsets, m_ masks, p_ pointers, b_ values held in registers.
 

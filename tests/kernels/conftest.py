@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_accel.kernels import BlockIndex
 from torch import Tensor
+
+from dit_accel.kernels import BlockIndex
 
 
 @dataclass

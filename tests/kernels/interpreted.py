@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from dit_accel.kernels import BlockIndex, block_sparse_attention
 
 # bfloat16 is left out: tl.dot computes it wrongly in the interpreter (Triton 3.9).

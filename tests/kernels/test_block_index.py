@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dit_accel.kernels import BlockIndex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dit_accel.kernels import BlockIndex
 
 shapes = st.tuples(*(st.integers(1, n) for n in (2, 3, 5, 7, 70, 90)))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dit_accel.kernels import BlockIndex, block_sparse_attention, resolve_backend
-from dit_accel.kernels.block_sparse import gather
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from dit_accel.kernels import BlockIndex, block_sparse_attention, resolve_backend
+from dit_accel.kernels.block_sparse import gather
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dit_accel.kernels import block_sparse_attention
 from torch._dynamo.utils import counters
+
+from dit_accel.kernels import block_sparse_attention
 
 
 # Importing torch's own compiler warns about torch's own use of torch.jit.

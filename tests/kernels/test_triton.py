@@ -55,9 +55,10 @@ def test_compiles_for_hopper(dim, block_q, block_k, dtype, masked, tmp_path, mon
 
 def compile_kernel(dim: int, block_q: int, block_k: int, dtype: str, masked: bool) -> tuple[bytes, int]:
     """Compile as the launcher would for contiguous inputs on sm_90; (cubin, shared memory in bytes)."""
-    from dit_accel.kernels.block_sparse import triton_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from dit_accel.kernels.block_sparse import triton_kernel
 
     tiles = triton_kernel.launch_options(dim, block_q, block_k, itemsize=2)
     options = {"enable_fp_fusion": True, **{name: tiles.pop(name) for name in ("num_warps", "num_stages")}}
