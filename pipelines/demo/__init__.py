@@ -1,6 +1,7 @@
 """The demo model: a real WanPipeline trained on a procedurally drawn world and shipped with the package.
 
-``load_demo()`` loads it, ``PROMPTS`` and ``DEFAULTS`` say how it is used, ``score`` tells whether frames show a prompt.
+``load_demo()`` loads it, ``PROMPTS`` and ``DEFAULTS`` say how it is used, ``score`` tells whether frames show a
+prompt.
 """
 
 import random
@@ -54,10 +55,10 @@ def load_demo(dtype: "torch.dtype | None" = None, device: str = "cpu") -> "WanPi
     directory = resources.files(__name__) / "model"
     if not (directory / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"demo model: expected model_index.json in {directory}, found none; reinstall dit-accel, or train the model "
-            "with examples/train_demo_model.py and copy its model/ directory there"
+            f"demo model: expected model_index.json in {directory}, found none; reinstall dit-accel, or train "
+            "the model with examples/train_demo_model.py and copy its model/ directory there"
         )
-    pipe = WanPipeline.from_pretrained(str(directory), torch_dtype=dtype or torch.bfloat16)
+    pipe = WanPipeline.from_pretrained(str(directory), dtype=dtype or torch.bfloat16)
     return pipe.to(device)
 
 
@@ -69,7 +70,7 @@ def score(frames: "torch.Tensor", prompt: str) -> dict[str, bool]:
         prompt: a sentence of the demo world.
 
     Returns:
-        ``{"shape", "colour", "direction", "background"}``, each True only if it holds for every shape in the prompt.
+        ``{"shape", "colour", "direction", "background"}``, each True only if it holds for all shapes asked for.
     """
     from dit_accel.pipelines.demo.scorer import score as score_frames
 

@@ -6,6 +6,7 @@ background is told by where the power of its spectrum lies. Rendered scenes are 
 which a test holds.
 """
 
+import functools
 import math
 
 import torch
@@ -23,7 +24,8 @@ def score(frames: Tensor, prompt: str) -> dict[str, bool]:
     """See ``dit_accel.pipelines.demo.score``."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.is_floating_point():
         raise ValueError(
-            f"frames: expected a float tensor [frames, height, width, 3] in [0, 1], got {frames.dtype} {tuple(frames.shape)}"
+            f"frames: expected a float tensor [frames, height, width, 3] in [0, 1], got {frames.dtype} "
+            f"{tuple(frames.shape)}"
         )
     scene = parse(prompt)
     video = frames.detach().float().cpu().permute(0, 3, 1, 2)
@@ -36,7 +38,9 @@ def score(frames: Tensor, prompt: str) -> dict[str, bool]:
     return {
         "shape": all(shape == a.shape for (shape, _), a in zip(found, scene.actors, strict=True)),
         "colour": all((area >= _SMALLEST_AREA) == (name in wanted) for name, area in areas.items()),
-        "direction": all(direction == a.direction for (_, direction), a in zip(found, scene.actors, strict=True)),
+        "direction": all(
+            direction == a.direction for (_, direction), a in zip(found, scene.actors, strict=True)
+        ),
         "background": _background(video, covered) == scene.background,
     }
 
@@ -75,7 +79,10 @@ def _read(mask: Tensor) -> tuple[str | None, str | None]:
             total = float(patch.sum())
             if total < _SMALLEST_AREA / 4:
                 break
-            move_y, move_x = float((patch.sum(1) * offset).sum()) / total, float((patch.sum(0) * offset).sum()) / total
+            move_y, move_x = (
+                float((patch.sum(1) * offset).sum()) / total,
+                float((patch.sum(0) * offset).sum()) / total,
+            )
             y = min(max(y + round(move_y), 0), height - 1)
             x = min(max(x + round(move_x), 0), width - 1)
         if total >= _SMALLEST_AREA / 4:
@@ -96,21 +103,27 @@ def _direction(centres: Tensor, frames: int) -> str | None:
 
 def _shape(outline: Tensor) -> str:
     """The shape whose drawing, over sizes and small turns, overlaps an average mask [96, 96] best."""
+    names, drawings = _drawings()
+    overlap = torch.minimum(drawings, outline).sum((1, 2)) / torch.maximum(drawings, outline).sum((1, 2))
+    return names[int(overlap.argmax())]
+
+
+@functools.cache
+def _drawings() -> tuple[list[str], Tensor]:
+    """Every shape at many sizes and turns: names, and masks [drawings, 96, 96] centred on their own mass."""
     offset = torch.arange(_PATCH) - _PATCH / 2 + 0.5
     y, x = torch.meshgrid(offset, offset, indexing="ij")
-    best, best_overlap = "", -1.0
+    names, drawings = [], []
     for name, distance in SHAPES.items():
         for turn in (-0.1, 0.0, 0.1):
             unit_y, unit_x = y * math.cos(turn) - x * math.sin(turn), y * math.sin(turn) + x * math.cos(turn)
             for radius in range(14, 37, 2):
                 drawn = torch.sigmoid(-(distance(unit_y / radius, unit_x / radius) * radius + 1.5))
-                weight = drawn.sum().clamp(min=1)  # centre the drawing on its own mass, as the outline is
+                weight = drawn.sum().clamp(min=1)
                 shift = (round(float((drawn * y).sum() / weight)), round(float((drawn * x).sum() / weight)))
-                drawn = drawn.roll((-shift[0], -shift[1]), (0, 1))
-                overlap = float(torch.minimum(drawn, outline).sum() / torch.maximum(drawn, outline).sum())
-                if overlap > best_overlap:
-                    best, best_overlap = name, overlap
-    return best
+                names.append(name)
+                drawings.append(drawn.roll((-shift[0], -shift[1]), (0, 1)))
+    return names, torch.stack(drawings)
 
 
 def _background(video: Tensor, covered: Tensor) -> str:
@@ -120,7 +133,9 @@ def _background(video: Tensor, covered: Tensor) -> str:
     grey = video.mean(1)
     seen = free.sum(0)
     picture = (grey * free).sum(0) / seen.clamp(min=1)
-    picture = torch.where(seen > 0, picture, picture[seen > 0].mean() if bool((seen > 0).any()) else grey.mean())
+    picture = torch.where(
+        seen > 0, picture, picture[seen > 0].mean() if bool((seen > 0).any()) else grey.mean()
+    )
     picture = picture - picture.mean()
     height, width = picture.shape
     window = torch.hann_window(height)[:, None] * torch.hann_window(width)

@@ -1,9 +1,9 @@
-"""The demo model's world: one or two textured shapes that move over a textured background, drawn procedurally.
+"""The demo model's world: one or two textured shapes move over a textured background, drawn procedurally.
 
-Every scene has detail that only attention can carry. The background's random grain stays in place over all frames,
-and each shape wears a random texture that moves with it, so a model that wants to draw them consistently has to look
-at the same place in other frames, or along a motion. Lengths are pixels at every canvas size: a small canvas is a
-smaller window on the same world, which is what lets a model learn on small canvases and generate on large ones.
+Every scene has detail that only attention can carry. The background's random grain stays in place over all
+frames, and each shape wears a random texture that moves with it, so a model that wants to draw them consistently
+has to look at the same place in other frames, or along a motion. Lengths are pixels at every canvas size: a small
+canvas is a smaller window on the same world, so a model can learn on small canvases and generate on large ones.
 """
 
 import math
@@ -57,7 +57,7 @@ def _star_corners() -> list[tuple[float, float]]:
     return [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in enumerate(radii)]
 
 
-# Signed distance in units of the shape's nominal radius; the shapes have similar areas (the ring's hole aside).
+# Signed distance in units of the shape's nominal radius; areas are similar, the ring's hole aside.
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": lambda y, x: torch.hypot(y, x) - 0.95,
     "square": lambda y, x: torch.maximum(y.abs(), x.abs()) - 0.84,
@@ -120,7 +120,9 @@ def sample_scene(rng: random.Random, max_actors: int = 2) -> Scene:
 def _noise(generator: torch.Generator, height: int, width: int, wavelength: float) -> Tensor:
     """Smooth unit-variance noise [height, width] with about the given wavelength in pixels."""
     cell = wavelength / 2
-    lattice = torch.randn(1, 1, math.ceil(height / cell) + 4, math.ceil(width / cell) + 4, generator=generator)
+    lattice = torch.randn(
+        1, 1, math.ceil(height / cell) + 4, math.ceil(width / cell) + 4, generator=generator
+    )
     size = (int(lattice.shape[2] * cell), int(lattice.shape[3] * cell))
     field = F.interpolate(lattice, size=size, mode="bicubic", align_corners=False)[0, 0]
     return field[int(cell) :, int(cell) :][:height, :width] / 0.75
@@ -155,7 +157,9 @@ def _background(kind: str, rng: random.Random, generator: torch.Generator, heigh
     return (low + (high - low) * blend) * (1 + 1.6 * grain[..., None])
 
 
-def _path(rng: random.Random, direction: str, radius: float, travel: float, height: int, width: int) -> Tensor:
+def _path(
+    rng: random.Random, direction: str, radius: float, travel: float, height: int, width: int
+) -> Tensor:
     """Start and end centres [2, 2] of a straight path that keeps the shape inside the canvas."""
     step = torch.tensor(DIRECTIONS[direction]) * travel
     start = []
@@ -167,7 +171,9 @@ def _path(rng: random.Random, direction: str, radius: float, travel: float, heig
     return torch.stack([begin, begin + step])
 
 
-def _paths(rng: random.Random, scene: Scene, radii: list[float], travel: float, size: tuple[int, int]) -> list[Tensor]:
+def _paths(
+    rng: random.Random, scene: Scene, radii: list[float], travel: float, size: tuple[int, int]
+) -> list[Tensor]:
     """Paths for all actors; of 40 draws the one that keeps two actors furthest apart at all times."""
     best: list[Tensor] = []
     best_gap = -math.inf
@@ -186,7 +192,7 @@ def _paths(rng: random.Random, scene: Scene, radii: list[float], travel: float, 
 
 
 def render(scene: Scene, *, frames: int, height: int, width: int, seed: int) -> Tensor:
-    """Draw a scene as float32 video [frames, height, width, 3] in [0, 1]; the seed fixes all that words leave open."""
+    """Draw a scene as float32 video [frames, height, width, 3] in [0, 1]; the seed fixes what words leave open."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     video = _background(scene.background, rng, generator, height, width).expand(frames, -1, -1, -1).clone()
     largest = min(32.0, 0.23 * min(height, width))
@@ -194,7 +200,9 @@ def render(scene: Scene, *, frames: int, height: int, width: int, seed: int) -> 
     travel = rng.uniform(0.9, 1.1) * min(64.0, min(height, width) - 2.4 * largest)
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     progress = torch.linspace(0, 1, frames)[:, None] if frames > 1 else torch.full((1, 1), 0.5)
-    for actor, radius, path in zip(scene.actors, radii, _paths(rng, scene, radii, travel, (height, width)), strict=True):
+    for actor, radius, path in zip(
+        scene.actors, radii, _paths(rng, scene, radii, travel, (height, width)), strict=True
+    ):
         centres = path[0] + progress * (path[1] - path[0])
         local_y, local_x = y - centres[:, 0, None, None], x - centres[:, 1, None, None]
         turn = rng.uniform(-0.12, 0.12)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from dit_accel.pipelines import family_of
 from torch import nn
 
 from dit_accel.grid import TokenGrid
+from dit_accel.pipelines import family_of
 
 NAMES = {
     "wan": ["blocks.0.attn1", "blocks.1.attn1"],

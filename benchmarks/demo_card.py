@@ -1,0 +1,133 @@
+"""Measure the demo model itself, dense: does it follow prompts, and is its attention worth sparsifying?
+
+    python benchmarks/demo_card.py --prompts 64 --sparsity-prompts 2
+
+Writes ``benchmarks/results/demo_card.json``: per attribute the share of held-out prompts that the scorer reads
+back from the frames, and per (layer, head) the softmax mass that the best 25 % and 10 % of 64-token key blocks of
+each 64-token query block hold, in the token order that suits the head best, averaged over steps, guidance branches
+and sampled rows.
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import dit_accel
+from dit_accel.enable import states
+from dit_accel.evaluation.timing import machine
+from dit_accel.grid import TokenGrid
+from dit_accel.pipelines import demo, load_demo
+from dit_accel.plan import AccelPlan
+
+BLOCK = 64
+ORDERS = ("frame", "space", "tile:4x4x4", "tile:9x4x2")
+SHARES = (0.25, 0.10)
+
+
+def held_mass(query: Tensor, key: Tensor, order: Tensor, rows: Tensor) -> Tensor:
+    """Mean softmax mass [heads, shares] of the best key blocks, over some 64-row query blocks of an order.
+
+    query, key: [batch, seq, heads, dim]; rows: numbers of query blocks.
+    """
+    q, k = (x[:, order].transpose(1, 2).float() for x in (query, key))
+    columns = -(-k.shape[2] // BLOCK)
+    held = torch.zeros(q.shape[1], len(SHARES))
+    for row in rows.tolist():
+        scores = q[:, :, row * BLOCK : (row + 1) * BLOCK] @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        weights = torch.nn.functional.pad(scores.softmax(-1), (0, columns * BLOCK - k.shape[2]))
+        by_block = weights.unflatten(-1, (columns, BLOCK)).sum(-1).mean((0, 2))  # [heads, columns]
+        ranked = by_block.sort(descending=True).values.cumsum(-1)
+        held += torch.stack([ranked[:, round(share * columns) - 1] for share in SHARES], dim=1)
+    return held / len(rows)
+
+
+def sparsity(pipe: object, prompts: list[str], settings: dict, seed: int) -> dict:
+    """The card's sparsity part: per head and in the mean over heads."""
+    held: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
+    calls: dict[int, int] = defaultdict(int)
+    dit_accel.enable(pipe, AccelPlan.preset("dense"))
+    (state,) = states(pipe)
+
+    def look(layer: int, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> None:
+        calls[layer] += 1
+        if calls[layer] % 8 > 1:  # both guidance branches of every fourth step
+            return
+        grid = state.grid or TokenGrid(1, 1, query.shape[1])
+        blocks = -(-grid.total_tokens // BLOCK)
+        rows = (torch.arange(6) * blocks // 6 + calls[layer] * 7) % blocks
+        for name in ORDERS:
+            held[layer, name].append(held_mass(query, key, grid.order(name), rows))
+
+    state.capture = look
+    for number, prompt in enumerate(tqdm(prompts, desc="sparsity")):
+        pipe(prompt, generator=torch.Generator().manual_seed(seed + number), output_type="latent", **settings)
+    dit_accel.disable(pipe)
+    heads = []
+    for layer in sorted(calls):
+        mean = {name: torch.stack(held[layer, name]).mean(0) for name in ORDERS}
+        for head in range(mean[ORDERS[0]].shape[0]):
+            best = max(ORDERS, key=lambda name: float(mean[name][head, 0]))
+            quarter, tenth = mean[best][head].tolist()
+            heads.append({"layer": layer, "head": head, "order": best, "mass_25": quarter, "mass_10": tenth})
+    return {
+        "block": BLOCK,
+        "mass_25_mean": sum(h["mass_25"] for h in heads) / len(heads),
+        "mass_10_mean": sum(h["mass_10"] for h in heads) / len(heads),
+        "heads": heads,
+    }
+
+
+def semantics(pipe: object, prompts: list[str], settings: dict, seed: int) -> dict:
+    """The card's prompt-following part: shares of prompts read back, and seconds per generation."""
+    right: dict[str, int] = defaultdict(int)
+    seconds = []
+    for number, prompt in enumerate(tqdm(prompts, desc="prompts")):
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed + number)
+        frames = pipe(prompt, generator=generator, output_type="pt", **settings).frames[0]
+        seconds.append(time.perf_counter() - start)
+        for name, found in demo.score(frames.float().permute(0, 2, 3, 1), prompt).items():
+            right[name] += found
+    return {
+        "prompts": len(prompts),
+        "seconds_p50": sorted(seconds)[len(seconds) // 2],
+        **{name: count / len(prompts) for name, count in right.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--sparsity-prompts", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=demo.DEFAULTS["num_inference_steps"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo_card.json"))
+    args = parser.parse_args()
+    settings = {**demo.DEFAULTS, "num_inference_steps": args.steps}
+    pipe = load_demo(torch.bfloat16, args.device)
+    pipe.set_progress_bar_config(disable=True)
+    held_out = demo.PROMPTS["held_out"]
+    card = {
+        "machine": machine(pipe.device, torch.bfloat16),
+        "settings": settings,
+        "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
+        "sparsity": sparsity(pipe, held_out[: args.sparsity_prompts], settings, args.seed),
+        "semantic": semantics(pipe, held_out[: args.prompts], settings, args.seed),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(card, indent=1) + "\n")
+    summary = {k: v for k, v in card["sparsity"].items() if k != "heads"}
+    print(json.dumps({"semantic": card["semantic"], "sparsity": summary}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
