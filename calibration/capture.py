@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from dit_accel.calibration.profile import profile_call
-from dit_accel.calibration.tables import ProfileSums
 from torch import Tensor
 
+from dit_accel.calibration.profile import profile_call
+from dit_accel.calibration.tables import ProfileSums
 from dit_accel.evaluation.timing import now
 from dit_accel.plan import Candidate
 from dit_accel.state import AccelState

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from dit_accel.calibration.tables import Tables
 from torch import Tensor
+
+from dit_accel.calibration.tables import Tables
 
 _LOG_MULTIPLIERS = (-30.0, 30.0)  # natural log, around the table's own scale
 _BISECTIONS = 40

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dit_accel.kernels import BlockIndex
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
+from dit_accel.kernels import BlockIndex
 from dit_accel.patterns import Selection, select
 from dit_accel.plan import Candidate
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from tqdm import tqdm
+
 from dit_accel.calibration.candidates import default_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
 from dit_accel.calibration.choose import choose_density
@@ -16,14 +19,11 @@ from dit_accel.calibration.schedule import range_bounds, range_starts, sampled_s
 from dit_accel.calibration.stages import LATENCY_STEPS, Stages
 from dit_accel.calibration.tables import build_profile
 from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
-from dit_accel.pipelines import family_of
-from torch import nn
-from tqdm import tqdm
-
 from dit_accel.evaluation.generate import quiet
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import machine
+from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, config_hash_of
 
 # What a calibration depends on besides its arguments and the model: latencies belong to a machine.
@@ -116,12 +116,14 @@ def calibrate(
             objective=objective,
         )
         validation = Validation(stages, draft, profile.tables, runs, prompts, held_out, seed)
-        if target_psnr is None:
-            choice = choose_density(profile.tables, density or 0.0)
-        else:
+        if density is not None:
+            choice = choose_density(profile.tables, density)
+        elif target_psnr is not None:
             choice = validation.meet(target_psnr)
         validated = validation.report(choice)
     plan = replace(draft, choice=choice, validated=validated, **profile.measures(choice))
+    if target_psnr is not None and (choice == profile.tables.dense).all():
+        tqdm.write(f"target_psnr {target_psnr:g} dB: only dense attention reaches it, nothing will be faster")
     if not validated.get("target_met", True):
         tqdm.write(
             f"target_psnr {target_psnr:g} dB was not reached in {MAX_TRIALS} generations; the plan is the "

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from dit_accel.calibration.choose import choose, most_faithful_multiplier, multiplier_for_error, total_error
-from dit_accel.calibration.tables import Tables
 from torch import Tensor
 
+from dit_accel.calibration.choose import choose, most_faithful_multiplier, multiplier_for_error, total_error
+from dit_accel.calibration.tables import Tables
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 
 TOLERANCE_DB = 0.7  # a plan may exceed the target by this much before a faster one is looked for

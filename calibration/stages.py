@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
+from tqdm import tqdm
+
 from dit_accel.calibration.capture import Recorder
 from dit_accel.calibration.checkpoint import Checkpoint
 from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
 from dit_accel.calibration.tables import ProfileSums
-from dit_accel.pipelines import family_of
-from torch import Tensor
-from tqdm import tqdm
-
 from dit_accel.enable import disable, enable, states
 from dit_accel.evaluation.generate import Generation, generate
 from dit_accel.evaluation.metrics import psnr
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import now
 from dit_accel.grid import TokenGrid
+from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.state import AccelState
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from dit_accel.calibration.cost import Latency
 from dit_accel.calibration.profile import CallProfile
 from dit_accel.calibration.schedule import range_weights
-from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,12 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
 from dit_accel.calibration.choose import choose, dense_cost, mean_density, total_cost
 from dit_accel.calibration.search import Outcome, plan_name, search
 from dit_accel.calibration.stages import AcceleratedRun, DenseRun, Stages
 from dit_accel.calibration.tables import Tables
-from torch import Tensor
-
 from dit_accel.plan import AccelPlan
 
 MAX_TRIALS = 5

@@ -42,7 +42,7 @@ def all_plans(t: Tables):
 @pytest.mark.parametrize("seed", range(3))
 def test_choice_is_the_minimum_over_all_plans(seed, plain):
     t = tables(seed=seed, plain=plain)
-    for multiplier in (0.0, 0.3, 1.0, 3.0, 100.0):
+    for multiplier in (0.0, 0.5, 2.0, 100.0):
         best = min(total_cost(t, plan) + multiplier * total_error(t, plan) for plan in all_plans(t))
         found = choose(t, multiplier)
         assert found.dtype == torch.int16
