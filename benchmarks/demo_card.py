@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dit_accel
-from dit_accel.enable import states
+from dit_accel.switch import states
 from dit_accel.evaluation.timing import machine
 from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import demo, load_demo

@@ -16,7 +16,7 @@ from dit_accel.calibration.capture import Recorder
 from dit_accel.calibration.checkpoint import Checkpoint
 from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
 from dit_accel.calibration.tables import ProfileSums
-from dit_accel.enable import disable, enable, states
+from dit_accel.switch import disable, enable, states
 from dit_accel.evaluation.generate import Generation, generate
 from dit_accel.evaluation.metrics import psnr
 from dit_accel.evaluation.models import GenerationSettings

@@ -3,21 +3,19 @@
 Importing this package imports nothing heavy: the public names below are looked up on first use.
 """
 
-import sys
 from importlib import import_module
 from importlib.metadata import version
-from types import ModuleType
 from typing import Any
 
 _HOME = {
     "AccelPlan": "dit_accel.plan",
     "PlanError": "dit_accel.plan",
     "TokenGrid": "dit_accel.grid",
-    "attn_processors": "dit_accel.enable",
+    "attn_processors": "dit_accel.switch",
     "calibrate": "dit_accel.calibration",
-    "disable": "dit_accel.enable",
-    "enable": "dit_accel.enable",
-    "stats": "dit_accel.enable",
+    "disable": "dit_accel.switch",
+    "enable": "dit_accel.switch",
+    "stats": "dit_accel.switch",
 }
 
 __all__ = [*_HOME, "__version__"]
@@ -36,14 +34,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
-
-class _Package(ModuleType):
-    """Keeps `dit_accel.enable` the function: importing the module of that name would put the module there."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(
-            name, value.enable if name == "enable" and isinstance(value, ModuleType) else value
-        )
-
-
-sys.modules[__name__].__class__ = _Package

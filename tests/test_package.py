@@ -103,7 +103,7 @@ def test_wheel_carries_the_demo_model(installed: Path, tmp_path: Path) -> None:
 
 def test_our_folders_shadow_no_installed_package() -> None:
     """diffusers imports Hugging Face's ``kernels``; ours must never be found under that name."""
-    code = "import importlib.util as u; print([u.find_spec(n) and u.find_spec(n).origin for n in ('kernels', 'pipelines')])"
+    code = "from importlib.util import find_spec as f; print([f(n) and f(n).origin for n in ('kernels', 'pipelines')])"
     found = run(sys.executable, "-c", code, cwd=ROOT, PYTHONSAFEPATH="1")
     assert str(ROOT) not in found
     here = importlib.util.find_spec("kernels")

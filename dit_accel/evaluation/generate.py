@@ -81,7 +81,7 @@ def generate_variant(
         made = generate(pipe, prompt, settings, seed=seed, on_step=on_step)
         if variant.plan is None:
             return replace(made, density=1.0 if variant is DENSE else None)
-        from dit_accel.enable import stats
+        from dit_accel.switch import stats
 
         return replace(made, density=stats(pipe)["density_mean"])
 

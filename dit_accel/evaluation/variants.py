@@ -43,7 +43,7 @@ def plan_variant(plan: AccelPlan, name: str) -> Variant:
 
     @contextmanager
     def apply(pipe: Any) -> Iterator[None]:
-        from dit_accel.enable import disable, enable
+        from dit_accel.switch import disable, enable
 
         enable(pipe, plan)
         try:

@@ -79,12 +79,6 @@ def test_every_public_name_can_be_imported():
         dit_accel.accelerate  # noqa: B018
 
 
-def test_importing_the_module_enable_does_not_hide_the_function():
-    code = "import dit_accel.enable; from dit_accel.enable import states; print(dit_accel.enable.__name__)"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "enable"
-
-
 def test_the_installed_script_lists_the_subcommands():
     done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=True)
     for command in COMMANDS:

@@ -8,11 +8,11 @@ from diffusers.hooks import PyramidAttentionBroadcastConfig
 from diffusers.models.attention_processor import FusedCogVideoXAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from dit_accel.pipelines import family_of
 from torch import nn
 
-from dit_accel.enable import disable, enable, states, stats
+from dit_accel.switch import disable, enable, states, stats
 from dit_accel.grid import TokenGrid
+from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.processor import LayerCursor, swapped_class, swapped_processor
 from dit_accel.state import AccelState

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from dit_accel.pipelines import family_of
 
-from dit_accel.enable import enable, states, stats
+from dit_accel.switch import enable, states, stats
 from dit_accel.grid import TokenGrid
+from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.state import AccelState
 

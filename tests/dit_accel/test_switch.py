@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from dit_accel.pipelines import family_of
 from torch import nn
 
 import dit_accel
-from dit_accel.enable import attn_processors, disable, enable, states, stats
+from dit_accel.switch import attn_processors, disable, enable, states, stats
+from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate, PlanError, config_hash_of
 from dit_accel.state import hook_of
 
