@@ -16,7 +16,6 @@ from dit_accel.calibration.capture import Recorder
 from dit_accel.calibration.checkpoint import Checkpoint
 from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
 from dit_accel.calibration.tables import ProfileSums
-from dit_accel.switch import disable, enable, states
 from dit_accel.evaluation.generate import Generation, generate
 from dit_accel.evaluation.metrics import psnr
 from dit_accel.evaluation.models import GenerationSettings
@@ -25,6 +24,7 @@ from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.state import AccelState
+from dit_accel.switch import disable, enable, states
 
 # The latency measurement on the progress bar, in steps of a generation.
 LATENCY_STEPS = 5
