@@ -19,11 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dit_accel
-from dit_accel.switch import states
 from dit_accel.evaluation.timing import machine
 from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import demo, load_demo
 from dit_accel.plan import AccelPlan
+from dit_accel.switch import states
 
 BLOCK = 64
 ORDERS = ("frame", "space", "tile:4x4x4", "tile:9x4x2")

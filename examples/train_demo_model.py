@@ -50,9 +50,9 @@ RECIPES = {
         vae=(Phase(600, 3, 5, 64, 64, 1, 4e-3), Phase(60, 2, 17, 64, 64, 1, 6e-4)),
         transformer=(
             Phase(1000, 4, 9, 96, 96, 1, 1.5e-3),
-            Phase(200, 4, 17, 96, 96, 1, 1e-3),
-            Phase(70, 2, 17, 160, 176, 2, 8e-4),
-            Phase(40, 1, 17, 224, 256, 2, 5e-4),
+            Phase(100, 4, 17, 96, 96, 1, 1e-3),
+            Phase(90, 2, 17, 160, 176, 2, 8e-4),
+            Phase(50, 1, 17, 224, 256, 2, 6e-4),
         ),
     ),
     "gpu": Recipe(
@@ -177,7 +177,7 @@ def train(
             data = Scenes(phase, args.seed + 1 + start, first=(done - start) * phase.batch)
             batches = iter(DataLoader(data, batch_size=phase.batch, num_workers=args.workers))
             for step in range(done - start, phase.steps):
-                warm_up = min(1.0, (step + 1) / 50)
+                warm_up = min(1.0, (step + 1) / min(50.0, 0.1 * phase.steps))
                 ramp_down = min(1.0, (phase.steps - step) / (0.4 * phase.steps))
                 for optimizer in optimizer_list:
                     for group in optimizer.param_groups:

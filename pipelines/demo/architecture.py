@@ -45,7 +45,8 @@ def build_vae() -> AutoencoderKLWan:
     """4 × 4 pixels and 2 frames per latent, 8 channels: a twelvefold compression."""
     return AutoencoderKLWan(
         base_dim=32, z_dim=LATENT_CHANNELS, dim_mult=[1, 2], num_res_blocks=1, attn_scales=[],
-        temperal_downsample=[True], in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=2, scale_factor_spatial=4,
+        temperal_downsample=[True], in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_temporal=2, scale_factor_spatial=4,
         latents_mean=[0.0] * LATENT_CHANNELS, latents_std=[1.0] * LATENT_CHANNELS,
     )  # fmt: skip
 
@@ -72,7 +73,7 @@ def build_pipeline() -> WanPipeline:
 
 
 def encode_prompts(pipe: WanPipeline, prompts: list[str]) -> torch.Tensor:
-    """Prompt embeddings [batch, TEXT_TOKENS, text dim] as WanPipeline makes them, from short inputs and with gradients."""
+    """Prompt embeddings [batch, TEXT_TOKENS, text dim] as WanPipeline makes them, with gradients."""
     tokens = pipe.tokenizer(prompts, padding=True, return_tensors="pt").to(pipe.text_encoder.device)
     hidden = pipe.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     hidden = hidden * tokens.attention_mask[..., None]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dit_accel.switch import enable, states, stats
 from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.state import AccelState
+from dit_accel.switch import enable, states, stats
 
 GRID = TokenGrid(1, 5, 7)
 WINDOW = AccelPlan.preset("window", density=0.5, block=16)
