@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 import dit_accel
 from dit_accel.evaluation.timing import machine
-from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import demo, load_demo
 from dit_accel.plan import AccelPlan
 from dit_accel.switch import states
@@ -28,6 +27,7 @@ from dit_accel.switch import states
 BLOCK = 64
 ORDERS = ("frame", "space", "tile:4x4x4", "tile:9x4x2")
 SHARES = (0.25, 0.10)
+SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
 
 
 def held_mass(query: Tensor, key: Tensor, order: Tensor, rows: Tensor) -> Tensor:
@@ -58,7 +58,9 @@ def sparsity(pipe: object, prompts: list[str], settings: dict, seed: int) -> dic
         calls[layer] += 1
         if calls[layer] % 8 > 1:  # both guidance branches of every fourth step
             return
-        grid = state.grid or TokenGrid(1, 1, query.shape[1])
+        grid = state.grid
+        if grid is None:
+            raise RuntimeError("the token grid is unknown; set capture before generating")
         blocks = -(-grid.total_tokens // BLOCK)
         rows = (torch.arange(6) * blocks // 6 + calls[layer] * 7) % blocks
         for name in ORDERS:
@@ -108,11 +110,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--sparsity-prompts", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=demo.DEFAULTS["num_inference_steps"])
+    for option, name in SIZES.items():
+        parser.add_argument(f"--{option}", type=int, default=demo.DEFAULTS[name])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo_card.json"))
     args = parser.parse_args()
-    settings = {**demo.DEFAULTS, "num_inference_steps": args.steps}
+    settings = {**demo.DEFAULTS, **{name: getattr(args, option) for option, name in SIZES.items()}}
     pipe = load_demo(torch.bfloat16, args.device)
     pipe.set_progress_bar_config(disable=True)
     held_out = demo.PROMPTS["held_out"]

@@ -6,12 +6,17 @@ from dit_accel.plan import Candidate
 
 DENSITIES = (0.06, 0.12, 0.2, 0.3, 0.42, 0.6)
 
+# Blocks of few places over many frames, for heads that follow a place or a motion through the clip.
+_TUBES = "tile:16x2x2"
+
 _FAMILIES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("window", ()),
+    ("window", (("order", _TUBES),)),
     ("bands", (("order", "frame"),)),
     ("bands", (("order", "space"),)),
     ("stripes", ()),
     ("pooled", ()),
+    ("pooled", (("order", _TUBES),)),
 )
 
 
