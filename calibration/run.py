@@ -78,7 +78,12 @@ def calibrate(
         raise ValueError("prompts: expected at least one, got none")
     _check_goal(target_psnr, density)
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
-    objective = {"target_psnr": target_psnr, "density": density, "seed": seed, **settings.to_dict()}
+    objective: dict[str, Any] = {
+        "target_psnr": target_psnr,
+        "density": density,
+        "seed": seed,
+        **settings.to_dict(),
+    }
     candidates = default_candidates()
     fingerprint = {
         "prompts": prompts,

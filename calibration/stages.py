@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit_accel.calibration.capture import Recorder
-from dit_accel.calibration.checkpoint import Checkpoint
+from dit_accel.calibration.checkpoint import Checkpoint, Stage
 from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
 from dit_accel.calibration.tables import ProfileSums
 from dit_accel.evaluation.generate import Generation, generate
@@ -102,9 +102,9 @@ class Stages:
                     f"got {len(recorder.progress)}; give the pipeline another scheduler"
                 )
             tensors = {"frames": made.frames}
-            for branch, sums in recorder.sums.items():
-                tensors |= {f"{key}.{branch}": tensor for key, tensor in sums.tensors().items()}
-            values = {
+            for branch, profiled in recorder.sums.items():
+                tensors |= {f"{key}.{branch}": tensor for key, tensor in profiled.tensors().items()}
+            values: dict[str, Any] = {
                 "seconds": made.seconds - recorder.seconds,
                 "profile_seconds": recorder.seconds,
                 "branches": list(recorder.sums),
@@ -160,7 +160,7 @@ class Stages:
         self._bar.total -= generations * self._settings.num_inference_steps
         self._bar.refresh()
 
-    def _load(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
+    def _load(self, name: str) -> Stage | None:
         stage = self._checkpoint.load(name)
         if stage is not None:
             self.skip(1)

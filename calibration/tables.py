@@ -7,6 +7,7 @@ import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -91,6 +92,14 @@ class ProfileSums:
         return ProfileSums({name: getattr(self, name) + getattr(other, name) for name in self.NAMES})
 
 
+class Measures(TypedDict):
+    """What a plan records of the candidates it chose, float32 `[ranges, layers, heads]`."""
+
+    recall: Tensor
+    rel_l2: Tensor
+    latency_ms: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Profile:
     """Recall and rel_l2 over all branches, float64 `[ranges, layers, heads, candidates]`, and more."""
@@ -100,7 +109,7 @@ class Profile:
     latency: Latency
     tables: Tables
 
-    def measures(self, choice: Tensor) -> dict[str, Tensor]:
+    def measures(self, choice: Tensor) -> Measures:
         """Recall, error and latency of the chosen candidates, float32 `[ranges, layers, heads]`."""
         at = choice.long()[..., None]
         latency_ms = self.latency.candidates[choice.long()]

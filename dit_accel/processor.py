@@ -105,9 +105,10 @@ def swapped_class(
     module_name = scope.pop("__name__")
     if attribute:
         original = getattr(scope[name], attribute)
-        scope[name] = types.ModuleType(name)
-        vars(scope[name]).update(vars(function.__globals__[name]))
-        setattr(scope[name], attribute, _attention_function(Redirect(state, original, True), cursor))
+        module = types.ModuleType(name)
+        module.__dict__.update(vars(function.__globals__[name]))
+        setattr(module, attribute, _attention_function(Redirect(state, original, True), cursor))
+        scope[name] = module
     else:
         scope[name] = _attention_function(Redirect(state, scope[name], False), cursor)
     call = types.FunctionType(
@@ -125,7 +126,7 @@ def swapped_processor(processor: Any, swapped: type) -> Any:
 
     The two share their attributes, so a backend or a parallel config set on one is set on both.
     """
-    twin = object.__new__(swapped)
+    twin: Any = object.__new__(swapped)
     twin.__dict__ = processor.__dict__
     return twin
 

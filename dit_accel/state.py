@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -136,7 +136,8 @@ class _BranchTracker(StateManager):
     """Receives the name of diffusers' `cache_context`; diffusers finds it as an attribute of the hook."""
 
     def __init__(self) -> None:
-        super().__init__(BranchState)
+        # Diffusers annotates an instance where it takes a class.
+        super().__init__(cast(Any, BranchState))
         self.branch = ""
 
     def set_context(self, context: Any) -> None:

@@ -136,7 +136,7 @@ def _check(transformer: nn.Module, plan: AccelPlan, backend: str) -> None:
     modules = family.attention_modules(transformer)
     for module in modules.values():
         check_processor(type(module.processor), family.attention_function)
-    heads = next(iter(modules.values())).heads
+    heads = cast(Any, next(iter(modules.values()))).heads
     plan.check(family.transformer_class, config_hash_of(transformer), tuple(modules), heads)
 
 
@@ -174,7 +174,7 @@ def _install(transformer: nn.Module, plan: AccelPlan, backend: str) -> dict[str,
         state.reset()
         for name, module in modules.items():
             if type(module.processor) in classes.values():
-                module.set_processor(originals[f"{name}.processor"])
+                cast(Any, module).set_processor(originals[f"{name}.processor"])
 
     registry.register_hook(AccelHook(state, restore), HOOK_NAME)
     hooked_forward = transformer.forward

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     capabilities = torch.cpu.get_capabilities()
     device, dtype = resolve_device(args.device), DTYPES[args.dtype]
     facts: dict[str, Any] = machine(device, dtype)
-    data = {
+    data: dict[str, Any] = {
         "versions": {name: package_version(name) for name in PACKAGES} | {"python": facts["python"]},
         "machine": {
             key: facts[key] for key in ("cpu", "cores", "threads", "gpu", "device", "dtype", "platform")

@@ -51,7 +51,7 @@ def generate(
             on_step()
         return {}
 
-    arguments = settings.to_dict()
+    arguments: dict[str, Any] = {**settings.to_dict()}
     if "num_frames" not in inspect.signature(pipe.__call__).parameters:
         del arguments["num_frames"]
     device = pipe._execution_device

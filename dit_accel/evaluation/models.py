@@ -4,12 +4,22 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
 DEMO = "demo"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class SettingsDict(TypedDict):
+    """`GenerationSettings` as JSON-ready data."""
+
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
 
 
 @dataclass(frozen=True)
@@ -27,9 +37,9 @@ class GenerationSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
-    def to_dict(self) -> dict[str, int | float]:
+    def to_dict(self) -> SettingsDict:
         """The settings as JSON-ready data; also the keyword arguments of `dit_accel.calibrate`."""
-        return asdict(self)
+        return cast(SettingsDict, asdict(self))
 
     def with_steps(self, steps: int) -> "GenerationSettings":
         """The same generation at another number of denoising steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,36 @@ def resolve_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "reference"
     return "triton" if torch.device(device).type == "cuda" else "torch"
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float | None = None,
+    precision: str = "native",
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+    key_mask: Tensor | None = None,
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: BlockIndex,
+    *,
+    scale: float | None = None,
+    precision: str = "native",
+    backend: str = "auto",
+    return_lse: Literal[True],
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attention(

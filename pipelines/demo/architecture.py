@@ -1,5 +1,7 @@
 """The demo pipeline's parts, untrained: real diffusers and transformers classes at a size two CPU cores can train."""
 
+from typing import Any, cast
+
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -74,7 +76,8 @@ def build_pipeline() -> WanPipeline:
 
 def encode_prompts(pipe: WanPipeline, prompts: list[str]) -> torch.Tensor:
     """Prompt embeddings [batch, TEXT_TOKENS, text dim] as WanPipeline makes them, with gradients."""
-    tokens = pipe.tokenizer(prompts, padding=True, return_tensors="pt").to(pipe.text_encoder.device)
-    hidden = pipe.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    parts = cast(Any, pipe)  # diffusers sets a pipeline's parts as attributes without declaring them
+    tokens = parts.tokenizer(prompts, padding=True, return_tensors="pt").to(parts.text_encoder.device)
+    hidden = parts.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     hidden = hidden * tokens.attention_mask[..., None]
     return torch.nn.functional.pad(hidden, (0, 0, 0, TEXT_TOKENS - hidden.shape[1]))
