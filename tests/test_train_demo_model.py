@@ -6,7 +6,11 @@ from pathlib import Path
 
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file
 
+from dit_accel.pipelines import demo
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_demo_model.py"
 
 
@@ -32,6 +36,17 @@ def test_smoke_recipe_trains_resumes_and_loads(tmp_path: Path) -> None:
     second = WanPipeline.from_pretrained(tmp_path / "a" / "model", dtype=torch.float32)
     for ours, theirs in zip(second.transformer.parameters(), pipe.transformer.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_training_further_keeps_the_vae(tmp_path: Path) -> None:
+    shipped = Path(demo.__file__).parent / "model"
+    done = train(tmp_path, "--start", str(shipped))
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "vae.pt").exists()
+    before, after = (load_file(folder / "vae" / WEIGHTS) for folder in (shipped, tmp_path / "model"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    before, after = (load_file(folder / "transformer" / WEIGHTS) for folder in (shipped, tmp_path / "model"))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_unknown_recipe_is_refused(tmp_path: Path) -> None:
