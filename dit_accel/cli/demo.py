@@ -6,7 +6,8 @@ from typing import Any
 
 from dit_accel.cli.options import add_device, add_output, add_settings, load, stage
 
-CALIBRATION_PROMPTS = 1  # a second one would cost a dense generation, and the demo is to stay short
+# A second one would cost another dense generation, and the demo is to stay short.
+CALIBRATION_PROMPTS = 1
 HELD_OUT_PROMPTS = 2
 
 

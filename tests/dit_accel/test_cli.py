@@ -160,10 +160,10 @@ def test_user_errors_are_one_line_and_no_traceback(argv, message, run, tmp_path)
 
 
 def test_too_few_prompts_for_the_demo(run, tiny_wan_dir, tmp_path):
-    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     code, _, err = run("demo", "--model", tiny_wan_dir, "--prompts", tmp_path / "prompts.txt")
     assert code == 1
-    assert "expected 2 to calibrate on and 2 to compare, got 2 and 1" in err
+    assert "expected 1 to calibrate on and 2 to compare, got 1 and 1" in err
 
 
 def test_an_interrupted_command_says_so(run, monkeypatch):
@@ -263,8 +263,8 @@ def test_demo(run, tiny_wan_dir, prompts, tmp_path):
     assert code == 0
     assert "1 of 2: calibrate" in err
     assert "2 of 2: generate" in err
-    assert data["prompts"] == PROMPTS[2:]
-    assert data["seed"] == 2
+    assert data["prompts"] == PROMPTS[1:3]
+    assert data["seed"] == 1
     assert [row["name"] for row in data["variants"]] == ["dense", "accelerated"]
     assert AccelPlan.from_pretrained(tmp_path / "plan").layers == ("blocks.0.attn1", "blocks.1.attn1")
     assert _is_a_picture(tmp_path / "comparison.png")
