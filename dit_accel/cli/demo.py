@@ -15,7 +15,7 @@ def configure(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("demo", help="calibrate the demo model and compare it with its dense self")
     parser.add_argument("--model", default="demo", metavar="MODEL", help="another model (default demo)")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="three prompts for another model: one to calibrate on, two to compare")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="three prompts for another model")
     parser.add_argument("--target-psnr", type=float, default=28.0, metavar="DB", help="default %(default)g")
     add_settings(parser)
     add_device(parser)
