@@ -16,7 +16,7 @@ from dit_accel.grid import TokenGrid
 from dit_accel.plan import Candidate
 
 _ROUNDS = 3
-_CANDIDATES_PER_REFERENCE = 6
+_CANDIDATES_PER_REFERENCE = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ def measure_latency(
     block: int = 64,
     key_mask: Tensor | None = None,
     backend: str = "auto",
-    on_call: Callable[[], None] | None = None,
+    on_call: Callable[[], object] | None = None,
 ) -> Latency:
     """Times one attention call of `[batch, seq, heads, dim]` with all heads on each candidate, selection
     included.

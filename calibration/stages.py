@@ -157,7 +157,7 @@ class Stages:
 
     def skip(self, generations: int) -> None:
         """Takes generations that are not needed off the progress bar."""
-        self._bar.total -= generations * self._settings.num_inference_steps
+        self._bar.total = (self._bar.total or 0) - generations * self._settings.num_inference_steps
         self._bar.refresh()
 
     def _load(self, name: str) -> Stage | None:
