@@ -43,7 +43,7 @@ def held_mass(query: Tensor, key: Tensor, order: Tensor, rows: Tensor) -> Tensor
         weights = torch.nn.functional.pad(scores.softmax(-1), (0, columns * BLOCK - k.shape[2]))
         by_block = weights.unflatten(-1, (columns, BLOCK)).sum(-1).mean((0, 2))  # [heads, columns]
         ranked = by_block.sort(descending=True).values.cumsum(-1)
-        held += torch.stack([ranked[:, round(share * columns) - 1] for share in SHARES], dim=1)
+        held += torch.stack([ranked[:, max(1, round(share * columns)) - 1] for share in SHARES], dim=1)
     return held / len(rows)
 
 

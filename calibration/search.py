@@ -20,7 +20,7 @@ from dit_accel.calibration.choose import choose, most_faithful_multiplier, multi
 from dit_accel.calibration.tables import Tables
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 
-TOLERANCE_DB = 1.0  # a plan may exceed the target by this much before a faster one is looked for
+TOLERANCE_DB = 0.7  # a plan may exceed the target by this much before a faster one is looked for
 _AIM_DB = TOLERANCE_DB / 2
 _LARGEST_MOVE = 1.0  # decades of error beyond the points measured so far
 

@@ -34,13 +34,13 @@ def test_mass_of_the_best_blocks_on_known_attention() -> None:
 
 
 def test_card_of_a_short_generation(tmp_path: Path) -> None:
-    sizes = ["--height", "64", "--width", "80", "--frames", "5", "--steps", "2"]
+    sizes = ["--height", "96", "--width", "112", "--frames", "9", "--steps", "2"]
     counts = ["--prompts", "1", "--sparsity-prompts", "1", "--device", "cpu"]
     command = [sys.executable, SCRIPT, *sizes, *counts, "--output", tmp_path / "card.json"]
     done = subprocess.run([str(c) for c in command], text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     card = json.loads((tmp_path / "card.json").read_text())
     assert len(card["sparsity"]["heads"]) == 24
-    assert all(0 < head["mass_10"] <= head["mass_25"] <= 1 for head in card["sparsity"]["heads"])
+    assert all(0 < head["mass_10"] < head["mass_25"] < 1 for head in card["sparsity"]["heads"])
     assert set(card["semantic"]) == {"prompts", "seconds_p50", "shape", "colour", "direction", "background"}
     assert "torch" in card["machine"]
