@@ -37,7 +37,7 @@ def _demo_card(card: dict[str, Any]) -> str:
     lines = ["| demo model | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
     where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['dtype']}"
     return "\n".join(
-        [*lines, "", f"{semantic['prompts']} held-out prompts; {where}, torch {machine['torch']}."]
+        [*lines, "", f"Prompts followed out of {semantic['prompts']}; {where}, torch {machine['torch']}."]
     )
 
 
