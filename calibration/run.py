@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from dit_accel.calibration.candidates import default_candidates
@@ -22,7 +20,7 @@ from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_n
 from dit_accel.evaluation.generate import quiet
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.timing import machine
+from dit_accel.evaluation.timing import machine, weights_digest
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, config_hash_of
 
@@ -165,16 +163,6 @@ def _describe(pipe: Any) -> dict[str, Any]:
     return {
         "model_class": type(pipe.transformer).__name__,
         "config_hash": config_hash_of(pipe.transformer),
-        "weights": _weights_digest(pipe.transformer),
+        "weights": weights_digest(pipe.transformer),
         **{name: here[name] for name in _MACHINE},
     }
-
-
-def _weights_digest(transformer: nn.Module) -> str:
-    """Tells a retrained or adapted model from the one before by a few values of each plain parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in transformer.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if type(parameter) is nn.Parameter and not parameter.is_meta:
-            digest.update(parameter.detach().flatten()[:8].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
