@@ -1,16 +1,14 @@
-"""Measure the demo model itself, dense: does it follow prompts, and is its attention worth sparsifying?
+"""Measure whether the demo model's attention is worth sparsifying.
 
-    python benchmarks/demo_card.py --prompts 64 --sparsity-prompts 2
+    python benchmarks/demo_card.py --prompts 2
 
-Writes ``benchmarks/results/demo_card.json``: per attribute the share of held-out prompts that the scorer reads
-back from the frames, and per (layer, head) the softmax mass that the best 25 % and 10 % of 64-token key blocks of
-each 64-token query block hold, in the token order that suits the head best, averaged over steps, guidance branches
-and sampled rows.
+Writes ``benchmarks/results/demo_card.json``: per (layer, head) the softmax mass that the best 25 % and 10 % of
+64-token key blocks of each 64-token query block hold, in the token order that suits the head best, averaged over
+steps, guidance branches and sampled rows. Whether the model follows prompts is measured by ``dit-accel evaluate``.
 """
 
 import argparse
 import json
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -48,7 +46,7 @@ def held_mass(query: Tensor, key: Tensor, order: Tensor, rows: Tensor) -> Tensor
 
 
 def sparsity(pipe: object, prompts: list[str], settings: dict, seed: int) -> dict:
-    """The card's sparsity part: per head and in the mean over heads."""
+    """Mass held by the best blocks, per head and in the mean over heads."""
     held: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
     calls: dict[int, int] = defaultdict(int)
     dit_accel.enable(pipe, AccelPlan.preset("dense"))
@@ -85,30 +83,11 @@ def sparsity(pipe: object, prompts: list[str], settings: dict, seed: int) -> dic
     }
 
 
-def semantics(pipe: object, prompts: list[str], settings: dict, seed: int) -> dict:
-    """The card's prompt-following part: shares of prompts read back, and seconds per generation."""
-    right: dict[str, int] = defaultdict(int)
-    seconds = []
-    for number, prompt in enumerate(tqdm(prompts, desc="prompts")):
-        start = time.perf_counter()
-        generator = torch.Generator().manual_seed(seed + number)
-        frames = pipe(prompt, generator=generator, output_type="pt", **settings).frames[0]
-        seconds.append(time.perf_counter() - start)
-        for name, found in demo.score(frames.float().permute(0, 2, 3, 1), prompt).items():
-            right[name] += found
-    return {
-        "prompts": len(prompts),
-        "seconds_p50": sorted(seconds)[len(seconds) // 2],
-        **{name: count / len(prompts) for name, count in right.items()},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--sparsity-prompts", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     for option, name in SIZES.items():
         parser.add_argument(f"--{option}", type=int, default=demo.DEFAULTS[name])
@@ -118,18 +97,15 @@ def main() -> None:
     settings = {**demo.DEFAULTS, **{name: getattr(args, option) for option, name in SIZES.items()}}
     pipe = load_demo(torch.bfloat16, args.device)
     pipe.set_progress_bar_config(disable=True)
-    held_out = demo.PROMPTS["held_out"]
     card = {
         "machine": machine(pipe.device, torch.bfloat16),
         "settings": settings,
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),
-        "sparsity": sparsity(pipe, held_out[: args.sparsity_prompts], settings, args.seed),
-        "semantic": semantics(pipe, held_out[: args.prompts], settings, args.seed),
+        **sparsity(pipe, demo.PROMPTS["held_out"][: args.prompts], settings, args.seed),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(card, indent=1) + "\n")
-    summary = {k: v for k, v in card["sparsity"].items() if k != "heads"}
-    print(json.dumps({"semantic": card["semantic"], "sparsity": summary}, indent=1))
+    print(json.dumps({k: v for k, v in card.items() if k.startswith("mass")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -22,29 +22,31 @@ RESULTS = ROOT / "benchmarks" / "results"
 _PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def _demo_card(card: dict[str, Any]) -> str:
-    semantic, sparsity, machine = card["semantic"], card["sparsity"], card["machine"]
-    above = sum(head["mass_25"] >= 0.9 for head in sparsity["heads"])
-    parts = ("colour", "direction", "background", "shape")
+def _demo_card(card: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    machine = evaluation["machine"]
+    (dense,) = (row for row in evaluation["variants"] if row["name"] == "dense")
+    above = sum(head["mass_25"] >= 0.9 for head in card["heads"])
     rows = [
         ("parameters of the transformer", f"{card['parameters'] / 1e6:.1f} M"),
-        *((f"prompts followed: {name}", f"{semantic[name]:.0%}") for name in parts),
-        ("softmax mass in the best 25 % of blocks, mean over heads", f"{sparsity['mass_25_mean']:.3f}"),
-        ("softmax mass in the best 10 % of blocks, mean over heads", f"{sparsity['mass_10_mean']:.3f}"),
-        ("heads with at least 0.9 in the best 25 %", f"{above} of {len(sparsity['heads'])}"),
-        ("seconds per dense generation (median)", f"{semantic['seconds_p50']:.1f}"),
+        *(
+            (f"prompts followed: {name}", f"{dense['semantic_parts'][name]:.0%}")
+            for name in ("colour", "direction", "background", "shape")
+        ),
+        ("softmax mass in the best 25 % of blocks, mean over heads", f"{card['mass_25_mean']:.3f}"),
+        ("softmax mass in the best 10 % of blocks, mean over heads", f"{card['mass_10_mean']:.3f}"),
+        ("heads with at least 0.9 in the best 25 %", f"{above} of {len(card['heads'])}"),
+        ("seconds per dense generation (median)", f"{dense['seconds_p50']:.1f}"),
     ]
-    lines = ["| demo model | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
+    lines = ["| demo model, dense | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
     where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['dtype']}"
-    return "\n".join(
-        [*lines, "", f"Prompts followed out of {semantic['prompts']}; {where}, torch {machine['torch']}."]
-    )
+    count = len(evaluation["prompts"])
+    return "\n".join([*lines, "", f"{count} held-out prompts; {where}, torch {machine['torch']}."])
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "demo": ("demo_evaluation.json", markdown_table),
-    "curve": ("demo_curve.json", markdown_table),
-    "card": ("demo_card.json", _demo_card),
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "demo": (("demo_evaluation.json",), markdown_table),
+    "curve": (("demo_curve.json",), markdown_table),
+    "card": (("demo_card.json", "demo_evaluation.json"), _demo_card),
 }
 
 
@@ -52,9 +54,11 @@ def filled(text: str) -> str:
     """A README text with every table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        file, write = TABLES[match[2]]
-        path = RESULTS / file
-        body = write(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "*not measured yet*"
+        files, write = TABLES[match[2]]
+        paths = [RESULTS / file for file in files]
+        body = "*not measured yet*"
+        if all(path.exists() for path in paths):
+            body = write(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
         return f"{match[1]}{body}\n{match[3]}"
 
     return _PLACE.sub(table, text)

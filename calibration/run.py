@@ -61,11 +61,13 @@ def calibrate(
             of least error at that density, however long its candidates take.
         output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
             any moment and called again with the same arguments, it continues and ends with the same plan.
+            Called with another target_psnr or density, it keeps what was measured and only chooses anew.
         held_out_prompts: further prompts on which PSNR and speed-up are measured, see `plan.validated`.
 
     Raises:
         ValueError: not exactly one of target_psnr and density, no prompts, an unsupported pipeline or one
-            with a plan, or an output_dir that holds a calibration with other arguments.
+            with a plan, or an output_dir that holds a calibration of other prompts, settings, weights or of
+            another machine.
 
     Example:
         >>> plan = calibrate(pipe, ["a red circle moves left"], height=192, width=336, num_frames=33,
@@ -76,17 +78,12 @@ def calibrate(
         raise ValueError("prompts: expected at least one, got none")
     _check_goal(target_psnr, density)
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
-    objective: dict[str, Any] = {
-        "target_psnr": target_psnr,
-        "density": density,
-        "seed": seed,
-        **settings.to_dict(),
-    }
+    conditions: dict[str, Any] = {"seed": seed, **settings.to_dict()}
     candidates = default_candidates()
     fingerprint = {
         "prompts": prompts,
         "held_out_prompts": held_out,
-        **objective,
+        **conditions,
         "candidates": [candidate.label for candidate in candidates],
         **_describe(pipe),
     }
@@ -116,7 +113,7 @@ def calibrate(
             model_class=family_of(pipe.transformer).transformer_class,
             config_hash=config_hash_of(pipe.transformer),
             grid=runs[0].grid,
-            objective=objective,
+            objective={"target_psnr": target_psnr, "density": density, **conditions},
         )
         validation = Validation(stages, draft, profile.tables, runs, prompts, held_out, seed)
         if density is not None:

@@ -99,7 +99,7 @@ class Outcome:
 
 
 def search(
-    tables: Tables, prompts: int, target: float, measure: Callable[[int, Tensor, int], float], max_trials: int
+    tables: Tables, prompts: int, target: float, measure: Callable[[Tensor, int], float], max_trials: int
 ) -> Outcome:
     """Looks for the fastest plan whose mean PSNR over the prompts is at least `target`.
 
@@ -108,7 +108,7 @@ def search(
     `max_trials` generations.
 
     Args:
-        measure: `measure(number of the trial, choice, prompt)` generates and returns the PSNR in dB.
+        measure: `measure(choice, prompt)` generates and returns the PSNR in dB.
     """
     trials: list[Trial] = []
     multipliers: dict[str, float] = {}
@@ -130,7 +130,7 @@ def search(
         error = total_error(tables, choice)
         if error == 0.0:
             return Outcome(multipliers[name], PSNR_CEILING_DB, True, None, tuple(trials))
-        psnr = measure(len(trials), choice, prompt)
+        psnr = measure(choice, prompt)
         trials.append(Trial(name, prompt, math.log10(error), psnr))
         values = _measured(trials, name)
         if len(values) == prompts and target <= fmean(values.values()) <= target + TOLERANCE_DB:

@@ -50,8 +50,8 @@ class Validation:
     def meet(self, target: float) -> Tensor:
         """The choice of the fastest plan found that meets a PSNR target in dB, see `search`."""
 
-        def measure(number: int, choice: Tensor, prompt: int) -> float:
-            run = self._accelerated(f"trial_{number}", choice, prompt)
+        def measure(choice: Tensor, prompt: int) -> float:
+            run = self._accelerated(choice, prompt)
             self._tried.append(run)
             return run.psnr
 
@@ -81,7 +81,7 @@ class Validation:
                 if trial.plan == name:
                     pairs.append((self._runs[trial.prompt].seconds, run.seconds))
             for number in range(_SEARCH_PROMPTS, len(self._prompts)):
-                run = self._accelerated(f"check_{number}", choice, number)
+                run = self._accelerated(choice, number)
                 pairs.append((self._runs[number].seconds, run.seconds))
                 psnrs.append(run.psnr)
                 spent.append(run.seconds)
@@ -92,7 +92,9 @@ class Validation:
                 seed = self._seed + len(self._prompts) + number
                 frames, seconds = self._stages.dense(f"held_out_dense_{number}", prompt, seed)
                 plan = replace(self._draft, choice=choice)
-                run = self._stages.accelerated(f"held_out_{number}", plan, prompt, seed, frames)
+                run = self._stages.accelerated(
+                    f"plan_{plan_name(choice)}_held_out_{number}", plan, prompt, seed, frames
+                )
                 pairs.append((seconds, run.seconds))
                 psnrs.append(run.psnr)
             values |= {"psnr_held_out": fmean(psnrs), "psnr_held_out_min": min(psnrs)}
@@ -102,7 +104,8 @@ class Validation:
         values["calibration_dense_generations"] = sum(spent) / fmean(run.seconds for run in self._runs)
         return values
 
-    def _accelerated(self, name: str, choice: Tensor, number: int) -> AcceleratedRun:
+    def _accelerated(self, choice: Tensor, number: int) -> AcceleratedRun:
         plan = replace(self._draft, choice=choice)
         dense = self._runs[number].frames
+        name = f"plan_{plan_name(choice)}_{number}"
         return self._stages.accelerated(name, plan, self._prompts[number], self._seed + number, dense)

@@ -45,7 +45,7 @@ def main() -> None:
     dit_accel.enable(pipe, plan)
     generator = torch.Generator("cpu").manual_seed(args.seed)
     video = pipe(args.prompt, generator=generator, **settings.to_dict()).frames[0]
-    export_to_video(video, args.output, fps=8)
+    export_to_video(video, args.output, fps=16)
     print(f"{args.output}: attention ran at density {dit_accel.stats(pipe)['density_mean']:.3f}")
 
 

@@ -1,6 +1,7 @@
 """The comparison as pictures: frames side by side, a plan's heads, the speed–quality curve."""
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def save_curve(evaluation: Mapping[str, Any], path: Path) -> None:
     )
     kinds = {"plan": "#d1495b", "preset": "#2a9d8f", "diffusers": "#e9a23b"}
     for row in rows:
-        colour = kinds.get(row["name"].partition(":")[0], "#33415c")
+        colour = kinds.get(re.split("[:@]", row["name"])[0], "#33415c")
         axes.vlines(row["speedup"], row["psnr_min"], row["psnr_mean"], color=colour, alpha=0.35, linewidth=2)
         axes.scatter(row["speedup"], row["psnr_mean"], color=colour, s=46, zorder=3, edgecolor=PAPER)
         axes.annotate(

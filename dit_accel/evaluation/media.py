@@ -11,7 +11,7 @@ def to_images(frames: Tensor) -> list[Image.Image]:
     return [Image.fromarray(frame.numpy()) for frame in (frames.clamp(0, 1) * 255).round().byte()]
 
 
-def write_video(frames: Tensor, path: Path, *, fps: int = 8) -> Path:
+def write_video(frames: Tensor, path: Path, *, fps: int = 16) -> Path:
     """Write frames as an H.264 MP4."""
     from diffusers.utils import export_to_video
 

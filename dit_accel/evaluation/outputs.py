@@ -12,7 +12,7 @@ from dit_accel.evaluation.variants import Variant
 
 
 def write_outputs(
-    result: Evaluation, variants: Sequence[Variant], folder: Path, *, fps: int = 8
+    result: Evaluation, variants: Sequence[Variant], folder: Path, *, fps: int = 16
 ) -> list[Path]:
     """Write the table, videos and pictures of a finished evaluation; returns their paths.
 

@@ -40,11 +40,15 @@ def _cells(evaluation: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _caption(evaluation: Mapping[str, Any]) -> str:
     machine, settings = evaluation["machine"], evaluation["settings"]
     share = evaluation["attention_share"]
     parts = [
-        f"{evaluation['model']}, {len(evaluation['prompts'])} prompts, {settings['num_frames']} frames of "
+        f"{evaluation['model']}, {_counted(len(evaluation['prompts']), 'prompt')}, {settings['num_frames']} frames of "
         f"{settings['width']}×{settings['height']}, {settings['num_inference_steps']} steps",
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['dtype']}",
         f"torch {machine['torch']}",

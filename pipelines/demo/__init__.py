@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULTS", "PROMPTS", "load_demo", "prompts", "score"]
 
 DEFAULTS: dict[str, Any] = {
-    "height": 224,
-    "width": 256,
-    "num_frames": 17,
+    "height": 160,
+    "width": 192,
+    "num_frames": 33,
     "num_inference_steps": 20,
     "guidance_scale": 4.0,
 }
