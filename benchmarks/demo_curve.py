@@ -1,0 +1,77 @@
+"""Draw the demo model's speed-quality curve: plans of several densities from one calibration, beside presets.
+
+    dit-accel demo                                    # leaves its calibration in outputs/demo/plan
+    python benchmarks/demo_curve.py --calibration outputs/demo/plan --prompts 1
+
+The calibration's measurements are used as they are; only the choice is made anew for each density. Writes
+``benchmarks/results/demo_curve.json`` and ``demo_curve.png``; what each generation gave is kept in ``--work``, so a
+killed run goes on where it was.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from dit_accel.calibration import calibrate
+from dit_accel.evaluation.figures import save_curve
+from dit_accel.evaluation.models import GenerationSettings
+from dit_accel.evaluation.run import evaluate
+from dit_accel.evaluation.variants import DENSE, parse_variants, plan_variant
+from dit_accel.pipelines import demo, load_demo
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--calibration", type=Path, required=True, help="a plan directory written by calibrate"
+    )
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.15, 0.25, 0.4, 0.55, 0.7])
+    parser.add_argument("--presets", default="preset:pooled@0.4,preset:window@0.4")
+    parser.add_argument("--prompts", type=int, default=1, help="held-out prompts to generate")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--work", type=Path, default=Path("outputs/curve"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    measured = args.calibration / "calibration"
+    conditions = json.loads((measured / "fingerprint.json").read_text(encoding="utf-8"))
+    settings = GenerationSettings(
+        **{name: conditions[name] for name in GenerationSettings.__dataclass_fields__}
+    )
+    shutil.copytree(measured, args.work / "plan" / "calibration", dirs_exist_ok=True)
+    pipe = load_demo(torch.bfloat16, args.device)
+    variants = [DENSE]
+    for density in args.densities:
+        plan = calibrate(
+            pipe,
+            conditions["prompts"],
+            **settings.to_dict(),
+            density=density,
+            output_dir=args.work / "plan",
+            seed=conditions["seed"],
+        )
+        variants.append(plan_variant(plan, f"plan@{density:g}"))
+    variants += [variant for variant in parse_variants(args.presets) if variant.name != "dense"]
+    # Seeds and prompts that neither the calibration nor the demo's comparison has seen.
+    result = evaluate(
+        pipe,
+        variants,
+        demo.PROMPTS["held_out"][-args.prompts :],
+        settings,
+        model="demo",
+        seed=conditions["seed"] + 1000,
+        scorer=demo.score,
+        output_dir=args.work,
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    result.save(args.work)
+    shutil.copyfile(args.work / "evaluation.json", args.output / "demo_curve.json")
+    save_curve(result.to_dict(), args.output / "demo_curve.png")
+
+
+if __name__ == "__main__":
+    main()
