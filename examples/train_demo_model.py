@@ -51,9 +51,9 @@ RECIPES = {
         vae=(Phase(600, 3, 5, 64, 64, 1, 4e-3), Phase(60, 2, 17, 64, 64, 1, 6e-4)),
         transformer=(
             Phase(1000, 6, 5, 128, 128, 1, 1.2e-3),
-            Phase(330, 3, 9, 160, 192, 2, 1e-3),
-            Phase(100, 2, 17, 160, 192, 2, 7e-4),
-            Phase(60, 1, 33, 160, 192, 2, 5e-4),
+            Phase(260, 3, 9, 160, 192, 2, 1e-3),
+            Phase(80, 2, 17, 160, 192, 2, 7e-4),
+            Phase(55, 1, 33, 160, 192, 2, 5e-4),
         ),
     ),
     "cpu": Recipe(
@@ -94,6 +94,9 @@ class Scenes(IterableDataset):
             )
             yield scene.prompt, video.permute(3, 0, 1, 2) * 2 - 1
             number += worker.num_workers if worker else 1
+
+
+MUON_SCALE = 3.0  # Muon's learning rate over AdamW's
 
 
 class MatrixMuon(torch.optim.Muon):
@@ -191,8 +194,9 @@ def train(
                 warm_up = min(1.0, (step + 1) / min(50.0, 0.1 * phase.steps))
                 ramp_down = min(1.0, (total - done) / (0.1 * total))
                 for optimizer in optimizer_list:
+                    scale = MUON_SCALE if isinstance(optimizer, MatrixMuon) else 1.0
                     for group in optimizer.param_groups:
-                        group["lr"] = phase.learning_rate * warm_up * max(0.1, ramp_down)
+                        group["lr"] = scale * phase.learning_rate * warm_up * max(0.1, ramp_down)
                 prompts, video = next(batches)
                 torch.manual_seed(args.seed * 1_000_003 + done)
                 with torch.autocast(args.device, torch.bfloat16):
@@ -300,6 +304,7 @@ def main() -> None:
         measure_latents(pipe, args)
     else:
         pipe = WanPipeline.from_pretrained(args.start, dtype=torch.float32).to(args.device)
+        pipe.scheduler = build_pipeline().scheduler
     if args.compile:
         pipe.transformer.compile_repeated_blocks(dynamic=False)
     modules = [pipe.transformer, pipe.text_encoder]

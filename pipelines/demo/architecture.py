@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from dit_accel.pipelines.demo.world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES
 
 LATENT_CHANNELS = 8
-FLOW_SHIFT = 3.0
+FLOW_SHIFT = 5.0
 TEXT_TOKENS = 512  # WanPipeline pads prompt embeddings with zeros to this length by default
 _TEXT_DIM = 128
 
