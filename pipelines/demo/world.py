@@ -140,21 +140,19 @@ def _background(kind: str, rng: random.Random, generator: torch.Generator, heigh
     y = y + rng.uniform(0, 64) + 1.6 * _noise(generator, height, width, 48)
     x = x + rng.uniform(0, 64) + 1.6 * _noise(generator, height, width, 48)
     if kind == "striped":
-        angle, period = rng.choice([0.0, 0.25, 0.5, 0.75]) * math.pi, rng.uniform(24, 32)
-        wave = torch.sin(2 * math.pi * (y * math.cos(angle) + x * math.sin(angle)) / period)
+        angle = rng.choice([0.0, 0.25, 0.5, 0.75]) * math.pi
+        wave = torch.sin(2 * math.pi * (y * math.cos(angle) + x * math.sin(angle)) / 32)
     elif kind == "checkered":
-        period = rng.uniform(36, 48)
-        wave = 1.6 * torch.sin(2 * math.pi * y / period) * torch.sin(2 * math.pi * x / period)
+        wave = 1.6 * torch.sin(2 * math.pi * y / 48) * torch.sin(2 * math.pi * x / 48)
     elif kind == "dotted":
-        period = rng.uniform(24, 30)
-        wave = 3.0 * (torch.cos(2 * math.pi * y / period) + torch.cos(2 * math.pi * x / period) - 1.1)
+        wave = 3.0 * (torch.cos(2 * math.pi * y / 32) + torch.cos(2 * math.pi * x / 32) - 1.1)
     else:
         field = _noise(generator, height, width, 88) + 0.4 * _noise(generator, height, width, 40)
         wave = torch.sin(2.4 * field)
     blend = torch.sigmoid(3.5 * wave)[..., None]
     low, high = _muted(rng, rng.uniform(0.16, 0.26)), _muted(rng, rng.uniform(0.40, 0.52))
     grain = 0.08 * _noise(generator, height, width, 18) + 0.07 * _noise(generator, height, width, 10)
-    return (low + (high - low) * blend) * (1 + 1.6 * grain[..., None])
+    return (low + (high - low) * blend) * (1 + 1.2 * grain[..., None])
 
 
 def _path(
