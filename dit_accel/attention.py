@@ -66,13 +66,12 @@ def attend(
 
 @dataclass(frozen=True, eq=False)
 class _Launch:
-    """The block lists of all heads and the way into and out of their orders."""
+    """The block lists of all heads, and the order they speak of."""
 
     index: BlockIndex
     density: float
-    # int64 `[heads, seq]` or `[1, seq]`, both None if every head keeps the model's order
+    # int64 `[heads, seq]` or `[1, seq]`, None if every head keeps the model's order
     order: Tensor | None
-    inverse: Tensor | None
 
     def run(
         self,
@@ -83,30 +82,17 @@ class _Launch:
         key_mask: Tensor | None,
         backend: str,
     ) -> Tensor:
-        if self.order is None or self.inverse is None:
-            return block_sparse_attention(
-                query, key, value, self.index, scale=scale, backend=backend, key_mask=key_mask
-            )
-        batch, tokens, heads, _ = query.shape
-        order = self.order.expand(heads, -1)
-        head = torch.arange(heads, device=query.device)[:, None]
-        # One gather of whole vectors that also makes the heads contiguous, as the kernels read them.
-        source = (order * heads + head).flatten()
-        q, k, v = (x.flatten(1, 2).index_select(1, source) for x in (query, key, value))
-        index = self.index
-        if key_mask is not None and self.order.shape[0] == 1:
-            key_mask = key_mask.index_select(1, self.order[0])
-        if key_mask is not None and self.order.shape[0] > 1:
-            # A key is somewhere else in every head: heads become batch entries, which have a mask each.
-            key_mask = key_mask[:, order].flatten(0, 1)
-            q, k, v = (x.unflatten(1, (heads, tokens)).flatten(0, 1).unsqueeze(2) for x in (q, k, v))
-            index = _heads_as_batch(index, batch)
-        else:
-            q, k, v = (x.unflatten(1, (heads, tokens)).transpose(1, 2) for x in (q, k, v))
-        output = block_sparse_attention(q, k, v, index, scale=scale, backend=backend, key_mask=key_mask)
-        output = output.view(batch, heads, tokens, -1) if index is not self.index else output.transpose(1, 2)
-        place = (self.inverse.expand(heads, -1) + head * tokens).T.flatten()
-        return output.flatten(1, 2).index_select(1, place).unflatten(1, (tokens, heads))
+        return block_sparse_attention(
+            query,
+            key,
+            value,
+            self.index,
+            scale=scale,
+            backend=backend,
+            key_mask=key_mask,
+            query_order=self.order,
+            key_order=self.order,
+        )
 
 
 def _prepare(
@@ -139,21 +125,13 @@ def _prepare(
     if len(chosen) > 1:
         index = BlockIndex.merge_heads([(selection.index, ids) for selection, ids in chosen], heads)
     if all(selection.in_model_order for selection, _ in chosen):
-        return _Launch(index, index.density, None, None)
+        return _Launch(index, index.density, None)
     order = chosen[0][0].order
     if len({selection.order_name for selection, _ in chosen}) > 1:
         order = torch.empty(heads, grid.total_tokens, dtype=torch.int64, device=query.device)
         for selection, ids in chosen:
             order[ids.to(order.device)] = selection.order
-    return _Launch(index, index.density, order, grid.inverse(order))
-
-
-def _heads_as_batch(index: BlockIndex, batch: int) -> BlockIndex:
-    """Turn the lists of `[batch or 1, heads]` into those of `[batch · heads, 1]`."""
-    counts, offsets = (
-        part.expand(batch, -1, -1).flatten(0, 1).unsqueeze(1) for part in (index.counts, index.offsets)
-    )
-    return BlockIndex(counts, offsets, index.indices, index.block_q, index.block_k, index.seq_q, index.seq_k)
+    return _Launch(index, index.density, order)
 
 
 def _candidate_numbers(row: Tensor | Sequence[int], heads: int, candidates: int) -> list[int]:

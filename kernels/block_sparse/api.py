@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Literal, overload
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor
 
 from dit_accel.kernels.block_index import BlockIndex
 from dit_accel.kernels.block_sparse import gather, reference
+from dit_accel.kernels.prepare import PRECISIONS, prepare
 
 BACKENDS = ("auto", "reference", "torch", "flex", "triton")
-PRECISIONS = ("native",)
+# The oldest CUDA architectures whose matrix units multiply a precision's numbers.
+_FIRST_ARCHITECTURE = {"int8": (8, 0), "int8_fp8": (8, 9), "fp8": (8, 9)}
+# What "auto" takes where a precision is missing.
+_NEXT_BEST = {"fp8": "int8", "int8_fp8": "int8", "int8": "native"}
 
 
 def resolve_backend(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -27,6 +32,33 @@ def resolve_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     return "triton" if torch.device(device).type == "cuda" else "torch"
 
 
+def resolve_precision(precision: str, device: torch.device | str, backend: str) -> str:
+    """The precision that "auto" runs in place of one that the device or backend lacks; says so once.
+
+    8-bit products exist in the Triton kernel (INT8 from sm_80, E4M3 from sm_89) and in the reference.
+    """
+    device = torch.device(device)
+    reason, found = _missing(precision, device, backend), precision
+    while _missing(found, device, backend):
+        found = _NEXT_BEST[found]
+    if reason:
+        warnings.warn(f"precision {precision!r}: {reason}; using {found!r}", stacklevel=3)
+    return found
+
+
+def _missing(precision: str, device: torch.device, backend: str) -> str | None:
+    """Why a backend cannot run a precision on a device, None if it can."""
+    if precision == "native" or backend == "reference":
+        return None
+    if backend != "triton":
+        return f"backend {backend!r} computes in the inputs' dtype only"
+    if device.type == "cuda" and torch.version.cuda is not None:
+        found = torch.cuda.get_device_capability(device)
+        if found < (first := _FIRST_ARCHITECTURE[precision]):
+            return f"needs sm_{first[0]}{first[1]} or newer, got sm_{found[0]}{found[1]}"
+    return None
+
+
 @overload
 def block_sparse_attention(
     query: Tensor,
@@ -39,6 +71,9 @@ def block_sparse_attention(
     backend: str = "auto",
     return_lse: Literal[False] = False,
     key_mask: Tensor | None = None,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
+    remainder: bool = False,
 ) -> Tensor: ...
 
 
@@ -54,6 +89,9 @@ def block_sparse_attention(
     backend: str = "auto",
     return_lse: Literal[True],
     key_mask: Tensor | None = None,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
+    remainder: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -68,6 +106,9 @@ def block_sparse_attention(
     backend: str = "auto",
     return_lse: bool = False,
     key_mask: Tensor | None = None,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
+    remainder: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which each query block reads only the key blocks its list names.
 
@@ -76,47 +117,91 @@ def block_sparse_attention(
         key, value: `[batch, seq_k, heads, dim]`, same dtype and device.
         index: the block lists; their batch may be 1 for lists shared by the whole batch.
         scale: factor on the scores, default `dim ** -0.5`.
-        precision: "native" computes in the dtype of the inputs.
-        backend: "auto" (see `resolve_backend`), "reference", "torch", "flex" or "triton".
+        precision: "native" multiplies in the dtype of the inputs; "int8" queries and keys in INT8; "int8_fp8" also
+            weights and values in E4M3; "fp8" all four in E4M3. See `dit_accel.kernels.prepare`.
+        backend: "auto" (see `resolve_backend`; it also replaces a precision that the device lacks, and says so),
+            "reference", "torch", "flex" or "triton".
         return_lse: also return the log-sum-exp of each query's scaled scores.
         key_mask: bool `[batch, seq_k]`, True = may be attended, on top of the lists.
+        query_order, key_order: int64 `[1 or heads, seq]`, the token at each place of the order that the lists speak
+            of; None if it is that of the tensors. Every token occurs once.
+        remainder: key blocks that a row's list leaves out contribute through their mean key and mean value, with the
+            weight of all their tokens: logit `scale·q·k̄ + log(tokens)`, in the same softmax.
 
     Returns:
         The output, shaped like `query`, and with `return_lse` also float32 `[batch, heads, seq_q]` in
-        natural logarithms. A query without any key gives 0 and -inf.
+        natural logarithms. A query without any key gives 0 and -inf. Both follow the order of the tensors.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit together, or a name is unknown.
+        ValueError: if shapes, dtypes or devices do not fit together, a name is unknown, or the backend or device
+            lacks the precision.
     """
-    _check(query, key, value, index, precision, key_mask)
+    _check(query, key, value, index, key_mask)
+    _check_orders(query, index, query_order, key_order)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if backend == "auto":
         backend = resolve_backend(query.device, query.dtype)
-    _check_backend(backend, query, return_lse)
+        precision = resolve_precision(precision, query.device, backend)
+    _check_backend(backend, query, return_lse, remainder)
+    if reason := _missing(precision, query.device, backend):
+        raise ValueError(f"precision {precision!r}: {reason}; use another, or backend 'auto'")
+    prepared = prepare(
+        query,
+        key,
+        value,
+        precision=precision,
+        scale=scale,
+        block_k=index.block_k,
+        query_order=query_order,
+        key_order=key_order,
+        key_mask=key_mask,
+        remainder=remainder,
+    )
     # Triton and the compiler stack behind flex are imported by those who use them.
-    if backend == "reference":
-        output, lse = reference.attention(query, key, value, index, scale, key_mask)
-    elif backend == "torch":
-        output, lse = gather.attention(query, key, value, index, scale, key_mask, return_lse)
-    elif backend == "triton":
+    if backend == "triton":
         from dit_accel.kernels.block_sparse import triton_kernel
 
-        output, lse = triton_kernel.attention(query, key, value, index, scale, key_mask)
-    else:
+        output, lse = triton_kernel.attention(prepared, index, scale, query_order, query.dtype)
+        return (output, lse) if return_lse else output
+    if backend == "flex":
         from dit_accel.kernels.block_sparse import flex
 
-        return flex.attention(query, key, value, index, scale, key_mask)
-    return (output, lse) if return_lse else output
+        return _restored(flex.attention(prepared, index, scale), query_order)
+    if backend == "reference":
+        output, lse = reference.attention(prepared, index, scale)
+        output = output.to(query.dtype)
+    else:
+        output, lse = gather.attention(prepared, index, scale, return_lse)
+    output = _restored(output, query_order)
+    if not return_lse:
+        return output
+    return output, _restored(lse[..., None], query_order)[..., 0].transpose(1, 2)
 
 
-def _check_backend(backend: str, query: Tensor, return_lse: bool) -> None:
+def _restored(tokens: Tensor, order: Tensor | None) -> Tensor:
+    """`[batch, heads, seq, dim]` in an order to `[batch, seq, heads, dim]` in the model's."""
+    if order is None:
+        return tokens.transpose(1, 2)
+    heads, seq = tokens.shape[1:3]
+    inverse = torch.empty_like(order).scatter_(
+        1, order, torch.arange(seq, device=order.device).expand_as(order)
+    )
+    place = (inverse.expand(heads, -1) + torch.arange(heads, device=order.device)[:, None] * seq).T.flatten()
+    return tokens.flatten(1, 2).index_select(1, place).unflatten(1, (seq, heads))
+
+
+def _check_backend(backend: str, query: Tensor, return_lse: bool, remainder: bool) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "flex" and return_lse:
         raise ValueError("backend 'flex' cannot return the log-sum-exp; use 'torch', 'triton' or 'auto'")
+    if backend == "flex" and remainder:
+        raise ValueError("backend 'flex' has no remainder; use 'torch', 'triton' or 'auto'")
     if backend in ("flex", "triton") and query.dtype == torch.float64:
         raise ValueError(f"backend {backend!r} has no float64; use 'reference', 'torch' or 'auto'")
     if backend == "triton":
@@ -137,11 +222,8 @@ def _check(
     key: Tensor,
     value: Tensor,
     index: BlockIndex,
-    precision: str,
     key_mask: Tensor | None,
 ) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if query.ndim != 4:
         raise ValueError(f"query must be [batch, seq_q, heads, dim], got {tuple(query.shape)}")
     batch, _, heads, dim = query.shape
@@ -173,3 +255,25 @@ def _check(
             )
         if key_mask.device != query.device:
             raise ValueError(f"key_mask must be on {query.device} like query, got {key_mask.device}")
+
+
+def _check_orders(
+    query: Tensor, index: BlockIndex, query_order: Tensor | None, key_order: Tensor | None
+) -> None:
+    heads = query.shape[2]
+    for name, order, tokens in (
+        ("query_order", query_order, index.seq_q),
+        ("key_order", key_order, index.seq_k),
+    ):
+        if order is None:
+            continue
+        if (
+            order.dtype != torch.int64
+            or order.ndim != 2
+            or tuple(order.shape) not in ((1, tokens), (heads, tokens))
+        ):
+            raise ValueError(
+                f"{name} must be int64 [1 or {heads}, {tokens}], got {order.dtype} {tuple(order.shape)}"
+            )
+        if order.device != query.device:
+            raise ValueError(f"{name} must be on {query.device} like query, got {order.device}")

@@ -10,29 +10,29 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dit_accel.kernels.block_index import BlockIndex
+from dit_accel.kernels.prepare import Prepared
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, index: BlockIndex, scale: float, key_mask: Tensor | None
-) -> Tensor:
-    """Pad to whole blocks and run one compiled graph, dynamic in lengths and block lists."""
-    batch, seq_q, _, _ = query.shape
+def attention(prepared: Prepared, index: BlockIndex, scale: float) -> Tensor:
+    """Pad to whole blocks and run one compiled graph, dynamic in lengths and block lists; native precision."""
+    query, key, value = prepared.query, prepared.key, prepared.value
+    batch, heads, seq_q, _ = query.shape
     dtype = query.dtype
     if query.device.type == "cpu" and dtype != torch.float64 and not torch.cpu._is_amx_tile_supported():
         # Without AMX the generated code is 2.5 times faster in float32 than in 16 bits.
         query, key, value = query.float(), key.float(), value.float()
     q, k, v = _pad(query, index.block_q), _pad(key, index.block_k), _pad(value, index.block_k)
-    valid = torch.zeros(batch, k.shape[2], dtype=torch.bool, device=q.device)
-    valid[:, : index.seq_k] = True if key_mask is None else key_mask
+    valid = torch.zeros(batch, heads, k.shape[2], dtype=torch.bool, device=q.device)
+    valid[:, :, : index.seq_k] = True if prepared.valid is None else prepared.valid
 
     # Blocks with an invalid key are partial: only they pay for the mask.
-    partial = ~valid.view(batch, 1, 1, index.cols, index.block_k).all(-1)
+    partial = ~valid.view(batch, heads, 1, index.cols, index.block_k).all(-1)
     blocks = index.to_mask()
     output = _compiled()(
         q, k, v, *_padded_lists(blocks & partial), *_padded_lists(blocks & ~partial), valid, scale,
         index.block_q, index.block_k,
     )  # fmt: skip
-    return output[:, :, :seq_q].transpose(1, 2).to(dtype)
+    return output[:, :, :seq_q].to(dtype)
 
 
 def _run(q, k, v, partial_counts, partial, full_counts, full, valid, scale, block_q, block_k):
@@ -42,7 +42,7 @@ def _run(q, k, v, partial_counts, partial, full_counts, full, valid, scale, bloc
         full_counts,
         full,
         BLOCK_SIZE=(block_q, block_k),
-        mask_mod=lambda b, h, q_idx, kv_idx: valid[b, kv_idx],
+        mask_mod=lambda b, h, q_idx, kv_idx: valid[b, h, kv_idx],
         compute_q_blocks=False,
     )
     return flex_attention(q, k, v, block_mask=mask, scale=scale)
@@ -60,5 +60,5 @@ def _padded_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pad(x: Tensor, block: int) -> Tensor:
-    """[batch, seq, heads, dim] -> [batch, heads, whole blocks, dim], contiguous: strides are compiled in."""
-    return F.pad(x.transpose(1, 2), (0, 0, 0, -x.shape[1] % block)).contiguous()
+    """[batch, heads, seq, dim] -> [batch, heads, whole blocks, dim], contiguous: strides are compiled in."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % block)).contiguous()

@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_index import BlockIndex
+from dit_accel.kernels.prepare import E4M3_MAX, LOG2E, Prepared
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, index: BlockIndex, scale: float, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + mask) v per head, in float64 for float64 inputs and in float32 otherwise."""
-    batch, seq_q, heads, _ = query.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=query.device)
+def attention(prepared: Prepared, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T + mask) v per head, in float64 for float64 inputs and in float32 otherwise.
+
+    8-bit operands are multiplied exactly; with E4M3 values the weights are rounded to E4M3 too, relative to the
+    row's largest, and their sum is that of the rounded ones. The result is in the order of the prepared queries:
+    `[batch, heads, seq_q, dim]` and, in natural logarithms, float32 `[batch, heads, seq_q]`.
+    """
+    batch, heads, seq_q, dim = prepared.query.shape
+    native = prepared.query_scale is None
+    dtype = torch.promote_types(prepared.query.dtype, torch.float32) if native else torch.float32
+    output = torch.empty(batch, heads, seq_q, dim, dtype=dtype, device=prepared.query.device)
+    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=prepared.query.device)
     blocks = index.to_mask()
     for b in range(batch):
         for h in range(heads):
-            q, k, v = (x[b, :, h].to(dtype) for x in (query, key, value))
-            mask = blocks[b % index.batch, h]
-            mask = mask.repeat_interleave(index.block_q, 0)[: index.seq_q]
-            mask = mask.repeat_interleave(index.block_k, 1)[:, : index.seq_k]
-            if key_mask is not None:
-                mask = mask & key_mask[b]
-            scores = (scale * (q @ k.T)).masked_fill_(~mask, -torch.inf)
-            lse[b, h] = scores.logsumexp(-1)
-            # The softmax of a row without keys is NaN; its output is defined as 0.
-            weights = scores.softmax(-1).masked_fill_(~mask.any(-1, keepdim=True), 0)
-            output[b, :, h] = (weights @ v).to(query.dtype)
+            kept = blocks[b % index.batch, h].repeat_interleave(index.block_q, 0)[:seq_q]
+            logits, values = _logits(prepared, index, scale, kept, b, h, dtype)
+            largest = logits.amax(-1, keepdim=True)
+            weights = torch.exp2(logits - largest.masked_fill(largest == -torch.inf, 0))
+            if prepared.value_scale is not None:
+                weights = (weights * E4M3_MAX).to(torch.float8_e4m3fn).to(dtype) / E4M3_MAX
+                values = values * prepared.value_scale[b, h]
+            total = weights.sum(-1, keepdim=True)
+            # A row without keys sums to 0; its output is defined as 0, its log-sum-exp as -inf.
+            output[b, h] = weights @ values / total.masked_fill(total == 0, 1)
+            lse[b, h] = ((largest + total.log2()) / LOG2E)[:, 0]
+    if prepared.lse_shift is not None:
+        lse += prepared.lse_shift
     return output, lse
+
+
+def _logits(
+    p: Prepared, index: BlockIndex, scale: float, kept: Tensor, b: int, h: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Base-2 logits of one head, `[seq_q, seq_k (+ cols)]`, -inf where nothing is read, and the values."""
+    q, k, v = (x[b, h].to(dtype) for x in (p.query, p.key, p.value))
+    scores, row_scale = q @ k.T, scale * math.log2(math.e)
+    if p.query_scale is not None and p.key_scale is not None:
+        row_scale = p.query_scale[b, h, :, None]
+        scores = scores * p.key_scale[b, h].repeat_interleave(p.group)[: len(k)]
+    mask = kept.repeat_interleave(index.block_k, 1)[:, : index.seq_k]
+    if p.valid is not None:
+        mask = mask & p.valid[b, h % p.valid.shape[1]]
+    logits = (scores * row_scale).masked_fill_(~mask, -torch.inf)
+    if p.means is None:
+        return logits, v
+    scores = q @ p.means.key[b, h].to(dtype).T
+    if p.means.key_scale is not None:
+        scores = scores * p.means.key_scale[b, h]
+    bias = p.means.bias[b % p.means.bias.shape[0], h % p.means.bias.shape[1]]
+    rest = (scores * row_scale + bias).masked_fill_(kept, -torch.inf)
+    return torch.cat([logits, rest], dim=1), torch.cat([v, p.means.value[b, h].to(dtype)])

@@ -1,4 +1,12 @@
-"""Block-sparse attention as one Triton launch over ragged block lists."""
+"""Block-sparse attention as one Triton launch over ragged block lists, in native precision, INT8 and FP8.
+
+The softmax runs online in base 2. With E4M3 values the weights of a tile are `exp2(logit − max + log2 448)`, with the
+exact maximum so far: the largest weight is then the largest E4M3 number and nothing is clipped, and weights down to
+2⁻¹⁷ of it survive. Numerator and denominator use the same rounded weights, so values of 1 give 1.
+
+With a remainder, a row that has read its list goes on over the mean keys of all blocks, 64 at a time, and masks those
+whose block it has read: the same softmax step, with log2(tokens) added to the logits.
+"""
 
 from __future__ import annotations
 
@@ -10,142 +18,172 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_index import BlockIndex
+from dit_accel.kernels.prepare import LOG2E, Prepared
+
+LOG2_448 = tl.constexpr(math.log2(448.0))
 
 # Names: o_ offsets, m_ masks, p_ pointers, b_ values held in registers.
 
 
 @triton.jit
-def _attend_tile(
-    b_q,
-    b_acc,
-    b_max,
-    b_sum,
-    p_k,
-    p_v,
-    p_key_mask,
-    o_keys,
-    end_k,
-    m_d,
-    stride_ks,
-    stride_vs,
-    stride_ms,
-    scale_log2,
-    MASKED: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr,
-    PAD_D: tl.constexpr,
-):
-    """One online-softmax step over a tile of keys; m_d masks padded head dims, MASKED guards the keys."""
-    o_k = o_keys.to(tl.int64)
-    m_k = o_keys < end_k
-    # [TILE_D, TILE_K]
-    if MASKED:
-        b_k = tl.load(p_k + o_k[None, :] * stride_ks, mask=m_k[None, :] & m_d[:, None], other=0.0)
-    elif PAD_D:
-        b_k = tl.load(p_k + o_k[None, :] * stride_ks, mask=m_d[:, None], other=0.0)
+def _scores(b_q, b_k, INT8: tl.constexpr):
+    if INT8:
+        b_s = tl.dot(b_q, b_k, out_dtype=tl.int32).to(tl.float32)
     else:
-        b_k = tl.load(p_k + o_k[None, :] * stride_ks)
-    # [TILE_Q, TILE_K]
-    b_s = tl.dot(b_q, b_k, input_precision="ieee")
-    if HAS_KEY_MASK:
-        m_k = m_k & (tl.load(p_key_mask + o_k * stride_ms, mask=m_k, other=0) != 0)
-    if MASKED:
-        b_s = tl.where(m_k[None, :], b_s, -float("inf"))
-    b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+        b_s = tl.dot(b_q, b_k, input_precision="ieee")
+    return b_s
+
+
+@triton.jit
+def _accumulate(
+    b_s, b_factor, b_v, b_acc, b_max, b_sum, GUARD: tl.constexpr, FP8_V: tl.constexpr, TILE_K: tl.constexpr
+):
+    """One online-softmax step: b_s [TILE_Q, TILE_K] times b_factor [TILE_Q] > 0 are base-2 logits."""
+    b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * b_factor)
     b_shift = b_max_new
-    if HAS_KEY_MASK:
+    if GUARD:
         # All keys so far may be masked: exp2(-inf - 0) is 0 where exp2(-inf + inf) is NaN.
         b_shift = tl.where(b_max_new == -float("inf"), 0.0, b_max_new)
-    b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
     b_rescale = tl.exp2(b_max - b_shift)
-    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-    # [TILE_K, TILE_D]
-    if MASKED:
-        b_v = tl.load(p_v + o_k[:, None] * stride_vs, mask=m_k[:, None] & m_d[None, :], other=0.0)
-    elif PAD_D:
-        b_v = tl.load(p_v + o_k[:, None] * stride_vs, mask=m_d[None, :], other=0.0)
+    b_acc = b_acc * b_rescale[:, None]
+    if FP8_V:
+        b_p = tl.exp2(b_s * b_factor[:, None] - (b_shift - LOG2_448)[:, None]).to(tl.float8e4nv)
+        b_sum = b_sum * b_rescale + tl.sum(b_p.to(tl.float32), 1)
+        # Hopper adds up FP8 products in fewer bits than float32: not further than through one tile.
+        b_acc = tl.dot(b_p, b_v, b_acc, max_num_imprecise_acc=TILE_K)
     else:
-        b_v = tl.load(p_v + o_k[:, None] * stride_vs)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None], input_precision="ieee")
+        b_p = tl.exp2(b_s * b_factor[:, None] - b_shift[:, None])
+        b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     return b_acc, b_max_new, b_sum
 
 
+@triton.jit
+def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, PAD_D: tl.constexpr):
+    """Keys [TILE_D, TILE_K] and values [TILE_K, TILE_D] of the tile at p_k, p_v; m_d masks padded head dims.
+
+    The offsets inside a tile, o_k and o_v, are small and the same for all tiles; only the two pointers are 64 bits.
+    """
+    if MASKED:
+        b_k = tl.load(p_k + o_k, mask=m_k[None, :] & m_d[:, None], other=0.0)
+        b_v = tl.load(p_v + o_v, mask=m_k[:, None] & m_d[None, :], other=0.0)
+    elif PAD_D:
+        b_k = tl.load(p_k + o_k, mask=m_d[:, None], other=0.0)
+        b_v = tl.load(p_v + o_v, mask=m_d[None, :], other=0.0)
+    else:
+        b_k = tl.load(p_k + o_k)
+        b_v = tl.load(p_v + o_v)
+    return b_k, b_v
+
+
 # Sequence lengths change with every resolution and must not compile anew.
-@triton.jit(do_not_specialize=["seq_q", "seq_k", "rows", "stride_index"])
+@triton.jit(do_not_specialize=["seq_q", "seq_k", "rows", "cols", "groups", "words", "stride_index"])
 def block_sparse_forward(
-    q,  # [batch, seq_q, heads, dim]
-    k,  # [batch, seq_k, heads, dim]
-    v,  # [batch, seq_k, heads, dim]
-    out,  # [batch, seq_q, heads, dim]
-    lse,  # float32 [batch, heads, seq_q]
+    q,  # [batch, heads, seq_q, dim]
+    k,  # [batch, heads, seq_k, dim]
+    v,  # [batch, heads, seq_k, dim]
+    out,  # [batch, seq_q, heads, dim], in the model's order
+    lse,  # float32 [batch, heads, seq_q], in the model's order
+    q_scale,  # float32 [batch, heads, seq_q], read with QUANTISED
+    k_scale,  # float32 [batch, heads, groups], read with QUANTISED
+    v_scale,  # float32 [batch, heads, dim], read with FP8_V
+    lse_shift,  # float32 [batch, heads, seq_q], read with SHIFTED
+    valid,  # bool [batch, heads or 1, seq_k], read with HAS_VALID
+    mean_k,  # [batch, heads, cols, dim], contiguous, this and the next three read with REMAINDER
+    mean_v,  # [batch, heads, cols, dim], heads and batches back to back
+    mean_scale,  # float32 [batch, heads, cols], read with QUANTISED
+    mean_bias,  # float32 [batch or 1, heads or 1, cols]
+    read,  # int32 [batch or 1, heads, rows, words], bit c % 32 of word c // 32: block c is in the row's list
+    query_order,  # int64 [heads or 1, seq_q], read with ORDERED
+    launch_order,  # int32 [batch or 1, heads, rows], rows of a head, longest lists first
     counts,  # int32 [batch or 1, heads, rows]
     offsets,  # int64 [batch or 1, heads, rows]
     indices,  # int32 [total]
-    key_mask,  # bool [batch, seq_k], read with HAS_KEY_MASK
     scale_log2,
     seq_q,
     seq_k,
     heads,
     rows,
+    cols,
+    groups,
+    words,
     stride_index,
+    stride_order,
+    stride_bias_b,
+    stride_bias_h,
     stride_qb,
-    stride_qs,
     stride_qh,
+    stride_qs,
     stride_qd,
     stride_kb,
-    stride_ks,
     stride_kh,
+    stride_ks,
     stride_kd,
     stride_vb,
-    stride_vs,
     stride_vh,
+    stride_vs,
     stride_vd,
     stride_ob,
     stride_os,
     stride_oh,
     stride_od,
-    stride_mb,
-    stride_ms,
+    stride_validb,
+    stride_validh,
+    stride_meanh,
+    stride_means,
+    stride_meand,
     DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
     TILE_D: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    INT8: tl.constexpr,
+    FP8_V: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    ORDERED: tl.constexpr,
+    REMAINDER: tl.constexpr,
 ):
     """One program: TILE_Q queries of one row, one head, one batch element, over that row's list."""
     TILES_Q: tl.constexpr = (BLOCK_Q + TILE_Q - 1) // TILE_Q
     TILES_K: tl.constexpr = (BLOCK_K + TILE_K - 1) // TILE_K
     PAD_D: tl.constexpr = DIM != TILE_D
     # Without a key mask only the last block of a list can be short, so only its tiles need a mask.
-    MASK_ALL: tl.constexpr = HAS_KEY_MASK or BLOCK_K % TILE_K != 0
+    MASK_ALL: tl.constexpr = HAS_VALID or BLOCK_K % TILE_K != 0
 
-    row = tl.program_id(0) // TILES_Q
-    part = tl.program_id(0) % TILES_Q
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
+    p_lists = batch * stride_index + head * rows
+    row = tl.load(launch_order + p_lists + tl.program_id(0) // TILES_Q)
+    part = tl.program_id(0) % TILES_Q
+    count = tl.load(counts + p_lists + row)
+    p_list = indices + tl.load(offsets + p_lists + row)
 
-    o_list = batch * stride_index + head * rows + row
-    count = tl.load(counts + o_list)
-    p_list = indices + tl.load(offsets + o_list)
-
-    o_q = row * BLOCK_Q + part * TILE_Q + tl.arange(0, TILE_Q)
+    o_q = (row * BLOCK_Q + part * TILE_Q + tl.arange(0, TILE_Q)).to(tl.int64)
     m_q = o_q < tl.minimum(seq_q, (row + 1) * BLOCK_Q)
     o_d = tl.arange(0, TILE_D)
     m_d = o_d < DIM
     o_tile = tl.arange(0, TILE_K)
+    o_head = batch * heads + head
 
-    p_q = q + batch * stride_qb + head * stride_qh
-    p_k = k + batch * stride_kb + head * stride_kh + o_d[:, None] * stride_kd
-    p_v = v + batch * stride_vb + head * stride_vh + o_d[None, :] * stride_vd
-    p_key_mask = key_mask + batch * stride_mb
+    p_k = k + batch * stride_kb + head * stride_kh
+    p_v = v + batch * stride_vb + head * stride_vh
+    o_k = o_tile[None, :] * stride_ks + o_d[:, None] * stride_kd
+    o_v = o_tile[:, None] * stride_vs + o_d[None, :] * stride_vd
+    p_valid = valid + batch * stride_validb + head * stride_validh
 
     # [TILE_Q, TILE_D]
     b_q = tl.load(
-        p_q + o_q.to(tl.int64)[:, None] * stride_qs + o_d[None, :] * stride_qd,
+        q + batch * stride_qb + head * stride_qh + o_q[:, None] * stride_qs + o_d[None, :] * stride_qd,
         mask=m_q[:, None] & m_d[None, :],
         other=0.0,
     )
+    b_scale = tl.full([TILE_Q], scale_log2, tl.float32)
+    if QUANTISED:
+        b_scale = tl.load(q_scale + o_head * seq_q + o_q, mask=m_q, other=1.0)
     b_max = tl.full([TILE_Q], -float("inf"), tl.float32)
     b_sum = tl.zeros([TILE_Q], tl.float32)
     b_acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
@@ -155,42 +193,101 @@ def block_sparse_forward(
     if MASK_ALL:
         unmasked = 0
     for i in range(0, unmasked):
-        o_keys = tl.load(p_list + i // TILES_K) * BLOCK_K + i % TILES_K * TILE_K + o_tile
-        b_acc, b_max, b_sum = _attend_tile(
-            b_q, b_acc, b_max, b_sum, p_k, p_v, p_key_mask, o_keys, seq_k, m_d,
-            stride_ks, stride_vs, stride_ms, scale_log2, False, False, PAD_D,
-        )  # fmt: skip
+        start = tl.load(p_list + i // TILES_K) * BLOCK_K + i % TILES_K * TILE_K
+        p_tile_k, p_tile_v = p_k + start.to(tl.int64) * stride_ks, p_v + start.to(tl.int64) * stride_vs
+        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_d, m_d, False, PAD_D)
+        b_s = _scores(b_q, b_k, INT8)
+        b_factor = b_scale
+        if QUANTISED:
+            b_factor = b_scale * tl.load(k_scale + o_head * groups + start // GROUP)
+        b_acc, b_max, b_sum = _accumulate(b_s, b_factor, b_v, b_acc, b_max, b_sum, False, FP8_V, TILE_K)
     for i in range(unmasked, tiles):
-        start = tl.load(p_list + i // TILES_K) * BLOCK_K
-        o_keys = start + i % TILES_K * TILE_K + o_tile
-        end_k = tl.minimum(seq_k, start + BLOCK_K)
-        b_acc, b_max, b_sum = _attend_tile(
-            b_q, b_acc, b_max, b_sum, p_k, p_v, p_key_mask, o_keys, end_k, m_d,
-            stride_ks, stride_vs, stride_ms, scale_log2, True, HAS_KEY_MASK, PAD_D,
-        )  # fmt: skip
+        block = tl.load(p_list + i // TILES_K) * BLOCK_K
+        start = block + i % TILES_K * TILE_K
+        m_k = start + o_tile < tl.minimum(seq_k, block + BLOCK_K)
+        if HAS_VALID:
+            m_k = m_k & (tl.load(p_valid + start + o_tile, mask=m_k, other=0) != 0)
+        p_tile_k, p_tile_v = p_k + start.to(tl.int64) * stride_ks, p_v + start.to(tl.int64) * stride_vs
+        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_k, m_d, True, PAD_D)
+        b_s = tl.where(m_k[None, :], _scores(b_q, b_k, INT8), -float("inf"))
+        b_factor = b_scale
+        if QUANTISED:
+            # A tile past the last group holds no key.
+            group = tl.minimum(start // GROUP, groups - 1)
+            b_factor = b_scale * tl.load(k_scale + o_head * groups + group)
+        b_acc, b_max, b_sum = _accumulate(b_s, b_factor, b_v, b_acc, b_max, b_sum, HAS_VALID, FP8_V, TILE_K)
+    if REMAINDER:
+        p_read = read + (p_lists + row) * words
+        p_bias = mean_bias + batch * stride_bias_b + head * stride_bias_h
+        p_mean_k = mean_k + o_head * cols * DIM
+        p_mean_v = mean_v + o_head * stride_meanh
+        o_mean_k = o_tile[None, :] * DIM + o_d[:, None]
+        o_mean_v = o_tile[:, None] * stride_means + o_d[None, :] * stride_meand
+        b_one = tl.full([TILE_Q], 1.0, tl.float32)
+        for first in range(0, cols, TILE_K):
+            o_c = first + o_tile
+            m_c = o_c < cols
+            bits = tl.load(p_read + o_c // 32, mask=m_c, other=0)
+            m_c = m_c & ((bits >> (o_c % 32)) & 1 == 0)
+            p_tile_k, p_tile_v = p_mean_k + first * DIM, p_mean_v + first * stride_means
+            b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_mean_k, o_mean_v, m_c, m_d, True, PAD_D)
+            b_s = _scores(b_q, b_k, INT8) * b_scale[:, None]
+            if QUANTISED:
+                b_s = b_s * tl.load(mean_scale + o_head * cols + o_c, mask=m_c, other=0.0)[None, :]
+            b_s = b_s + tl.load(p_bias + o_c, mask=m_c, other=-float("inf"))[None, :]
+            b_acc, b_max, b_sum = _accumulate(b_s, b_one, b_v, b_acc, b_max, b_sum, True, FP8_V, TILE_K)
 
     # A query without keys has b_max = -inf and b_sum = 0: output 0, lse -inf.
-    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_out = b_acc / b_sum[:, None]
+    b_total = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_out = b_acc / b_total[:, None]
+    b_lse = b_max + tl.log2(b_total)
+    if FP8_V:
+        b_out = b_out * tl.load(v_scale + o_head * DIM + o_d, mask=m_d, other=0.0)[None, :]
+        b_lse = b_lse - LOG2_448
+    LN2: tl.constexpr = 0.6931471805599453
+    b_lse = b_lse * LN2
+    if SHIFTED:
+        b_lse = b_lse + tl.load(lse_shift + o_head * seq_q + o_q, mask=m_q, other=0.0)
+    o_out = o_q
+    if ORDERED:
+        o_out = tl.load(query_order + head * stride_order + o_q, mask=m_q, other=0)
     p_out = out + batch * stride_ob + head * stride_oh
     tl.store(
-        p_out + o_q.to(tl.int64)[:, None] * stride_os + o_d[None, :] * stride_od,
+        p_out + o_out[:, None] * stride_os + o_d[None, :] * stride_od,
         b_out.to(out.dtype.element_ty),
         mask=m_q[:, None] & m_d[None, :],
     )
-    LN2: tl.constexpr = 0.6931471805599453
-    p_lse = lse + (batch * heads + head) * seq_q
-    tl.store(p_lse + o_q, (b_max + tl.log2(b_sum)) * LN2, mask=m_q)
+    tl.store(lse + o_head * seq_q + o_out, b_lse, mask=m_q)
 
 
-def launch_options(dim: int, block_q: int, block_k: int, itemsize: int) -> dict[str, int]:
-    """Tile sizes, warps and stages: the largest that compile for sm_90 without spilling.
+@triton.jit
+def _mark_read(read, counts, offsets, indices, words, TILE: tl.constexpr):
+    """Set the bit of every block in one row's list; read [lists, words] starts as 0."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts + row)
+    p_list = indices + tl.load(offsets + row)
+    for first in range(0, count, TILE):
+        o_list = first + tl.arange(0, TILE)
+        m_list = o_list < count
+        block = tl.load(p_list + o_list, mask=m_list, other=0)
+        tl.atomic_or(read + row * words + block // 32, 1 << (block % 32), mask=m_list)
 
-    16-bit dims above 128 take small tiles so that they also fit the shared memory of consumer GPUs. 32-bit
-    inputs run on the plain FMA units, one thread's share of the tile must stay small.
+
+def launch_options(
+    dim: int, block_q: int, block_k: int, key_bytes: int, value_bytes: int, shared_limit: int
+) -> dict[str, int]:
+    """Tile sizes, warps and stages: the largest that compile for sm_90 without spilling and fit the shared memory.
+
+    32-bit inputs run on the plain FMA units, one thread's share of the tile must stay small. 8-bit products need 32
+    head dims and, where values are 8-bit too, 32 keys.
+
+    Args:
+        key_bytes, value_bytes: per element.
+        shared_limit: bytes of shared memory that a program may use.
     """
-    tile_d = max(16, triton.next_power_of_2(dim))
-    if itemsize == 4:
+    least = 32 if key_bytes == 1 else 16
+    tile_d = max(least, triton.next_power_of_2(dim))
+    if key_bytes == 4:
         tile_q, tile_k, warps, stages = 32, 32, 8, 2
     elif tile_d > 128:
         tile_q, tile_k, warps, stages = 64, 32, 8, 2
@@ -198,52 +295,128 @@ def launch_options(dim: int, block_q: int, block_k: int, itemsize: int) -> dict[
         tile_q, tile_k, warps, stages = 128, 64, 8, 3
     else:
         tile_q, tile_k, warps, stages = 64, 64, 4, 3
+    if value_bytes == 1 and tile_d == 128:
+        stages = 2  # beside partial sums of FP8 products a third stage finds no registers
+    tile_q = min(tile_q, max(16, triton.next_power_of_2(block_q)))
+    tile_k = min(tile_k, max(least, triton.next_power_of_2(block_k)))
+    stage = tile_k * tile_d * (key_bytes + value_bytes)
+    while stages > 1 and tile_q * tile_d * key_bytes + stages * stage > shared_limit:
+        stages -= 1
     return {
         "TILE_D": tile_d,
-        "TILE_Q": min(tile_q, max(16, triton.next_power_of_2(block_q))),
-        "TILE_K": min(tile_k, max(16, triton.next_power_of_2(block_k))),
+        "TILE_Q": tile_q,
+        "TILE_K": tile_k,
         "num_warps": warps,
         "num_stages": stages,
     }
 
 
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use; of Hopper where there is no GPU to ask."""
+    if device.type != "cuda":
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, index: BlockIndex, scale: float, key_mask: Tensor | None
+    prepared: Prepared, index: BlockIndex, scale: float, query_order: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel; any strides, head dims up to 256, float16, bfloat16 or float32."""
-    batch, seq_q, heads, dim = query.shape
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=query.device)
-    options = launch_options(dim, index.block_q, index.block_k, query.element_size())
+    """Launch the kernel.
+
+    Args:
+        prepared: head dims up to 256, any strides.
+        query_order: int64 `[1 or heads, seq_q]`, the order the queries were prepared in; rows are written back
+            through it.
+        dtype: of the output.
+
+    Returns:
+        `[batch, seq_q, heads, dim]` and float32 `[batch, heads, seq_q]`, in the model's order.
+    """
+    p, means = prepared, prepared.means
+    batch, heads, seq_q, dim = p.query.shape
+    device = p.query.device
+    output = torch.empty(batch, seq_q, heads, dim, dtype=dtype, device=device)
+    lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=device)
+    sizes = p.key.element_size(), p.value.element_size()
+    options = launch_options(dim, index.block_q, index.block_k, *sizes, shared_limit(device))
     counts, offsets = index.counts.contiguous(), index.offsets.contiguous()
-    grid = (index.rows * triton.cdiv(index.block_q, options["TILE_Q"]), batch * heads)
-    block_sparse_forward[grid](
-        query,
-        key,
-        value,
+    unused = counts
+    words = triton.cdiv(index.cols, 32)
+    read = unused
+    if means is not None:
+        read = torch.zeros(*counts.shape, words, dtype=torch.int32, device=device)
+        _mark_read[(counts.numel(),)](read, counts, offsets, index.indices, words, TILE=64)
+
+    def given(tensor: Tensor | None) -> Tensor:
+        return unused if tensor is None else tensor
+
+    def steps(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
+        """Strides along the leading dims, 0 where a tensor is shared."""
+        if tensor is None:
+            return (0,) * dims
+        return tuple(tensor.stride(i) if tensor.shape[i] > 1 else 0 for i in range(dims))
+
+    order = None if query_order is None else query_order.contiguous()
+    block_sparse_forward[(index.rows * triton.cdiv(index.block_q, options["TILE_Q"]), batch * heads)](
+        p.query,
+        p.key,
+        p.value,
         output,
         lse,
+        given(p.query_scale),
+        given(p.key_scale),
+        given(p.value_scale),
+        given(p.lse_shift),
+        given(p.valid),
+        given(None if means is None else means.key),
+        given(None if means is None else means.value),
+        given(None if means is None else means.key_scale),
+        given(None if means is None else means.bias),
+        read,
+        given(order),
+        longest_first(counts),
         counts,
         offsets,
         index.indices,
-        index.counts if key_mask is None else key_mask,
-        scale * math.log2(math.e),
+        scale * LOG2E,
         seq_q,
         index.seq_k,
         heads,
         index.rows,
+        index.cols,
+        0 if p.key_scale is None else p.key_scale.shape[2],
+        words,
         0 if index.batch == 1 else heads * index.rows,
-        *query.stride(),
-        *key.stride(),
-        *value.stride(),
+        *steps(order, 1),
+        *steps(None if means is None else means.bias, 2),
+        *p.query.stride(),
+        *p.key.stride(),
+        *p.value.stride(),
         *output.stride(),
-        *((0, 0) if key_mask is None else key_mask.stride()),
+        *steps(p.valid, 2),
+        *((0, 0, 0) if means is None else means.value.stride()[1:]),
         DIM=dim,
         BLOCK_Q=index.block_q,
         BLOCK_K=index.block_k,
-        HAS_KEY_MASK=key_mask is not None,
+        GROUP=p.group,
+        HAS_VALID=p.valid is not None,
+        QUANTISED=p.query_scale is not None,
+        INT8=p.query.dtype == torch.int8,
+        FP8_V=p.value_scale is not None,
+        SHIFTED=p.lse_shift is not None,
+        ORDERED=order is not None,
+        REMAINDER=means is not None,
         # Triton 3.10 turns this off by default; the softmax counts on fused multiply-adds for speed.
         enable_fp_fusion=True,
         **options,
     )
     return output, lse
+
+
+def longest_first(counts: Tensor) -> Tensor:
+    """Rows of each head by falling list length, int32 like `counts`.
+
+    Programs start in launch order. Longest-first within a head keeps the last wave short without spreading the heads
+    over time, so that the programs that run together still share keys and values in the L2 cache.
+    """
+    return counts.argsort(dim=-1, descending=True, stable=True).to(torch.int32)

@@ -22,33 +22,70 @@ class Problem:
     value: Tensor
     index: BlockIndex
     key_mask: Tensor | None
+    query_order: Tensor | None = None
+    key_order: Tensor | None = None
+    remainder: bool = False
 
     @property
     def mask(self) -> Tensor:
-        """bool [batch, heads, seq_q, seq_k]"""
+        """bool [batch, heads, seq_q, seq_k] in the model's order"""
         mask = self.index.token_mask().expand(self.query.shape[0], -1, -1, -1)
+        for dim, order in ((2, self.query_order), (3, self.key_order)):
+            if order is not None:
+                shape = [1, order.shape[0], 1, 1]
+                shape[dim] = order.shape[1]
+                mask = torch.zeros_like(mask).scatter_(dim, order.view(shape).expand_as(mask), mask)
         return mask if self.key_mask is None else mask & self.key_mask[:, None, None]
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, BlockIndex]:
         return self.query, self.key, self.value, self.index
 
+    @property
+    def options(self) -> dict[str, object]:
+        names = ("key_mask", "query_order", "key_order", "remainder")
+        return {name: getattr(self, name) for name in names}
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v [batch, heads, seq, dim] and an additive bias; a remainder adds mean keys and values."""
+        q, k, v = (x.to(dtype).transpose(1, 2) for x in (self.query, self.key, self.value))
+        bias = torch.zeros(self.mask.shape, dtype=dtype).masked_fill_(~self.mask, -torch.inf)
+        if not self.remainder:
+            return q, k, v, bias
+        batch, heads, seq_k, _ = k.shape
+        cols, block = self.index.cols, self.index.block_k
+        order = torch.arange(seq_k)[None] if self.key_order is None else self.key_order
+        member = torch.zeros(batch, heads, cols, seq_k, dtype=torch.float64)
+        for head in range(heads):
+            for place, token in enumerate(order[head % len(order)].tolist()):
+                member[:, head, place // block, token] = 1
+        if self.key_mask is not None:
+            member *= self.key_mask[:, None, None]
+        sizes = member.sum(-1)
+        member /= sizes.clamp(min=1)[..., None]
+        k, v = (torch.cat([x, (member @ x.double()).to(dtype)], dim=2) for x in (k, v))
+        left_out = ~self.index.to_mask().expand(batch, -1, -1, -1).repeat_interleave(self.index.block_q, 2)
+        left_out = left_out[:, :, : self.index.seq_q]
+        if self.query_order is not None:
+            rows = self.query_order.expand(heads, -1)[None, :, :, None].expand_as(left_out)
+            left_out = torch.zeros_like(left_out).scatter_(2, rows, left_out)
+        rest = sizes.log()[:, :, None].expand(left_out.shape).masked_fill(~left_out, -torch.inf)
+        return q, k, v, torch.cat([bias, rest.to(dtype)], dim=3)
+
     def expected(self) -> Tensor:
-        q, k, v = (x.double().transpose(1, 2) for x in (self.query, self.key, self.value))
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
-        return output.masked_fill(~self.mask.any(-1, keepdim=True), 0).transpose(1, 2)
+        q, k, v, bias = self.operands(torch.float64)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return output.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0).transpose(1, 2)
 
     def expected_lse(self) -> Tensor:
-        q, k = (x.double().transpose(1, 2) for x in (self.query, self.key))
-        scores = q @ k.mT * q.shape[-1] ** -0.5
-        return scores.masked_fill(~self.mask, -torch.inf).logsumexp(-1)
+        q, k, _, bias = self.operands(torch.float64)
+        return (q @ k.mT * q.shape[-1] ** -0.5 + bias).logsumexp(-1)
 
     def eager(self) -> Tensor:
         """The textbook formula in the dtype of the inputs."""
-        q, k, v = (x.transpose(1, 2) for x in (self.query, self.key, self.value))
-        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~self.mask, -torch.inf)
-        weights = scores.softmax(-1).masked_fill(~self.mask.any(-1, keepdim=True), 0)
-        return (weights @ v).transpose(1, 2)
+        q, k, v, bias = self.operands(self.query.dtype)
+        weights = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1)
+        return (weights.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0) @ v).transpose(1, 2)
 
     def check(self, output: Tensor) -> None:
         """No further from float64 than eager torch in the same dtype, plus a rounding band.
@@ -69,7 +106,7 @@ class Problem:
         budget = (self.eager() - expected).abs().max() + band
         error = (output - expected).abs().max()
         assert error <= budget, f"error {error:.2e} is over the budget {budget:.2e}"
-        dead = ~self.mask.any(-1).transpose(1, 2)
+        dead = (self.operands(torch.float64)[3] == -torch.inf).all(-1).transpose(1, 2)
         assert (output[dead] == 0).all()
 
     def check_lse(self, lse: Tensor) -> None:
@@ -102,6 +139,8 @@ def problem() -> Callable[..., Problem]:
         strided: bool = False,
         dead_rows: bool = False,
         blocks: Tensor | None = None,
+        orders: int = 0,
+        remainder: bool = False,
     ) -> Problem:
         torch.manual_seed(0)
         q, k, v = (torch.randn(batch, n, heads, dim, dtype=dtype) for n in (seq_q, seq_k, seq_k))
@@ -119,7 +158,12 @@ def problem() -> Callable[..., Problem]:
             key_mask = torch.rand(batch, seq_k) < 0.5
             key_mask[0, : seq_k // 2] = False
         index = BlockIndex.from_mask(blocks, block_q, block_k, seq_q, seq_k)
-        return Problem(q, k, v, index, key_mask)
+        query_order = key_order = None
+        if orders:  # as many different orders of queries and of keys: one, or one per head
+            query_order, key_order = (
+                torch.stack([torch.randperm(n) for _ in range(orders)]) for n in (seq_q, seq_k)
+            )
+        return Problem(q, k, v, index, key_mask, query_order, key_order, remainder)
 
     return build
 

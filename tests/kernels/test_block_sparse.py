@@ -24,6 +24,12 @@ SHAPES = [
     pytest.param({"dim": 128, "block_q": 24, "block_k": 40, "strided": True}, id="B2-Q333-K517-H2-D128-odd"),
     pytest.param({"batch": 1, "seq_q": 5, "seq_k": 3, "density": 1.0}, id="B1-Q5-K3-H2-D64"),
     pytest.param({"seq_q": 128, "seq_k": 256, "masked": True, "dead_rows": True}, id="B2-Q128-K256-H2-D64"),
+    pytest.param({"dim": 32, "orders": 1, "masked": True}, id="one-order-masked"),
+    pytest.param({"dim": 32, "orders": 2, "masked": True, "index_batch": 2}, id="order-per-head-masked"),
+    pytest.param({"dim": 32, "remainder": True, "dead_rows": True}, id="remainder-dead"),
+    pytest.param(
+        {"dim": 72, "remainder": True, "masked": True, "orders": 2, "block_k": 40}, id="remainder-all"
+    ),
 ]
 
 
@@ -32,14 +38,10 @@ SHAPES = [
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_masked_sdpa(problem, backend, dtype, shape):
     case = problem(dtype, **shape)
-    output, lse = block_sparse_attention(
-        *case.arguments, backend=backend, return_lse=True, key_mask=case.key_mask
-    )
+    output, lse = block_sparse_attention(*case.arguments, backend=backend, return_lse=True, **case.options)
     case.check(output)
     case.check_lse(lse)
-    assert torch.equal(
-        block_sparse_attention(*case.arguments, backend=backend, key_mask=case.key_mask), output
-    )
+    assert torch.equal(block_sparse_attention(*case.arguments, backend=backend, **case.options), output)
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -149,7 +151,21 @@ def test_resolve_backend():
     ("options", "message"),
     [
         pytest.param({"backend": "fast"}, r"backend must be one of auto.*got 'fast'", id="backend"),
-        pytest.param({"precision": "int8"}, "precision must be one of native, got 'int8'", id="precision"),
+        pytest.param({"precision": "int4"}, "precision must be one of native.*got 'int4'", id="precision"),
+        pytest.param(
+            {"precision": "int8", "backend": "torch"},
+            "precision 'int8': backend 'torch' computes in the inputs' dtype only; use another",
+            id="precision-backend",
+        ),
+        pytest.param({"backend": "flex", "remainder": True}, "'flex' has no remainder", id="remainder"),
+        pytest.param(
+            {"query_order": torch.zeros(3, 333, dtype=torch.int64)},
+            r"query_order must be int64 \[1 or 2, 333\], got torch.int64 \(3, 333\)",
+            id="order-shape",
+        ),
+        pytest.param(
+            {"key_order": torch.zeros(1, 517)}, "key_order must be int64.*float32", id="order-dtype"
+        ),
         pytest.param({"scale": 0.0}, "scale must be positive, got 0.0", id="scale"),
         pytest.param({"backend": "triton"}, "'triton' needs tensors on a GPU, got cpu", id="gpu"),
         pytest.param({"backend": "flex", "return_lse": True}, "'flex' cannot return the log-sum", id="lse"),

@@ -1,0 +1,135 @@
+"""What the compiler makes of the kernels, for any architecture and without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dit_accel.kernels.block_sparse import triton_kernel
+from dit_accel.kernels.prepare import key_group
+
+# Shared memory that one block of threads may use, bytes (CUDA C programming guide, compute capabilities; CDNA3 ISA).
+SHARED_LIMITS = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+# Matrix instructions by generation; the digits behind are shapes and types.
+_MATRIX = re.compile(r"\b(HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|OMMA|UTC[A-Z]*MMA|v_mfma_[a-z0-9_]+)\b")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One specialisation of the attention kernel; dtype is Triton's name, "bf16", "fp16" or "fp32"."""
+
+    dim: int
+    block_q: int
+    block_k: int
+    dtype: str = "bf16"
+    precision: str = "native"
+    masked: bool = False
+    ordered: bool = False
+    remainder: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out: registers per thread, bytes of stack and local memory per thread, shared bytes per program.
+
+    The first three are None where the tools of the wheel cannot read the binary (AMD).
+    """
+
+    registers: int | None
+    stack: int | None
+    local: int | None
+    shared: int
+    matrix_instructions: tuple[str, ...]
+
+
+def compile_attention(configuration: Configuration, architecture: str) -> Compiled:
+    """Compile the attention kernel as the launcher would for contiguous inputs.
+
+    Raises:
+        ValueError: an architecture that is not in SHARED_LIMITS.
+    """
+    if architecture not in SHARED_LIMITS:
+        raise ValueError(f"architecture must be one of {', '.join(SHARED_LIMITS)}, got {architecture!r}")
+    c = configuration
+    eight_k = {"native": c.dtype, "int8": "i8", "int8_fp8": "i8", "fp8": "fp8e4nv"}[c.precision]
+    eight_v = "fp8e4nv" if c.precision in ("int8_fp8", "fp8") else c.dtype
+    quantised = c.precision != "native"
+    sizes = ({"fp32": 4, "i8": 1, "fp8e4nv": 1}.get(dtype, 2) for dtype in (eight_k, eight_v))
+    options = triton_kernel.launch_options(c.dim, c.block_q, c.block_k, *sizes, SHARED_LIMITS[architecture])
+    build = {"enable_fp_fusion": True, **{name: options.pop(name) for name in ("num_warps", "num_stages")}}
+    constants = {
+        "DIM": c.dim,
+        "BLOCK_Q": c.block_q,
+        "BLOCK_K": c.block_k,
+        "GROUP": key_group(c.block_k),
+        "HAS_VALID": c.masked,
+        "QUANTISED": quantised,
+        "INT8": eight_k == "i8",
+        "FP8_V": eight_v == "fp8e4nv",
+        "SHIFTED": quantised,
+        "ORDERED": c.ordered,
+        "REMAINDER": c.remainder,
+        **options,
+        **dict.fromkeys(("stride_qd", "stride_kd", "stride_od"), 1),
+        **dict.fromkeys(
+            ("stride_vs", "stride_means") if eight_v == "fp8e4nv" else ("stride_vd", "stride_meand"), 1
+        ),
+    }
+    floats = ("lse", "q_scale", "k_scale", "v_scale", "lse_shift", "mean_scale", "mean_bias")
+    pointers = {
+        **dict.fromkeys(("q", "k", "mean_k"), f"*{eight_k}"),
+        **dict.fromkeys(("v", "mean_v"), f"*{eight_v}"),
+        **dict.fromkeys(floats, "*fp32"),
+        **dict.fromkeys(("read", "launch_order", "counts", "indices"), "*i32"),
+        **dict.fromkeys(("query_order", "offsets"), "*i64"),
+        "out": f"*{c.dtype}",
+        "valid": "*i1",
+    }
+    kernel = triton_kernel.block_sparse_forward
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = pointers.get(name, "fp32" if name == "scale_log2" else "i32")
+        # Strides that the launcher lets Triton specialise; those of a model are multiples of 16.
+        if name in pointers or re.fullmatch(r"stride_(mean)?[qkvo]?[bshd]", name):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    nvidia = architecture.startswith("sm_")
+    target = GPUTarget("cuda", int(architecture[3:]), 32) if nvidia else GPUTarget("hip", architecture, 64)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=target, options=build
+    )
+    if not nvidia:
+        found = sorted(set(_MATRIX.findall(compiled.asm["amdgcn"])))
+        return Compiled(None, None, None, compiled.metadata.shared, tuple(found))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        found = sorted(set(_MATRIX.findall(_tool("nvdisasm", "-c", file.name))))
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+    registers, stack, local = (
+        int(match[1]) if (match := re.search(rf"{name}:(\d+)", usage)) else 0
+        for name in ("REG", "STACK", "LOCAL")
+    )
+    return Compiled(registers, stack, local, compiled.metadata.shared, tuple(found))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([binary, *arguments], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,201 @@
+"""Lays queries, keys and values out for the attention kernel: ordered, smoothed, quantised, pooled.
+
+Smoothing (SageAttention, https://arxiv.org/abs/2410.02367): keys of a head share a large mean that wastes the
+range of 8-bit numbers. Attention does not see a vector `m` subtracted from every key, since `q·(k − m)` differs
+from `q·k` by the same number for all keys; the log-sum-exp does, and gets `scale·q·m` back (`lse_shift`).
+
+Scales: queries have one per token (`absmax / 127` or `/ 448`), with the softmax scale and log2(e) folded in, so that
+base-2 logits are `scores · query_scale · key_scale`; keys one per group, of which the kernel reads a part at once;
+values one per channel over all keys, because it has to leave the sum over keys.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PRECISIONS = ("native", "int8", "int8_fp8", "fp8")
+INT8_MAX = 127.0
+E4M3_MAX = 448.0
+LOG2E = math.log2(math.e)
+# Keeps the scales of all-zero groups positive without moving any other.
+_TINY = 1e-20
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """One pseudo key per key block, which stands for the whole block wherever a list leaves it out.
+
+    Attributes:
+        key: `[batch, heads, cols, dim]`, mean of the block's valid keys, in the format of the keys.
+        value: `[batch, heads, cols, dim]`, mean of their values, in the format of the values.
+        key_scale: float32 `[batch, heads, cols]`, None in native precision.
+        bias: float32 (float64 for float64) `[batch or 1, heads or 1, cols]`, log2 of the number of valid keys, −inf
+            where there is none.
+    """
+
+    key: Tensor
+    value: Tensor
+    key_scale: Tensor | None
+    bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Operands of one attention call, heads before tokens, tokens in their order.
+
+    Attributes:
+        query: `[batch, heads, seq_q, dim]`, in the precision's number format.
+        key: `[batch, heads, seq_k, dim]`.
+        value: `[batch, heads, seq_k, dim]`, with contiguous tokens when it is E4M3.
+        query_scale: float32 `[batch, heads, seq_q]`, base-2 logit per unit of score (× key_scale); None in native
+            precision, where it is `softmax scale · log2(e)` for all.
+        key_scale: float32 `[batch, heads, ceil(seq_k / group)]`, None in native precision.
+        value_scale: float32 `[batch, heads, dim]`, None unless values are E4M3.
+        lse_shift: float32 `[batch, heads, seq_q]`, what smoothing took from the log-sum-exp; None if nothing.
+        valid: bool `[batch, heads or 1, seq_k]`, keys that may be read; None if all may.
+        means: the blocks' stand-ins, None without a remainder.
+        group: keys that share a scale.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_scale: Tensor | None
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+    lse_shift: Tensor | None
+    valid: Tensor | None
+    means: Means | None
+    group: int
+
+
+def key_group(block_k: int) -> int:
+    """Keys that share a scale: a whole block, or a part of a long one that no tile of 64 or 128 crosses."""
+    if block_k <= 128:
+        return block_k
+    return next((size for size in (128, 64) if block_k % size == 0), block_k)
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    precision: str,
+    scale: float,
+    block_k: int,
+    query_order: Tensor | None = None,
+    key_order: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    remainder: bool = False,
+    smooth: bool = True,
+) -> Prepared:
+    """Order, smooth, quantise and pool, in plain torch.
+
+    Args:
+        query, key, value: `[batch, seq, heads, dim]`.
+        precision: "native", "int8" (queries and keys INT8), "int8_fp8" (and values E4M3) or "fp8" (all E4M3).
+        scale: softmax scale.
+        block_k: keys per block.
+        query_order, key_order: int64 `[1 or heads, seq]`, place in the model's order of each ordered token.
+        key_mask: bool `[batch, seq_k]` in the model's order, True = may be read.
+        remainder: pool every key block into a stand-in.
+        smooth: subtract the mean key before keys are quantised.
+    """
+    q, k, v = ordered(query, query_order), ordered(key, key_order), ordered(value, key_order)
+    valid = None
+    if key_mask is not None:
+        valid = key_mask[:, None] if key_order is None else key_mask[:, key_order]
+    if precision == "native":
+        means = _means(k, v, valid, block_k) if remainder else None
+        return Prepared(q, k, v, None, None, None, None, valid, means, key_group(block_k))
+
+    k = k.float()
+    lse_shift = None
+    if smooth:
+        mean = k.mean(2, keepdim=True) if valid is None else _masked_mean(k, valid)
+        lse_shift = (scale * (q.float() @ mean.transpose(2, 3))[..., 0]).contiguous()
+        k = k - mean
+    means = _means(k, v.float(), valid, block_k) if remainder else None
+    dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
+    group = key_group(block_k)
+    q8, query_scale = quantise(q[..., None, :], dtype)
+    k8, key_scale = quantise(F.pad(k, (0, 0, 0, -k.shape[2] % group)).unflatten(2, (-1, group)), dtype)
+    value_scale = None
+    if precision != "int8":
+        value_scale = (v.float().abs().amax(2) / E4M3_MAX).clamp(min=_TINY).contiguous()
+        v = _e4m3_values(v, value_scale)
+    if means is not None:
+        m8, mean_scale = quantise(means.key[..., None, :], dtype)
+        mean_v = means.value.to(value.dtype)
+        if value_scale is not None:
+            mean_v = _e4m3_values(means.value, value_scale)
+        means = Means(m8[..., 0, :], mean_v, mean_scale, means.bias)
+    return Prepared(
+        query=q8[..., 0, :],
+        key=k8.flatten(2, 3)[:, :, : k.shape[2]],
+        value=v,
+        query_scale=query_scale * (scale * LOG2E),
+        key_scale=key_scale,
+        value_scale=value_scale,
+        lse_shift=lse_shift,
+        valid=valid,
+        means=means,
+        group=group,
+    )
+
+
+def ordered(tokens: Tensor, order: Tensor | None) -> Tensor:
+    """`[batch, seq, heads, dim]` in the model's order to `[batch, heads, seq, dim]` in another."""
+    if order is None:
+        return tokens.transpose(1, 2)
+    heads = tokens.shape[2]
+    head = torch.arange(heads, device=tokens.device)[:, None]
+    source = (order * heads + head).flatten()
+    return tokens.flatten(1, 2).index_select(1, source).unflatten(1, (heads, -1))
+
+
+def quantise(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale groups `[..., tokens, dim]` to the range of a format; (numbers, float32 scales `[...]`).
+
+    Halves round up, as adding 0.5 and rounding down does; E4M3 rounds to the nearest even number.
+    """
+    largest = INT8_MAX if dtype == torch.int8 else E4M3_MAX
+    scales = (groups.float().abs().amax((-2, -1)) / largest).clamp(min=_TINY).contiguous()
+    scaled = groups.float() / scales[..., None, None]
+    return ((scaled + 0.5).floor() if dtype == torch.int8 else scaled).to(dtype), scales
+
+
+def _e4m3_values(values: Tensor, scale: Tensor) -> Tensor:
+    """Scaled, with contiguous tokens: Hopper's matrix units want 8-bit values that way; rows start aligned."""
+    tokens = values.shape[2]
+    scaled = F.pad(values.float() / scale[:, :, None], (0, 0, 0, -tokens % 128)).to(torch.float8_e4m3fn)
+    return scaled.transpose(2, 3).contiguous().transpose(2, 3)[:, :, :tokens]
+
+
+def _masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the valid tokens, `[batch, heads, 1, dim]`."""
+    weight = valid[..., None].to(tokens.dtype)
+    return (tokens * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+
+
+def _means(key: Tensor, value: Tensor, valid: Tensor | None, block: int) -> Means:
+    """Unquantised stand-ins; sums run in float32, or in float64 for float64."""
+    wide = torch.promote_types(key.dtype, torch.float32)
+    if valid is None:
+        valid = torch.ones(1, 1, key.shape[2], dtype=torch.bool, device=key.device)
+    tail = -key.shape[2] % block
+    weight = F.pad(valid.to(wide), (0, tail)).unflatten(2, (-1, block))
+    counts = weight.sum(-1)
+
+    def pooled(tokens: Tensor) -> Tensor:
+        blocks = F.pad(tokens.to(wide), (0, 0, 0, tail)).unflatten(2, (-1, block))
+        mean = (blocks * weight[..., None]).sum(3) / counts.clamp(min=1)[..., None]
+        return mean.to(tokens.dtype).contiguous()
+
+    return Means(pooled(key), pooled(value), None, counts.log2())
