@@ -315,7 +315,8 @@ def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a program may use; of Hopper where there is no GPU to ask."""
     if device.type != "cuda":
         return 227 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"]
 
 
 def attention(

@@ -146,11 +146,19 @@ def test_empty_clusters_take_the_furthest_tokens():
     check(tokens, found)
 
 
-def test_repair_never_empties_a_donor():
-    # 50 is the furthest from its centroid, but alone there; of the others 0.3 is.
-    tokens = torch.tensor([0.0, 0.3, 50.0]).view(1, 3, 1, 1)
-    found = kmeans(tokens, 3, iterations=1, centroids=torch.tensor([0.0, 30.0, 1e4]).view(1, 1, 3, 1))
-    assert found.labels.flatten().tolist() == [0, 2, 1]
+@pytest.mark.parametrize(
+    ("tokens", "centroids", "labels"),
+    [
+        # 50 is the furthest from its centroid, but alone there; of the others 0.3 is.
+        pytest.param([0.0, 0.3, 50.0], [0.0, 30.0, 1e4], [0, 2, 1], id="singleton"),
+        # 24 is the second furthest, but alone once 25 has gone.
+        pytest.param([0.0, 0.1, 0.2, 24.0, 25.0], [0.0, 20.0, 1e4, 1e4], [0, 0, 3, 1, 2], id="pair"),
+    ],
+)
+def test_repair_never_empties_a_donor(tokens, centroids, labels):
+    x, start = torch.tensor(tokens).view(1, -1, 1, 1), torch.tensor(centroids).view(1, 1, -1, 1)
+    found = kmeans(x, len(centroids), iterations=1, centroids=start)
+    assert found.labels.flatten().tolist() == labels
 
 
 @pytest.mark.parametrize("far", [None, 1e5, 1e30, torch.inf, torch.nan])
@@ -304,7 +312,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_autocast_and_autograd_leave_it_alone():
-    tokens = blobs().requires_grad_()
+    tokens = (noise(2, 333, 1, 32) + 2).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = kmeans(tokens, 11)
     same(found, kmeans(tokens, 11))
