@@ -86,7 +86,8 @@ def kmeans(
             video resemble each other, so stretches spread over its content as a free draw does not, at no
             cost; the position within a stretch is random lest the stretch length fall in with the row length.
         seed: integer that picks the position within each stretch; unused with `centroids`.
-        backend: "triton" (dim up to 256), "torch", or "auto": "triton" on a GPU, else "torch". "torch" needs
+        backend: "triton" (dim up to 256), "torch", or "auto": "triton" on a GPU, else "torch". "torch" follows
+            `torch.set_float32_matmul_precision`, which must be "highest" for float32 distances. It needs
             temporary memory for about 4 x 64 MiB, as long as one token's distances, batch x heads x clusters
             floats, fit in 64 MiB, then 24 bytes per number in the tokens of one (batch, head).
 

@@ -86,3 +86,12 @@ def test_agrees_with_torch():
 def test_head_dims_over_256_are_refused():
     with pytest.raises(ValueError, match="serves head dims up to 256, got 320; use 'torch'"):
         kmeans(torch.zeros(1, 5, 2, 320), 3, backend="triton")
+
+
+def test_ties_go_to_the_lower_cluster():
+    """Each centroid twice, in the same column of two tiles; small integers, so that float32 is exact."""
+    torch.manual_seed(0)
+    start = torch.randint(-4, 5, (1, 1, 32, 16)).float().repeat(1, 1, 2, 1)
+    labels, _ = module._assign_triton(torch.randint(-4, 5, (1, 35, 1, 16)).half(), start)
+    assert labels.unique().numel() > 1
+    assert (labels < 32).all()
