@@ -29,7 +29,12 @@ from dit_accel.pipelines.demo.world import render, sample_scene
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training on one canvas size (pixels), counted in optimizer steps."""
+    """One stretch of training on one canvas size (pixels), counted in optimizer steps.
+
+    latent_frames: of the transformer's latent frames that a step looks at: the first and others drawn at random,
+        each at its own place in time. Long videos are learnt that way at the price of short ones. 0 is all.
+    repeats: noised copies of each video in a step, which share the work of the VAE.
+    """
 
     steps: int
     batch: int
@@ -38,6 +43,8 @@ class Phase:
     width: int
     actors: int
     learning_rate: float
+    latent_frames: int = 0
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,7 @@ def train(
                 prompts, video = next(batches)
                 torch.manual_seed(args.seed * 1_000_003 + done)
                 with torch.autocast(args.device, torch.bfloat16):
-                    loss = loss_of(list(prompts), video.to(args.device))
+                    loss = loss_of(list(prompts), video.to(args.device), phase)
                 loss.backward()
                 nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
                 for optimizer in optimizer_list:
@@ -223,7 +230,7 @@ def train(
 
 def choose_attention(phase: Phase, device: str) -> None:
     """On CPUs plain (math) attention in half precision is twice as fast as the fused one up to 2,000 tokens."""
-    tokens = ((phase.frames + 1) // 2) * (phase.height // 8) * (phase.width // 8)
+    tokens = (phase.latent_frames or (phase.frames + 1) // 2) * (phase.height // 8) * (phase.width // 8)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     torch.backends.cuda.enable_flash_sdp(device != "cpu" or tokens > 2000)
 
@@ -231,7 +238,7 @@ def choose_attention(phase: Phase, device: str) -> None:
 def vae_loss(pipe: WanPipeline) -> Callable:
     """Squared error; noise of 2 % on the latents stands for the sampling of a variational posterior."""
 
-    def loss_of(_: list[str], video: Tensor) -> Tensor:
+    def loss_of(_: list[str], video: Tensor, phase: Phase) -> Tensor:
         latents = pipe.vae.encode(video).latent_dist.mode()
         latents = latents + 0.02 * latents.detach().std() * torch.randn_like(latents)
         return F.mse_loss(pipe.vae.decode(latents).sample.float(), video)
@@ -251,14 +258,40 @@ def measure_latents(pipe: WanPipeline, args: argparse.Namespace) -> None:
     pipe.vae.register_to_config(latents_mean=channels.mean(1).tolist(), latents_std=channels.std(1).tolist())
 
 
+class FrameRope(nn.Module):
+    """The transformer's rotary embedding for some of a video's latent frames; all of them where `kept` is None."""
+
+    def __init__(self, rope: nn.Module):
+        super().__init__()
+        self.rope = rope
+        self.kept: Tensor | None = None
+        self.frames = 0
+
+    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kept is None:
+            return self.rope(latents)
+        batch, channels, _, height, width = latents.shape
+        whole = latents.new_empty(1).expand(batch, channels, self.frames, height, width)
+        cos, sin = (x.unflatten(1, (self.frames, -1))[:, self.kept].flatten(1, 2) for x in self.rope(whole))
+        return cos, sin
+
+
 def flow_loss(pipe: WanPipeline, args: argparse.Namespace) -> Callable:
     """Rectified-flow velocity loss, with one prompt in ten dropped for classifier-free guidance."""
+    rope = pipe.transformer.rope
     mean = torch.tensor(pipe.vae.config.latents_mean, device=args.device).view(1, -1, 1, 1, 1)
     std = torch.tensor(pipe.vae.config.latents_std, device=args.device).view(1, -1, 1, 1, 1)
 
-    def loss_of(prompts: list[str], video: Tensor) -> Tensor:
+    def loss_of(prompts: list[str], video: Tensor, phase: Phase) -> Tensor:
         with torch.no_grad():
             clean = (pipe.vae.encode(video).latent_dist.mode().float() - mean) / std
+        clean = clean.repeat_interleave(phase.repeats, 0)
+        prompts = [prompt for prompt in prompts for _ in range(phase.repeats)]
+        rope.kept = None
+        if 0 < phase.latent_frames < clean.shape[2]:
+            others = 1 + torch.randperm(clean.shape[2] - 1)[: phase.latent_frames - 1].sort().values
+            rope.kept, rope.frames = torch.cat([torch.zeros(1, dtype=torch.int64), others]), clean.shape[2]
+            clean = clean[:, :, rope.kept]
         # stratified over the batch, then shifted towards noise as the sampler's schedule is
         uniform = (torch.arange(len(prompts)) + torch.rand(len(prompts))) / len(prompts)
         sigma = (FLOW_SHIFT * uniform / (1 + (FLOW_SHIFT - 1) * uniform)).to(args.device)
@@ -307,10 +340,12 @@ def main() -> None:
         pipe.scheduler = build_pipeline().scheduler
     if args.compile:
         pipe.transformer.compile_repeated_blocks(dynamic=False)
+    pipe.transformer.rope = FrameRope(pipe.transformer.rope)
     modules = [pipe.transformer, pipe.text_encoder]
     pipe.transformer, pipe.text_encoder = train(
         "transformer", recipe.transformer, modules, flow_loss(pipe, args), args
     )
+    pipe.transformer.rope = pipe.transformer.rope.rope
     pipe.to(torch.bfloat16).save_pretrained(args.output / "model")
     print(f"model saved to {args.output / 'model'}")
 

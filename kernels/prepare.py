@@ -23,7 +23,7 @@ INT8_MAX = 127.0
 E4M3_MAX = 448.0
 LOG2E = math.log2(math.e)
 # Keeps the scales of all-zero groups positive without moving any other.
-_TINY = 1e-20
+TINY = 1e-20
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +128,13 @@ def prepare(
     k8, key_scale = quantise(F.pad(k, (0, 0, 0, -k.shape[2] % group)).unflatten(2, (-1, group)), dtype)
     value_scale = None
     if precision != "int8":
-        value_scale = (v.float().abs().amax(2) / E4M3_MAX).clamp(min=_TINY).contiguous()
-        v = _e4m3_values(v, value_scale)
+        value_scale = (v.float().abs().amax(2) / E4M3_MAX).clamp(min=TINY).contiguous()
+        v = e4m3_values(v, value_scale)
     if means is not None:
         m8, mean_scale = quantise(means.key[..., None, :], dtype)
         mean_v = means.value.to(value.dtype)
         if value_scale is not None:
-            mean_v = _e4m3_values(means.value, value_scale)
+            mean_v = e4m3_values(means.value, value_scale)
         means = Means(m8[..., 0, :], mean_v, mean_scale, means.bias)
     return Prepared(
         query=q8[..., 0, :],
@@ -166,12 +166,12 @@ def quantise(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Halves round up, as adding 0.5 and rounding down does; E4M3 rounds to the nearest even number.
     """
     largest = INT8_MAX if dtype == torch.int8 else E4M3_MAX
-    scales = (groups.float().abs().amax((-2, -1)) / largest).clamp(min=_TINY).contiguous()
+    scales = (groups.float().abs().amax((-2, -1)) / largest).clamp(min=TINY).contiguous()
     scaled = groups.float() / scales[..., None, None]
     return ((scaled + 0.5).floor() if dtype == torch.int8 else scaled).to(dtype), scales
 
 
-def _e4m3_values(values: Tensor, scale: Tensor) -> Tensor:
+def e4m3_values(values: Tensor, scale: Tensor) -> Tensor:
     """Scaled, with contiguous tokens: Hopper's matrix units want 8-bit values that way; rows start aligned."""
     tokens = values.shape[2]
     scaled = F.pad(values.float() / scale[:, :, None], (0, 0, 0, -tokens % 128)).to(torch.float8_e4m3fn)

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dit_accel.cli import calibrate, demo, env, evaluate, generate, inspect
+from dit_accel.cli import bench, calibrate, demo, env, evaluate, generate, inspect
 
-COMMANDS = (demo, calibrate, generate, evaluate, inspect, env)
+COMMANDS = (demo, calibrate, generate, evaluate, inspect, bench, env)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -150,7 +150,13 @@ def block_sparse_attention(
     _check_backend(backend, query, return_lse, remainder)
     if reason := _missing(precision, query.device, backend):
         raise ValueError(f"precision {precision!r}: {reason}; use another, or backend 'auto'")
-    prepared = prepare(
+    make = prepare
+    # Triton and the compiler stack behind flex are imported by those who use them.
+    if backend == "triton" and precision != "native":
+        from dit_accel.kernels import prepare_triton
+
+        make = prepare_triton.prepare
+    prepared = make(
         query,
         key,
         value,
@@ -162,7 +168,6 @@ def block_sparse_attention(
         key_mask=key_mask,
         remainder=remainder,
     )
-    # Triton and the compiler stack behind flex are imported by those who use them.
     if backend == "triton":
         from dit_accel.kernels.block_sparse import triton_kernel
 

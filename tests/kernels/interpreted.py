@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from dit_accel.kernels import BlockIndex, block_sparse_attention
+from dit_accel.bench import gpu
+from dit_accel.bench.problem import Shape
+from dit_accel.kernels import BlockIndex, block_sparse_attention, prepare_triton
+from dit_accel.kernels.prepare import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +98,49 @@ def test_eight_bit_agrees_with_its_definition(problem, precision, shape):
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", EIGHT_BIT)
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8", "fp8"])
+def test_prepare_agrees_with_its_definition(problem, precision, shape):
+    """Sums in another order move the mean key by a rounding of float32, and few numbers across a rounding edge."""
+    case = problem(torch.float16, **shape)
+    case.key = case.key + 3
+    q, k, v, index = case.arguments
+    given = case.options | {"precision": precision, "scale": 0.2, "block_k": index.block_k}
+    got, expected = prepare_triton.prepare(q, k, v, **given), prepare(q, k, v, **given)
+
+    def close(name, a, b):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
+
+    def codes(name, a, b):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        places = [x.contiguous().view(torch.int8).to(torch.int16) for x in (a, b)]
+        moved = places[0] != places[1]
+        assert ((places[0] - places[1]).abs() <= 1).all(), name
+        assert moved.float().mean() <= 1e-3, name
+
+    codes("query", got.query, expected.query)
+    codes("key", got.key, expected.key)
+    for name in ("query_scale", "key_scale", "lse_shift"):
+        close(name, getattr(got, name), getattr(expected, name))
+    if precision == "int8":
+        assert torch.equal(got.value, expected.value)
+        assert got.value_scale is expected.value_scale is None
+    else:
+        codes("value", got.value, expected.value)
+        assert got.value.stride(2) == expected.value.stride(2) == 1
+        close("value_scale", got.value_scale, expected.value_scale)
+    assert (got.valid is None) == (case.key_mask is None)
+    assert got.valid is None or torch.equal(got.valid, expected.valid)
+    assert (got.means is None) == (not case.remainder)
+    if got.means is not None:
+        alive = expected.means.bias > -torch.inf
+        assert torch.equal(got.means.bias, expected.means.bias.expand_as(got.means.bias))
+        alive = alive.expand_as(got.means.key_scale)
+        close("mean scale", got.means.key_scale[alive], expected.means.key_scale[alive])
+        codes("mean key", got.means.key[alive], expected.means.key[alive])
+
+
+@pytest.mark.usefixtures("poisoned")
 def test_no_keys_at_all(problem):
     case = problem(torch.float16, density=-1.0)
     output, lse = block_sparse_attention(*case.arguments, backend="triton", return_lse=True)
@@ -118,3 +166,36 @@ def test_values_of_one_give_one(problem, precision):
 def test_head_dims_over_256_are_refused(problem):
     with pytest.raises(ValueError, match="serves head dims up to 256, got 320; use 'torch'"):
         block_sparse_attention(*problem(dim=320).arguments, backend="triton")
+
+
+@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8", "fp8"])
+def test_suite_finds_the_kernel_right(precision, extra):
+    found = gpu.check(72, precision, extra, torch.device("cpu"), 133, 217, torch.float16)
+    assert found["ok"], found
+
+
+def test_suite_writes_down_what_fails_and_goes_on(tmp_path, monkeypatch):
+    """A peer that cannot run, a precision that raises, a shape out of time."""
+    monkeypatch.setattr(gpu, "check", lambda *_: 1 / 0)
+    monkeypatch.setattr(gpu, "DENSITIES", (1.0, 0.3))
+    calls = gpu._calls
+
+    def with_a_broken_peer(*arguments):
+        made = calls(*arguments) | {"broken": lambda: 1 / 0}
+        return {
+            name: call for name, call in made.items() if name in ("int8", "broken", "prepare:fp8", "select")
+        }
+
+    monkeypatch.setattr(gpu, "_calls", with_a_broken_peer)
+    shapes = {"tiny": Shape(130, 1, 32)}
+    report = gpu.run(tmp_path / "r.json", shapes=shapes, dims=(64,), device=torch.device("cpu"))
+    assert len(report["correctness"]) == 8
+    assert all(row["error"].startswith("ZeroDivisionError") for row in report["correctness"])
+    assert [row["asked"] for row in report["rows"]] == [1.0, 0.3]
+    assert all(row["failed"] == {"broken": "ZeroDivisionError: division by zero"} for row in report["rows"])
+    assert [set(row["results"]) for row in report["rows"]] == [{"int8", "prepare:fp8", "select"}, {"int8"}]
+    assert all(result["p50"] > 0 for row in report["rows"] for result in row["results"].values())
+    assert json.loads((tmp_path / "r.json").read_text()) == report
+    late = gpu.run(tmp_path / "r.json", shapes=shapes, dims=(), device=torch.device("cpu"), limit_seconds=-1)
+    assert (late["rows"], late["left_out"]) == ([], ["tiny"])

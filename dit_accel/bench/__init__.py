@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels: the compiler's output, correctness and speed on a device."""

@@ -1,0 +1,94 @@
+"""The compile gate as a table: every shipped configuration of the attention kernel on one architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import product
+from typing import Any
+
+from tqdm import tqdm
+
+from dit_accel.kernels.ahead import SHARED_LIMITS, Configuration, compile_attention
+
+# E4M3 as NVIDIA defines it is multiplied from sm_89 on.
+_WITHOUT_E4M3 = ("sm_80", "sm_86", "gfx942")
+_EVERYTHING = {"masked": True, "ordered": True, "remainder": True}
+
+
+def shipped(architecture: str) -> list[Configuration]:
+    """The configurations that models use: head dims 64 and 128, plain and with everything switched on."""
+    precisions = (
+        ("native", "int8") if architecture in _WITHOUT_E4M3 else ("native", "int8", "int8_fp8", "fp8")
+    )
+    return [
+        Configuration(dim, block_q, 64, precision=precision, **extras)
+        for dim, block_q, precision, extras in product((64, 128), (64, 128), precisions, ({}, _EVERYTHING))
+    ]
+
+
+def compile_all(architecture: str, *, progress: bool = True) -> list[dict[str, Any]]:
+    """Compile all of them; one row each, with `ok` saying whether nothing spills and the shared memory suffices.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    if architecture not in SHARED_LIMITS:
+        raise ValueError(f"arch: expected one of {', '.join(SHARED_LIMITS)}, got {architecture!r}")
+    rows = []
+    for configuration in tqdm(
+        shipped(architecture), desc=f"compile for {architecture}", disable=not progress
+    ):
+        compiled = compile_attention(configuration, architecture)
+        fits = compiled.shared <= SHARED_LIMITS[architecture]
+        rows.append(
+            {
+                "kernel": "attention",
+                "arch": architecture,
+                **asdict(configuration),
+                **asdict(compiled),
+                "ok": fits
+                and not compiled.stack
+                and not compiled.local
+                and bool(compiled.matrix_instructions),
+            }
+        )
+    return rows
+
+
+def as_text(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    head = [
+        "kernel",
+        "dim",
+        "blocks",
+        "dtype",
+        "precision",
+        "extras",
+        "regs",
+        "stack",
+        "shared",
+        "instructions",
+        "ok",
+    ]
+    lines = [head]
+    for row in rows:
+        lines.append(
+            [
+                row["kernel"],
+                str(row["dim"]),
+                f"{row['block_q']}x{row['block_k']}",
+                row["dtype"],
+                row["precision"],
+                "all" if row["remainder"] else "-",
+                "?" if row["registers"] is None else str(row["registers"]),
+                "?" if row["stack"] is None else str(row["stack"]),
+                f"{row['shared'] / 1024:.0f}K",
+                " ".join(row["matrix_instructions"]),
+                "yes" if row["ok"] else "NO",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,0 +1,236 @@
+"""Correctness, then speed of the kernels on a GPU, beside the attention that others ship.
+
+Nothing stops the suite half-way: what fails is written down as a row with its error, and the report is written anew
+after every row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module, util
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from dit_accel.bench.problem import SHAPES, Shape, block_mask, index_of, tensors
+from dit_accel.bench.timing import Call, in_turns
+from dit_accel.evaluation.store import write_json
+from dit_accel.evaluation.timing import machine
+from dit_accel.kernels import BlockIndex, block_sparse_attention, prepare_triton
+from dit_accel.kernels.prepare import PRECISIONS, ordered
+from dit_accel.kernels.select import select_blocks
+
+DENSITIES = (1.0, 0.5, 0.25, 0.10, 0.05)
+BLOCKS = (128, 64)
+# Dense peaks of one H100 or H200 SXM by data sheet, TFLOP/s.
+PEAKS = {"native": 989.0, "int8": 989.0, "int8_fp8": 1979.0, "fp8": 1979.0}
+SDPA = {
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+# Relative error of a head's output against float64 that a precision may make on Gaussian inputs (SageAttention and
+# SageAttention2 report cosines of 0.9995 and 0.999, which are relative errors of 3 % and 4.5 %).
+ALLOWED = {"native": 0.01, "int8": 0.032, "int8_fp8": 0.045, "fp8": 0.06}
+
+
+def run(
+    output: Path,
+    *,
+    limit_seconds: float = 480.0,
+    shapes: Mapping[str, Shape] = SHAPES,
+    dims: Sequence[int] = (64, 128, 72),
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """Run the suite and write its report.
+
+    Shapes that do not fit into `limit_seconds` any more are listed under `left_out`.
+
+    Args:
+        output: the report's file.
+        shapes, dims: what to time, and the head dims to check.
+        device: the current GPU if None; a CPU serves to try the suite out under Triton's interpreter.
+
+    Raises:
+        ValueError: there is no GPU.
+    """
+    if device is None:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "suite 'gpu': needs a CUDA or ROCm device, found none; use --suite cpu or --compile-only"
+            )
+        device = torch.device("cuda", torch.cuda.current_device())
+    start = time.perf_counter()
+    report: dict[str, Any] = {
+        "suite": "gpu",
+        "machine": machine(device, torch.bfloat16),
+        "correctness": [],
+        "rows": [],
+        "left_out": [],
+    }
+
+    def add(kind: str, row: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+        try:
+            report[kind].append(row | measure())
+        except Exception as error:  # a kernel that fails is a result, too
+            report[kind].append(row | {"error": f"{type(error).__name__}: {error}"[:500]})
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        write_json(output, report)
+
+    cases = [(dim, precision, extra) for dim in dims for precision in PRECISIONS for extra in (False, True)]
+    for dim, precision, extra in tqdm(cases, desc="correctness"):
+        add(
+            "correctness",
+            {"dim": dim, "precision": precision, "orders_mask_remainder": extra},
+            partial(check, dim, precision, extra, device),
+        )
+    for name, shape in shapes.items():
+        if time.perf_counter() - start > limit_seconds:
+            report["left_out"].append(name)
+            continue
+        q, k, v = tensors(shape, device, torch.bfloat16)
+        for density in tqdm(DENSITIES, desc=name):
+            index = index_of(shape, *BLOCKS, density, device)
+            calls = _calls(q, k, v, index, density)
+            add(
+                "rows",
+                {
+                    "shape": name,
+                    "tokens": shape.tokens,
+                    "heads": shape.heads,
+                    "dim": shape.dim,
+                    "asked": density,
+                },
+                partial(_row, calls, index, shape, device),
+            )
+    report["seconds"] = time.perf_counter() - start
+    write_json(output, report)
+    return report
+
+
+def check(
+    dim: int,
+    precision: str,
+    extra: bool,
+    device: torch.device,
+    seq_q: int = 1_333,
+    seq_k: int = 2_117,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
+    """Errors of the compiled kernel against float64, on odd lengths; `ok` if they stay within ALLOWED."""
+    torch.manual_seed(0)
+    batch, heads = 2, 3
+    q, k, v = (torch.randn(batch, n, heads, dim, device=device).to(dtype) for n in (seq_q, seq_k, seq_k))
+    k = k + 2 * torch.randn(1, 1, heads, dim, device=device).to(dtype)
+    mask = block_mask(heads, -(-seq_q // 128), -(-seq_k // 64), 0.3, device)
+    mask[:, 0, 1] = False
+    index = BlockIndex.from_mask(mask, 128, 64, seq_q, seq_k)
+    options: dict[str, Any] = {}
+    if extra:
+        options["query_order"] = torch.stack([torch.randperm(seq_q, device=device) for _ in range(heads)])
+        options["key_order"] = torch.stack([torch.randperm(seq_k, device=device) for _ in range(heads)])
+        options["key_mask"] = torch.rand(batch, seq_k, device=device) < 0.8
+        options["remainder"] = True
+    # Filling the pool with NaN shows an output that nobody wrote.
+    torch.full((batch, seq_q, heads, dim), torch.nan, device=device, dtype=dtype)
+    got, lse = block_sparse_attention(
+        q, k, v, index, precision=precision, backend="triton", return_lse=True, **options
+    )
+    wide = (x.double() for x in (q, k, v))
+    expected, expected_lse = block_sparse_attention(
+        *wide, index, backend="reference", return_lse=True, **options
+    )
+    error = float((got - expected).norm() / expected.norm())
+    alive = expected_lse > -torch.inf
+    lse_error = float((lse - expected_lse)[alive].abs().max())
+    same_dead = bool(torch.equal(alive, lse > -torch.inf))
+    finite = bool(got.isfinite().all())
+    return {
+        "rel_l2": error,
+        "lse_error": lse_error,
+        "ok": finite and same_dead and error <= ALLOWED[precision] and lse_error <= 0.1,
+    }
+
+
+def _sdpa(kind: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(kind):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -> dict[str, Call]:
+    """Ours in each precision and flex on one list, beside cuDNN; at density 1 also the other dense peers and the parts.
+
+    A precision's time is that of the whole call; `prepare:` and `order` are parts of it, `select` comes before.
+    """
+    dense = [x.transpose(1, 2) for x in (q, k, v)]
+    calls: dict[str, Call] = {"sdpa-cudnn": partial(_sdpa, SDPA["sdpa-cudnn"], *dense)}
+    for precision in PRECISIONS:
+        calls[precision] = partial(
+            block_sparse_attention, q, k, v, index, precision=precision, backend="triton"
+        )
+    calls["flex"] = partial(block_sparse_attention, q, k, v, index, backend="flex")
+    if density < 1:
+        return calls
+    for name in ("sdpa-flash", "sdpa-efficient"):
+        calls[name] = partial(_sdpa, SDPA[name], *dense)
+    if util.find_spec("sageattention") is not None:
+        sage = import_module("sageattention").sageattn_qk_int8_pv_fp16_triton
+        calls["sageattention-triton"] = partial(sage, q, k, v, tensor_layout="NHD")
+    scale = q.shape[-1] ** -0.5
+    order = torch.arange(index.seq_k, device=q.device).flip(0)[None]
+    for precision in PRECISIONS[1:]:
+        calls[f"prepare:{precision}"] = partial(
+            prepare_triton.prepare,
+            q,
+            k,
+            v,
+            precision=precision,
+            scale=scale,
+            block_k=index.block_k,
+            key_order=order,
+        )
+    calls["order"] = partial(ordered, k, order)
+    scores = torch.rand(1, index.heads, index.rows, index.cols, device=q.device)
+    calls["select"] = partial(
+        select_blocks, scores, block_q=index.block_q, block_k=index.block_k, seq_q=index.seq_q, seq_k=index.seq_k,
+        keep=max(1, index.cols // 4),
+    )  # fmt: skip
+    return calls
+
+
+def _row(calls: dict[str, Call], index: BlockIndex, shape: Shape, device: torch.device) -> dict[str, Any]:
+    errors = {}
+    working = {}
+    for name, call in calls.items():
+        try:
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            working[name] = call
+        except Exception as error:  # a peer that cannot run this shape is left out and named
+            errors[name] = f"{type(error).__name__}: {error}"[:300]
+    times = in_turns(working, device, rounds=9, seconds=0.7)
+    density = index.density
+    base = times.get("sdpa-cudnn")
+    results: dict[str, dict[str, Any]] = {}
+    for name, taken in times.items():
+        if name in ("order", "select") or name.startswith("prepare:"):
+            results[name] = {**taken, "share_of_cudnn": taken["p50"] / base["p50"] if base else None}
+            continue
+        kept = density if name in PRECISIONS or name == "flex" else 1.0
+        rate = kept * shape.flops / (taken["p50"] * 1e9)
+        results[name] = {
+            **taken,
+            "tflops": rate,
+            "share_of_peak": rate / PEAKS.get(name, PEAKS["native"]),
+            "speedup_over_cudnn": base["p50"] / taken["p50"] if base else None,
+        }
+    return {"density": density, "results": results, "failed": errors}
