@@ -59,28 +59,36 @@ RECIPES = {
         transformer=(
             Phase(1000, 6, 5, 128, 128, 1, 1.2e-3),
             Phase(200, 3, 9, 160, 192, 2, 1e-3),
-            Phase(70, 2, 17, 160, 192, 2, 7e-4),
-            Phase(50, 1, 33, 160, 192, 2, 5e-4),
+            Phase(250, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=3),
+            Phase(50, 1, 33, 160, 192, 2, 6e-4, latent_frames=9, repeats=2),
+            Phase(20, 1, 33, 160, 192, 2, 5e-4),
         ),
     ),
     "cpu": Recipe(
         vae=(Phase(1500, 3, 5, 64, 64, 1, 4e-3), Phase(150, 2, 17, 64, 64, 1, 6e-4)),
         transformer=(
             Phase(4000, 6, 5, 128, 128, 1, 1.2e-3),
-            Phase(800, 3, 9, 160, 192, 2, 1e-3),
-            Phase(200, 2, 17, 160, 192, 2, 7e-4),
-            Phase(150, 1, 33, 160, 192, 2, 5e-4),
+            Phase(600, 3, 9, 160, 192, 2, 1e-3),
+            Phase(1000, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=3),
+            Phase(100, 1, 33, 160, 192, 2, 6e-4, latent_frames=9, repeats=2),
+            Phase(40, 1, 33, 160, 192, 2, 5e-4),
         ),
     ),
     "gpu": Recipe(
         vae=(Phase(4000, 16, 9, 96, 96, 2, 4e-3), Phase(800, 8, 17, 128, 128, 2, 6e-4)),
         transformer=(
             Phase(4000, 64, 9, 128, 128, 1, 1.5e-3),
-            Phase(2500, 32, 17, 160, 192, 2, 1e-3),
-            Phase(1500, 16, 33, 160, 192, 2, 6e-4),
+            Phase(3000, 32, 33, 160, 192, 2, 1e-3, latent_frames=5, repeats=2),
+            Phase(1000, 16, 33, 160, 192, 2, 6e-4),
         ),
     ),
-    "smoke": Recipe(vae=(Phase(2, 1, 5, 32, 32, 1, 1e-3),), transformer=(Phase(2, 2, 5, 32, 32, 1, 1e-3),)),
+    "smoke": Recipe(
+        vae=(Phase(2, 1, 5, 32, 32, 1, 1e-3),),
+        transformer=(
+            Phase(1, 2, 5, 32, 32, 1, 1e-3),
+            Phase(1, 1, 9, 32, 32, 1, 1e-3, latent_frames=2, repeats=2),
+        ),
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """The training script makes a model that loads, is fixed by its seed, and continues after a kill."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file
 
 from dit_accel.pipelines import demo
+from dit_accel.pipelines.demo.architecture import build_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_demo_model.py"
@@ -47,6 +49,21 @@ def test_training_further_keeps_the_vae(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     before, after = (load_file(folder / "transformer" / WEIGHTS) for folder in (shipped, tmp_path / "model"))
     assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_some_frames_keep_their_places_in_time() -> None:
+    spec = importlib.util.spec_from_file_location("train_demo_model", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rope = build_transformer().rope
+    some = module.FrameRope(rope)
+    whole = rope(torch.empty(1, 8, 7, 4, 6))
+    some.kept, some.frames = torch.tensor([0, 2, 5]), 7
+    for got, expected in zip(some(torch.empty(1, 8, 3, 4, 6)), whole, strict=True):
+        assert torch.equal(got, torch.cat([expected[:, 6 * i : 6 * (i + 1)] for i in (0, 2, 5)], dim=1))
+    some.kept = None
+    for got, expected in zip(some(torch.empty(1, 8, 7, 4, 6)), whole, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_unknown_recipe_is_refused(tmp_path: Path) -> None:
