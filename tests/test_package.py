@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SUBPACKAGES = [
+    "bench",
     "patterns",
     "evaluation",
     "cli",
@@ -92,7 +93,9 @@ def test_wheel_lists_every_package_of_the_tree() -> None:
 
 def test_wheel_runs_the_console_script(installed: Path, tmp_path: Path) -> None:
     listed = run(installed / "dit-accel", "--help", cwd=tmp_path)
-    assert all(name in listed for name in ("demo", "calibrate", "generate", "evaluate", "inspect", "env"))
+    assert all(
+        name in listed for name in ("demo", "calibrate", "generate", "evaluate", "inspect", "bench", "env")
+    )
     assert "torch" in run(installed / "dit-accel", "env", cwd=tmp_path)
 
 
