@@ -69,8 +69,10 @@ def compile_attention(configuration: Configuration, architecture: str) -> Compil
     eight_k = {"native": c.dtype, "int8": "i8", "int8_fp8": "i8", "fp8": "fp8e4nv"}[c.precision]
     eight_v = "fp8e4nv" if c.precision in ("int8_fp8", "fp8") else c.dtype
     quantised = c.precision != "native"
-    sizes = ({"fp32": 4, "i8": 1, "fp8e4nv": 1}.get(dtype, 2) for dtype in (eight_k, eight_v))
-    options = triton_kernel.launch_options(c.dim, c.block_q, c.block_k, *sizes, SHARED_LIMITS[architecture])
+    sizes = {"fp32": 4, "i8": 1, "fp8e4nv": 1}
+    options = triton_kernel.launch_options(
+        c.dim, c.block_q, c.block_k, sizes.get(eight_k, 2), sizes.get(eight_v, 2), SHARED_LIMITS[architecture]
+    )
     build = {"enable_fp_fusion": True, **{name: options.pop(name) for name in ("num_warps", "num_stages")}}
     constants = {
         "DIM": c.dim,

@@ -13,7 +13,7 @@ from dit_accel.kernels.ahead import SHARED_LIMITS, Configuration, compile_attent
 
 # E4M3 as NVIDIA defines it is multiplied from sm_89 on.
 _WITHOUT_E4M3 = ("sm_80", "sm_86", "gfx942")
-_EVERYTHING = {"masked": True, "ordered": True, "remainder": True}
+_EVERYTHING: dict[str, Any] = {"masked": True, "ordered": True, "remainder": True}
 
 
 def shipped(architecture: str) -> list[Configuration]:
@@ -21,9 +21,10 @@ def shipped(architecture: str) -> list[Configuration]:
     precisions = (
         ("native", "int8") if architecture in _WITHOUT_E4M3 else ("native", "int8", "int8_fp8", "fp8")
     )
+    extras: tuple[dict[str, Any], ...] = ({}, _EVERYTHING)
     return [
-        Configuration(dim, block_q, 64, precision=precision, **extras)
-        for dim, block_q, precision, extras in product((64, 128), (64, 128), precisions, ({}, _EVERYTHING))
+        Configuration(dim, block_q, 64, precision=precision, **extra)
+        for dim, block_q, precision, extra in product((64, 128), (64, 128), precisions, extras)
     ]
 
 

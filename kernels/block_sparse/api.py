@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_index import BlockIndex
 from dit_accel.kernels.block_sparse import gather, reference
-from dit_accel.kernels.prepare import PRECISIONS, prepare
+from dit_accel.kernels.prepare import PRECISIONS, Prepared, prepare
 
 BACKENDS = ("auto", "reference", "torch", "flex", "triton")
 # The oldest CUDA architectures whose matrix units multiply a precision's numbers.
@@ -150,7 +151,7 @@ def block_sparse_attention(
     _check_backend(backend, query, return_lse, remainder)
     if reason := _missing(precision, query.device, backend):
         raise ValueError(f"precision {precision!r}: {reason}; use another, or backend 'auto'")
-    make = prepare
+    make: Callable[..., Prepared] = prepare
     # Triton and the compiler stack behind flex are imported by those who use them.
     if backend == "triton" and precision != "native":
         from dit_accel.kernels import prepare_triton

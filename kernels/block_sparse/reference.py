@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,8 @@ def _logits(
 ) -> tuple[Tensor, Tensor]:
     """Base-2 logits of one head, `[seq_q, seq_k (+ cols)]`, -inf where nothing is read, and the values."""
     q, k, v = (x[b, h].to(dtype) for x in (p.query, p.key, p.value))
-    scores, row_scale = q @ k.T, scale * math.log2(math.e)
+    scores = q @ k.T
+    row_scale: float | Tensor = scale * LOG2E
     if p.query_scale is not None and p.key_scale is not None:
         row_scale = p.query_scale[b, h, :, None]
         scores = scores * p.key_scale[b, h].repeat_interleave(p.group)[: len(k)]
