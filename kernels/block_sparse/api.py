@@ -53,6 +53,8 @@ def _missing(precision: str, device: torch.device, backend: str) -> str | None:
         return None
     if backend != "triton":
         return f"backend {backend!r} computes in the inputs' dtype only"
+    if device.type == "cuda" and torch.version.hip is not None and precision != "int8":
+        return "E4M3 is built for NVIDIA GPUs only"
     if device.type == "cuda" and torch.version.cuda is not None:
         found = torch.cuda.get_device_capability(device)
         if found < (first := _FIRST_ARCHITECTURE[precision]):
