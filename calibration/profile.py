@@ -66,6 +66,7 @@ def profile_call(
     ]
     mass, error, norm = (torch.zeros(heads, len(candidates), dtype=torch.float64) for _ in range(3))
     rows = torch.zeros(len(candidates), dtype=torch.float64)
+    remainder = torch.tensor([c.remainder for c in candidates], device=query.device)
     picks = _spread(-(-seq // block), query_blocks, phase).to(query.device)
 
     for members in _by_order(selections):
@@ -79,7 +80,9 @@ def profile_call(
                 places = order[h % order.shape[0]]
                 q_h, k_h, v_h = (t[b, :, h].index_select(0, places) for t in (query, key, value))
                 real = None if key_mask is None else key_mask[b, places]
-                sums = _profile_head(q_h, k_h, v_h, real, picks.tolist(), kept[:, h], block, scale)
+                sums = _profile_head(
+                    q_h, k_h, v_h, real, picks.tolist(), kept[:, h], remainder[at], block, scale
+                )
                 for total, part in zip((mass, error, norm), sums, strict=True):
                     total[h, at] += part
             places = (picks[:, None] * block + torch.arange(block, device=picks.device)).flatten()
@@ -96,10 +99,14 @@ def _profile_head(
     real: Tensor | None,
     picks: Sequence[int],
     kept: Tensor,
+    remainder: Tensor,
     block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass and error `[candidates]` and norm of a head in one order; kept is `[candidates, picks, cols]`."""
+    """Mass and error `[candidates]` and norm of a head in one order.
+
+    kept is bool `[candidates, picks, cols]`; remainder bool `[candidates]`, whether means stand for the rest.
+    """
     candidates, _, cols = kept.shape
     seq, dim = query.shape
     padding = cols * block - seq
@@ -111,6 +118,14 @@ def _profile_head(
         hidden = ~F.pad(real, (0, padding))
     # One more "candidate" that keeps everything gives the dense output from the same sums.
     selected = F.pad(kept.to(torch.float32), (0, 0, 0, 0, 0, 1), value=1.0)
+    stands_in = (1 - selected) * F.pad(remainder, (0, 1))[:, None, None]
+    counts = torch.full((cols,), float(block), device=query.device)
+    if hidden is not None:
+        keys.masked_fill_(hidden, 0)
+        counts = (~hidden).view(cols, block).sum(-1, dtype=torch.float32)
+        values = values.masked_fill(hidden.view(cols, block, 1), 0)
+    mean_keys = keys.view(dim, cols, block).sum(-1) / counts.clamp(min=1)
+    mean_values = values.sum(1) / counts.clamp(min=1)[:, None]
     sums = torch.zeros(3, candidates, dtype=torch.float64, device=query.device)
 
     # Query block by query block: its scores stay in a CPU's cache.
@@ -120,20 +135,28 @@ def _profile_head(
         scores = rows @ keys
         if hidden is not None:
             scores.masked_fill_(hidden, -torch.inf)
-        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        largest = scores.amax(-1, keepdim=True)
+        scores.sub_(largest).exp_()
         if hidden is not None:
             scores *= ~hidden[start : start + len(rows), None]  # rows of padding count nothing
         by_block = scores.view(-1, cols, block)
         # What each key block adds to the output: a candidate's output is one row of a small product.
         parts = torch.bmm(by_block.transpose(0, 1), values)
         output = (selected[:, number] @ parts.view(cols, -1)).view(candidates + 1, -1, dim)
-        weight = selected[:, number] @ by_block.sum(-1).T
+        mass = selected[:, number] @ by_block.sum(-1).T
+        weight = mass
+        if remainder.any():
+            means = (rows @ mean_keys - largest).exp_() * counts
+            if hidden is not None:
+                means *= ~hidden[start : start + len(rows), None]
+            weight = mass + stands_in[:, number] @ means.T
+            output += torch.einsum("cb,rb,bd->crd", stands_in[:, number], means, mean_values)
         output /= weight.clamp(min=_TINY)[..., None]
-        sums[0] += (weight[:-1] / weight[-1].clamp(min=_TINY)).sum(-1)
+        sums[0] += (mass[:-1] / mass[-1].clamp(min=_TINY)).sum(-1)
         sums[1] += (output[:-1] - output[-1]).square_().sum((1, 2))
         sums[2] += output[-1].square().sum()
-    mass, error, norm = sums.cpu()
-    return mass, error, norm
+    of_mass, of_error, of_norm = sums.cpu()
+    return of_mass, of_error, of_norm
 
 
 def _kept_blocks(index: BlockIndex, batch: int, rows: Tensor) -> Tensor:

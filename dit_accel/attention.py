@@ -72,6 +72,8 @@ class _Launch:
     density: float
     # int64 `[heads, seq]` or `[1, seq]`, None if every head keeps the model's order
     order: Tensor | None
+    # bool `[heads]`, or alike for all
+    remainder: Tensor | bool
 
     def run(
         self,
@@ -92,6 +94,7 @@ class _Launch:
             key_mask=key_mask,
             query_order=self.order,
             key_order=self.order,
+            remainder=self.remainder,
         )
 
 
@@ -124,14 +127,26 @@ def _prepare(
     index = chosen[0][0].index
     if len(chosen) > 1:
         index = BlockIndex.merge_heads([(selection.index, ids) for selection, ids in chosen], heads)
+    remainder = _remainder(heads_of, heads, query.device)
     if all(selection.in_model_order for selection, _ in chosen):
-        return _Launch(index, index.density, None)
+        return _Launch(index, index.density, None, remainder)
     order = chosen[0][0].order
     if len({selection.order_name for selection, _ in chosen}) > 1:
         order = torch.empty(heads, grid.total_tokens, dtype=torch.int64, device=query.device)
         for selection, ids in chosen:
             order[ids.to(order.device)] = selection.order
-    return _Launch(index, index.density, order)
+    return _Launch(index, index.density, order, remainder)
+
+
+def _remainder(heads_of: dict[Candidate, list[int]], heads: int, device: torch.device) -> Tensor | bool:
+    # Dense heads leave nothing out, so they go along with the others.
+    wanted = {candidate.remainder for candidate in heads_of if candidate.family != "dense"}
+    if len(wanted) < 2:
+        return wanted == {True}
+    flags = torch.zeros(heads, dtype=torch.bool)
+    for candidate, members in heads_of.items():
+        flags[members] = candidate.remainder
+    return flags.to(device)
 
 
 def _candidate_numbers(row: Tensor | Sequence[int], heads: int, candidates: int) -> list[int]:

@@ -47,16 +47,19 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a head: a pattern family, its density and options, and a precision.
+    """One way to run a head: a pattern family, its density and options, a precision, and whether there is a remainder.
+
+    With `remainder` the key blocks that the family leaves out still contribute, each through its mean key and value.
 
     Raises:
-        ValueError: an unknown family or option, or a density the family cannot have.
+        ValueError: an unknown family or option, a density the family cannot have, or a remainder of nothing.
     """
 
     family: str
     density: float
     options: tuple[tuple[str, str | int | float], ...] = ()
     precision: str = "native"
+    remainder: bool = False
 
     def __post_init__(self) -> None:
         if self.precision != "native":
@@ -64,12 +67,20 @@ class Candidate:
         family = family_named(self.family)
         family.check_density(self.density)
         family.with_defaults(dict(self.options))
+        if not isinstance(self.remainder, bool):
+            raise ValueError(f"remainder: expected true or false, got {self.remainder!r}")
+        if self.remainder and family.density == 1.0:
+            raise ValueError(
+                f"remainder: expected false, since family {self.family!r} leaves nothing out, got true"
+            )
 
     @property
     def label(self) -> str:
         """Short name, such as `window@0.30` or `bands@0.25 order=space`."""
         parts = [f"{self.family}@{self.density:.2f}", *(f"{name}={value}" for name, value in self.options)]
-        return " ".join(parts if self.precision == "native" else [*parts, self.precision])
+        if self.precision != "native":
+            parts.append(self.precision)
+        return " ".join([*parts, "remainder"] if self.remainder else parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the candidate as JSON values."""
@@ -78,6 +89,7 @@ class Candidate:
             "density": self.density,
             "options": dict(self.options),
             "precision": self.precision,
+            "remainder": self.remainder,
         }
 
     @classmethod
@@ -87,11 +99,11 @@ class Candidate:
         Raises:
             ValueError: a missing or unknown key or a value that makes no candidate.
         """
-        keys = {"family", "density", "options", "precision"}
+        keys = {"family", "density", "options", "precision", "remainder"}
         if set(values) != keys:
             raise ValueError(f"expected the keys {sorted(keys)}, got {sorted(values)}")
         options = tuple(sorted(values["options"].items()))
-        return cls(values["family"], values["density"], options, values["precision"])
+        return cls(values["family"], values["density"], options, values["precision"], values["remainder"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +191,7 @@ class AccelPlan:
         density: float | None = None,
         block: int = 64,
         precision: str = "native",
+        remainder: bool = False,
         **options: str | int | float,
     ) -> AccelPlan:
         """Return an uncalibrated plan that runs one family on every head of any model.
@@ -194,7 +207,7 @@ class AccelPlan:
             if family.density is None:
                 raise ValueError(f"preset {name!r} needs a density, for instance density=0.3")
             density = family.density
-        candidate = Candidate(name, density, tuple(sorted(options.items())), precision)
+        candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder)
         return cls((candidate,), torch.zeros(1, 1, 1, dtype=torch.int16), block=block)
 
     def range_at(self, progress: float) -> int:

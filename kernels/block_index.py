@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,8 +18,12 @@ class BlockIndex:
         counts: int32 `[batch or 1, heads, rows]`, length of each list; rows = ceil(seq_q / block_q).
         offsets: int64 `[batch or 1, heads, rows]`, where each list starts in `indices`. Lists may be shared.
         indices: int32 `[total]`, key-block numbers, ascending within a list.
-        block_q, block_k: tokens per query and key block; the last block of a sequence may be shorter.
+        block_q, block_k: tokens per query and key block; the last block of a sequence may be shorter. Blocks of
+            varying length are walked through in tiles of about that many tokens.
         seq_q, seq_k: sequence lengths in tokens.
+        query_starts, key_starts: int32 `[batch or 1, heads or 1, blocks + 1]`, first token of every block and then
+            the sequence length, never falling (a block may be empty); None for equal blocks. Their number of blocks
+            stands for rows and cols.
 
     Example:
         >>> mask = torch.rand(1, 4, 6, 9) < 0.5
@@ -32,6 +37,8 @@ class BlockIndex:
     block_k: int
     seq_q: int
     seq_k: int
+    query_starts: Tensor | None = None
+    key_starts: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_k", "seq_q", "seq_k"):
@@ -40,10 +47,13 @@ class BlockIndex:
         for name, dtype in (("counts", torch.int32), ("offsets", torch.int64), ("indices", torch.int32)):
             if getattr(self, name).dtype != dtype:
                 raise ValueError(f"{name} must be {dtype}, got {getattr(self, name).dtype}")
+        for name in ("query_starts", "key_starts"):
+            self._check_starts(name, getattr(self, name))
         if self.counts.ndim != 3 or self.counts.shape[2] != self.rows:
+            equal = f" = ceil({self.seq_q}/{self.block_q})" if self.query_starts is None else ""
             raise ValueError(
-                f"counts must be [batch or 1, heads, rows] with rows = ceil({self.seq_q}/{self.block_q}) = "
-                f"{self.rows}, got {tuple(self.counts.shape)}"
+                f"counts must be [batch or 1, heads, rows] with rows{equal} = {self.rows}, "
+                f"got {tuple(self.counts.shape)}"
             )
         if self.offsets.shape != self.counts.shape:
             raise ValueError(
@@ -53,17 +63,43 @@ class BlockIndex:
         if self.indices.ndim != 1:
             raise ValueError(f"indices must be [total], got {tuple(self.indices.shape)}")
 
+    def _check_starts(self, name: str, starts: Tensor | None) -> None:
+        if starts is None:
+            return
+        leading = tuple(starts.shape[:-1])
+        shared = len(leading) == 2 and all(
+            n in (1, m) for n, m in zip(leading, self.counts.shape[:2], strict=True)
+        )
+        if starts.dtype != torch.int32 or not shared or starts.shape[-1] < 2:
+            raise ValueError(
+                f"{name} must be int32 [batch or 1, heads or 1, blocks + 1] for lists "
+                f"{tuple(self.counts.shape)}, got {starts.dtype} {tuple(starts.shape)}"
+            )
+        if starts.device != self.counts.device:
+            raise ValueError(f"{name} must be on {self.counts.device} like counts, got {starts.device}")
+
     @classmethod
-    def from_mask(cls, mask: Tensor, block_q: int, block_k: int, seq_q: int, seq_k: int) -> BlockIndex:
+    def from_mask(
+        cls,
+        mask: Tensor,
+        block_q: int,
+        block_k: int,
+        seq_q: int,
+        seq_k: int,
+        query_starts: Tensor | None = None,
+        key_starts: Tensor | None = None,
+    ) -> BlockIndex:
         """Lists of the True entries of a block mask.
 
         Args:
-            mask: bool `[batch or 1, heads, ceil(seq_q / block_q), ceil(seq_k / block_k)]`.
+            mask: bool `[batch or 1, heads, rows, cols]`; rows = ceil(seq_q / block_q) and cols = ceil(seq_k / block_k)
+                unless the starts say otherwise.
+            query_starts, key_starts: see the attributes.
 
         Raises:
             ValueError: if the mask is not bool or does not have that shape.
         """
-        expected = (-(-seq_q // block_q), -(-seq_k // block_k))
+        expected = (_blocks(seq_q, block_q, query_starts), _blocks(seq_k, block_k, key_starts))
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool, got {mask.dtype}; compare scores with a threshold first")
         if mask.ndim != 4 or tuple(mask.shape[2:]) != expected:
@@ -74,7 +110,7 @@ class BlockIndex:
         counts = mask.sum(-1, dtype=torch.int32)
         ends = counts.flatten().cumsum(0, dtype=torch.int64).view_as(counts)
         indices = mask.nonzero()[:, 3].to(torch.int32)
-        return cls(counts, ends - counts, indices, block_q, block_k, seq_q, seq_k)
+        return cls(counts, ends - counts, indices, block_q, block_k, seq_q, seq_k, query_starts, key_starts)
 
     @classmethod
     def dense(
@@ -97,6 +133,9 @@ class BlockIndex:
     @staticmethod
     def merge_heads(parts: Sequence[tuple[BlockIndex, Tensor]], heads: int) -> BlockIndex:
         """One index for all heads of a layer, so that mixed families need a single launch.
+
+        Where some blocks vary in length all heads get starts, and as many blocks as the head that has most: those
+        it lacks are empty.
 
         Args:
             parts: (index, head_ids) pairs; `head_ids` int64 `[index.heads]` says which heads they are.
@@ -121,6 +160,9 @@ class BlockIndex:
         order = torch.cat([head_ids.flatten() for _, head_ids in parts])
         if sorted(order.tolist()) != list(range(heads)):
             raise ValueError(f"head_ids must cover 0..{heads - 1} once each, got {sorted(order.tolist())}")
+        if any(index.varies for index, _ in parts):
+            rows, cols = max(i.rows for i, _ in parts), max(i.cols for i, _ in parts)
+            parts = [(index._with_blocks(rows, cols), head_ids) for index, head_ids in parts]
         bases = [0]
         for index, _ in parts:
             bases.append(bases[-1] + index.indices.numel())
@@ -131,7 +173,33 @@ class BlockIndex:
             dim=1,
         )
         indices = torch.cat([index.indices for index, _ in parts])
-        return BlockIndex(counts[:, places], offsets[:, places], indices, *shape)
+        starts = []
+        for name in ("query_starts", "key_starts"):
+            given = [(getattr(index, name), index.heads) for index, _ in parts]
+            joined = [s.expand(batch, n, -1) for s, n in given if s is not None]
+            starts.append(torch.cat(joined, dim=1)[:, places] if joined else None)
+        return BlockIndex(counts[:, places], offsets[:, places], indices, *shape, *starts)
+
+    def _with_blocks(self, rows: int, cols: int) -> BlockIndex:
+        """The same lists with starts, and with empty blocks behind the last one up to these numbers."""
+        missing = (0, rows - self.rows)
+        starts = []
+        for given, block, seq, have, want in (
+            (self.query_starts, self.block_q, self.seq_q, self.rows, rows),
+            (self.key_starts, self.block_k, self.seq_k, self.cols, cols),
+        ):
+            if given is None:
+                equal = torch.arange(have + 1, dtype=torch.int32, device=self.counts.device) * block
+                given = equal.clamp(max=seq)[None, None]
+            starts.append(F.pad(given, (0, want - have), value=seq))
+        counts, offsets = F.pad(self.counts, missing), F.pad(self.offsets, missing)
+        sizes = (self.block_q, self.block_k, self.seq_q, self.seq_k)
+        return BlockIndex(counts, offsets, self.indices, *sizes, *starts)
+
+    @property
+    def varies(self) -> bool:
+        """Whether blocks vary in length."""
+        return self.query_starts is not None or self.key_starts is not None
 
     @property
     def batch(self) -> int:
@@ -144,16 +212,16 @@ class BlockIndex:
     @property
     def rows(self) -> int:
         """Number of query blocks."""
-        return -(-self.seq_q // self.block_q)
+        return _blocks(self.seq_q, self.block_q, self.query_starts)
 
     @property
     def cols(self) -> int:
         """Number of key blocks."""
-        return -(-self.seq_k // self.block_k)
+        return _blocks(self.seq_k, self.block_k, self.key_starts)
 
     @property
     def density(self) -> float:
-        """Kept query-key pairs divided by all pairs; short last blocks are counted exactly."""
+        """Kept query-key pairs divided by all pairs, counted exactly."""
         pairs = self._row_tokens() * self._key_tokens()
         return pairs.sum().item() / (self.batch * self.heads * self.seq_q * self.seq_k)
 
@@ -166,13 +234,26 @@ class BlockIndex:
 
     def token_mask(self) -> Tensor:
         """Token mask, bool `[batch or 1, heads, seq_q, seq_k]`: seq_q * seq_k bytes per head."""
-        mask = self.to_mask().repeat_interleave(self.block_q, 2)[:, :, : self.seq_q]
-        return mask.repeat_interleave(self.block_k, 3)[..., : self.seq_k]
+        queries, keys = self.query_blocks(), self.key_blocks()
+        mask = self.to_mask()
+        mask = mask.gather(2, queries[..., None].expand(*mask.shape[:2], -1, self.cols))
+        return mask.gather(3, keys[:, :, None].expand(*mask.shape[:3], -1))
+
+    def query_blocks(self) -> Tensor:
+        """Number of the query block of every token, int64 `[batch or 1, heads or 1, seq_q]`."""
+        return _block_numbers(self.seq_q, self.block_q, self.query_starts, self.counts.device)
+
+    def key_blocks(self) -> Tensor:
+        """Number of the key block of every token, int64 `[batch or 1, heads or 1, seq_k]`."""
+        return _block_numbers(self.seq_k, self.block_k, self.key_starts, self.counts.device)
 
     def to(self, device: torch.device | str) -> BlockIndex:
         """The same lists on another device."""
         counts, offsets, indices = (t.to(device) for t in (self.counts, self.offsets, self.indices))
-        return BlockIndex(counts, offsets, indices, self.block_q, self.block_k, self.seq_q, self.seq_k)
+        starts = (None if s is None else s.to(device) for s in (self.query_starts, self.key_starts))
+        return BlockIndex(
+            counts, offsets, indices, self.block_q, self.block_k, self.seq_q, self.seq_k, *starts
+        )
 
     def _entries(self) -> tuple[Tensor, Tensor]:
         """(flat row number, position in `indices`) of every list entry, row by row."""
@@ -182,14 +263,31 @@ class BlockIndex:
         return row, self.offsets.flatten()[row] + place
 
     def _row_tokens(self) -> Tensor:
+        if self.query_starts is not None:
+            return self.query_starts.diff().long()
         starts = torch.arange(self.rows, device=self.counts.device) * self.block_q
         return (self.seq_q - starts).clamp(max=self.block_q)
 
     def _key_tokens(self) -> Tensor:
         """int64 like counts: keys in the blocks of each list."""
+        if self.key_starts is not None:
+            return (self.to_mask() * self.key_starts.diff().long()[:, :, None]).sum(-1)
         # Lists ascend, so only their last entry can be the short block.
         last = (self.offsets + self.counts - 1).clamp(min=0)
         ends_short = torch.zeros_like(self.counts, dtype=torch.bool)
         if self.indices.numel():
             ends_short = (self.indices[last] == self.cols - 1) & (self.counts > 0)
         return self.counts.long() * self.block_k - ends_short * (self.cols * self.block_k - self.seq_k)
+
+
+def _blocks(seq: int, block: int, starts: Tensor | None) -> int:
+    return -(-seq // block) if starts is None else starts.shape[-1] - 1
+
+
+def _block_numbers(seq: int, block: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    tokens = torch.arange(seq, device=device)
+    if starts is None:
+        return (tokens // block)[None, None]
+    ends = starts[..., 1:].contiguous()
+    tokens = tokens.to(ends.dtype).expand(*ends.shape[:2], -1).contiguous()
+    return torch.searchsorted(ends, tokens, right=True)

@@ -35,7 +35,7 @@ class Means:
         value: `[batch, heads, cols, dim]`, mean of their values, in the format of the values.
         key_scale: float32 `[batch, heads, cols]`, None in native precision.
         bias: float32 (float64 for float64) `[batch or 1, heads or 1, cols]`, log2 of the number of valid keys, −inf
-            where there is none.
+            where there is none or the head has no remainder.
     """
 
     key: Tensor
@@ -89,10 +89,11 @@ def prepare(
     precision: str,
     scale: float,
     block_k: int,
+    key_starts: Tensor | None = None,
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
     key_mask: Tensor | None = None,
-    remainder: bool = False,
+    remainder: bool | Tensor = False,
     smooth: bool = True,
 ) -> Prepared:
     """Order, smooth, quantise and pool, in plain torch.
@@ -102,18 +103,21 @@ def prepare(
         precision: "native", "int8" (queries and keys INT8), "int8_fp8" (and values E4M3) or "fp8" (all E4M3).
         scale: softmax scale.
         block_k: keys per block.
+        key_starts: int32 `[batch or 1, heads or 1, cols + 1]`, where blocks of varying length begin, in the order of
+            the keys. Every key then has a scale of its own, since the kernel's tiles begin anywhere.
         query_order, key_order: int64 `[1 or heads, seq]`, place in the model's order of each ordered token.
         key_mask: bool `[batch, seq_k]` in the model's order, True = may be read.
-        remainder: pool every key block into a stand-in.
+        remainder: pool every key block into a stand-in; bool `[heads]` gives it to those heads alone.
         smooth: subtract the mean key before keys are quantised.
     """
+    group = key_group(block_k) if key_starts is None else 1
     q, k, v = ordered(query, query_order), ordered(key, key_order), ordered(value, key_order)
     valid = None
     if key_mask is not None:
         valid = key_mask[:, None] if key_order is None else key_mask[:, key_order]
     if precision == "native":
-        means = _means(k, v, valid, block_k) if remainder else None
-        return Prepared(q, k, v, None, None, None, None, valid, means, key_group(block_k))
+        means = None if remainder is False else _means(k, v, valid, block_k, key_starts, remainder)
+        return Prepared(q, k, v, None, None, None, None, valid, means, group)
 
     k = k.float()
     lse_shift = None
@@ -121,9 +125,8 @@ def prepare(
         mean = k.mean(2, keepdim=True) if valid is None else _masked_mean(k, valid)
         lse_shift = (scale * (q.float() @ mean.transpose(2, 3))[..., 0]).contiguous()
         k = k - mean
-    means = _means(k, v.float(), valid, block_k) if remainder else None
+    means = None if remainder is False else _means(k, v.float(), valid, block_k, key_starts, remainder)
     dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
-    group = key_group(block_k)
     q8, query_scale = quantise(q[..., None, :], dtype)
     k8, key_scale = quantise(F.pad(k, (0, 0, 0, -k.shape[2] % group)).unflatten(2, (-1, group)), dtype)
     value_scale = None
@@ -184,18 +187,46 @@ def _masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:
     return (tokens * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
 
 
-def _means(key: Tensor, value: Tensor, valid: Tensor | None, block: int) -> Means:
+def _means(
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    block: int,
+    starts: Tensor | None,
+    remainder: bool | Tensor,
+) -> Means:
     """Unquantised stand-ins; sums run in float32, or in float64 for float64."""
     wide = torch.promote_types(key.dtype, torch.float32)
-    if valid is None:
-        valid = torch.ones(1, 1, key.shape[2], dtype=torch.bool, device=key.device)
-    tail = -key.shape[2] % block
-    weight = F.pad(valid.to(wide), (0, tail)).unflatten(2, (-1, block))
-    counts = weight.sum(-1)
+    dtype = key.dtype
+    ones = torch.ones(1, 1, key.shape[2], 1, dtype=wide, device=key.device)
+    sizes = _block_sums(ones, block, starts, wide)
+    if valid is not None:
+        weight = valid[..., None].to(wide)
+        key, value = (tokens.to(wide) * weight for tokens in (key, value))
+        sizes = _block_sums(weight, block, starts, wide)
 
-    def pooled(tokens: Tensor) -> Tensor:
-        blocks = F.pad(tokens.to(wide), (0, 0, 0, tail)).unflatten(2, (-1, block))
-        mean = (blocks * weight[..., None]).sum(3) / counts.clamp(min=1)[..., None]
-        return mean.to(tokens.dtype).contiguous()
+    def pooled(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return (_block_sums(tokens, block, starts, wide) / sizes.clamp(min=1)).to(dtype).contiguous()
 
-    return Means(pooled(key), pooled(value), None, counts.log2())
+    return Means(
+        pooled(key, dtype), pooled(value, dtype), None, with_remainder(sizes[..., 0].log2(), remainder)
+    )
+
+
+def with_remainder(bias: Tensor, remainder: bool | Tensor) -> Tensor:
+    """`[batch or 1, heads or 1, cols]`, −inf for the heads that have no remainder."""
+    return bias if remainder is True else bias.masked_fill(~remainder[:, None], -torch.inf)
+
+
+def _block_sums(tokens: Tensor, block: int, starts: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sums over the blocks of `[batch, heads, seq, dim]`, `[batch, heads, cols, dim]`."""
+    if starts is not None:
+        batch, heads = (max(pair) for pair in zip(tokens.shape[:2], starts.shape[:2], strict=True))
+        lengths = starts.diff().expand(batch, heads, -1).contiguous()
+        tokens = tokens.to(dtype).expand(batch, heads, -1, -1).contiguous()
+        return torch.segment_reduce(tokens, "sum", lengths=lengths, axis=2)
+    whole = tokens.shape[2] // block * block
+    sums = tokens[:, :, :whole].unflatten(2, (-1, block)).sum(3, dtype=dtype)
+    if whole < tokens.shape[2]:
+        sums = torch.cat([sums, tokens[:, :, whole:].sum(2, keepdim=True, dtype=dtype)], dim=2)
+    return sums

@@ -18,6 +18,7 @@ from dit_accel.kernels.prepare import (
     key_group,
     ordered,
     quantise,
+    with_remainder,
 )
 
 # Names: o_ offsets, m_ masks, p_ pointers, b_ values held in registers.
@@ -246,7 +247,7 @@ def prepare(
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
     key_mask: Tensor | None = None,
-    remainder: bool = False,
+    remainder: bool | Tensor = False,
 ) -> Prepared:
     """As `dit_accel.kernels.prepare.prepare` for the 8-bit precisions, with smoothing."""
     batch, seq_q, heads, dim = query.shape
@@ -358,10 +359,10 @@ def prepare(
         v = v8.transpose(2, 3)[:, :, :seq_k]
 
     means = None
-    if remainder:
+    if remainder is not False:
         m8, mean_scale = quantise((mean_k - mean[:, :, None])[..., None, :], eight)
         m_v = mean_v.to(value.dtype) if value_scale is None else e4m3_values(mean_v, value_scale)
-        means = Means(m8[..., 0, :], m_v, mean_scale, counts.log2())
+        means = Means(m8[..., 0, :], m_v, mean_scale, with_remainder(counts.log2(), remainder))
     valid = key_mask
     if valid is not None:
         valid = valid[:, None] if key_order is None else valid[:, key_order]

@@ -150,7 +150,9 @@ def _split(text: str, name: str) -> tuple[str, float | None, dict[str, Any]]:
         raise ValueError(f"variant {name!r}: expected a number after @, got {number!r}") from None
 
 
-def _value(text: str) -> str | int | float:
+def _value(text: str) -> str | int | float | bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         try:
             return kind(text)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_index import BlockIndex
-from dit_accel.kernels.block_sparse import gather, reference
+from dit_accel.kernels.block_sparse import by_row, gather, reference
 from dit_accel.kernels.prepare import PRECISIONS, Prepared, prepare
 
 BACKENDS = ("auto", "reference", "torch", "flex", "triton")
@@ -76,7 +76,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None,
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
-    remainder: bool = False,
+    remainder: bool | Tensor = False,
 ) -> Tensor: ...
 
 
@@ -94,7 +94,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None,
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
-    remainder: bool = False,
+    remainder: bool | Tensor = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -111,7 +111,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None,
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
-    remainder: bool = False,
+    remainder: bool | Tensor = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which each query block reads only the key blocks its list names.
 
@@ -129,7 +129,8 @@ def block_sparse_attention(
         query_order, key_order: int64 `[1 or heads, seq]`, the token at each place of the order that the lists speak
             of; None if it is that of the tensors. Every token occurs once.
         remainder: key blocks that a row's list leaves out contribute through their mean key and mean value, with the
-            weight of all their tokens: logit `scale·q·k̄ + log(tokens)`, in the same softmax.
+            weight of all their tokens: logit `scale·q·k̄ + log(tokens)`, in the same softmax. True, False, or bool
+            `[heads]` for a choice per head.
 
     Returns:
         The output, shaped like `query`, and with `return_lse` also float32 `[batch, heads, seq_q]` in
@@ -141,6 +142,7 @@ def block_sparse_attention(
     """
     _check(query, key, value, index, key_mask)
     _check_orders(query, index, query_order, key_order)
+    _check_remainder(query, remainder)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if scale <= 0:
@@ -150,7 +152,7 @@ def block_sparse_attention(
     if backend == "auto":
         backend = resolve_backend(query.device, query.dtype)
         precision = resolve_precision(precision, query.device, backend)
-    _check_backend(backend, query, return_lse, remainder)
+    _check_backend(backend, query, index, return_lse, remainder is not False)
     if reason := _missing(precision, query.device, backend):
         raise ValueError(f"precision {precision!r}: {reason}; use another, or backend 'auto'")
     make: Callable[..., Prepared] = prepare
@@ -166,6 +168,7 @@ def block_sparse_attention(
         precision=precision,
         scale=scale,
         block_k=index.block_k,
+        key_starts=index.key_starts,
         query_order=query_order,
         key_order=key_order,
         key_mask=key_mask,
@@ -183,6 +186,8 @@ def block_sparse_attention(
     if backend == "reference":
         output, lse = reference.attention(prepared, index, scale)
         output = output.to(query.dtype)
+    elif index.varies:
+        output, lse = by_row.attention(prepared, index, scale)
     else:
         output, lse = gather.attention(prepared, index, scale, return_lse)
     output = _restored(output, query_order)
@@ -203,13 +208,15 @@ def _restored(tokens: Tensor, order: Tensor | None) -> Tensor:
     return tokens.flatten(1, 2).index_select(1, place).unflatten(1, (seq, heads))
 
 
-def _check_backend(backend: str, query: Tensor, return_lse: bool, remainder: bool) -> None:
+def _check_backend(backend: str, query: Tensor, index: BlockIndex, return_lse: bool, remainder: bool) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "flex" and return_lse:
         raise ValueError("backend 'flex' cannot return the log-sum-exp; use 'torch', 'triton' or 'auto'")
     if backend == "flex" and remainder:
         raise ValueError("backend 'flex' has no remainder; use 'torch', 'triton' or 'auto'")
+    if backend == "flex" and index.varies:
+        raise ValueError("backend 'flex' has equal blocks only; use 'torch', 'triton' or 'auto'")
     if backend in ("flex", "triton") and query.dtype == torch.float64:
         raise ValueError(f"backend {backend!r} has no float64; use 'reference', 'torch' or 'auto'")
     if backend == "triton":
@@ -285,3 +292,18 @@ def _check_orders(
             )
         if order.device != query.device:
             raise ValueError(f"{name} must be on {query.device} like query, got {order.device}")
+
+
+def _check_remainder(query: Tensor, remainder: bool | Tensor) -> None:
+    if isinstance(remainder, bool):
+        return
+    heads = query.shape[2]
+    if not isinstance(remainder, Tensor) or remainder.dtype != torch.bool or remainder.shape != (heads,):
+        got = (
+            f"{remainder.dtype} {tuple(remainder.shape)}"
+            if isinstance(remainder, Tensor)
+            else repr(remainder)
+        )
+        raise ValueError(f"remainder must be True, False or bool [{heads}], one per head, got {got}")
+    if remainder.device != query.device:
+        raise ValueError(f"remainder must be on {query.device} like query, got {remainder.device}")

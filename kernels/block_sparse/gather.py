@@ -18,6 +18,8 @@ CHUNK_SCORES = 1 << 19
 def attention(prepared: Prepared, index: BlockIndex, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
     """Rows with lists of one length run together, so that no list is padded; native precision.
 
+    With a remainder the mean keys and values of a head follow its blocks as further blocks, which every row reads.
+
     Memory beyond copies of the inputs: CHUNK_SCORES scores (at least one row) and the keys and values they
     belong to. Without `return_lse` the second result is left unset. Both are in the order of the prepared
     queries, `[batch, heads, seq_q, dim]` and `[batch, heads, seq_q]`.
@@ -28,7 +30,13 @@ def attention(prepared: Prepared, index: BlockIndex, scale: float, return_lse: b
     valid = prepared.valid
     if valid is not None:
         valid = F.pad(valid, (0, -index.seq_k % block_k)).expand(batch, heads, -1).reshape(-1, cols, block_k)
-    means = prepared.means
+    mean_bias, mean_blocks = None, 0
+    if (means := prepared.means) is not None:
+        mean_blocks = -(-cols // block_k)
+        keys = torch.cat([keys, _blocks(means.key, block_k)])
+        values = torch.cat([values, _blocks(means.value, block_k)])
+        bias = F.pad(means.bias, (0, -cols % block_k), value=-torch.inf) * math.log(2)
+        mean_bias = bias.to(keys.dtype).expand(batch, heads, -1).reshape(batch * heads, -1)
 
     counts = index.counts.expand(batch, -1, -1).flatten().long()
     offsets = index.offsets.expand(batch, -1, -1).flatten()
@@ -46,31 +54,39 @@ def attention(prepared: Prepared, index: BlockIndex, scale: float, return_lse: b
     groups = torch.stack(lengths.unique_consecutive(return_counts=True), dim=1)
     for length, size in groups.tolist():
         start, stop = stop, stop + size
-        count = -(-length // block_k)
-        steps = torch.arange(count, device=queries.device)
-        step = max(1, CHUNK_SCORES // max(1, length * block_q))
+        listed = -(-length // block_k)
+        width = (listed + mean_blocks) * block_k
+        steps = torch.arange(listed, device=queries.device)
+        step = max(1, CHUNK_SCORES // max(1, width * block_q))
         for begin in range(start, stop, step):
             chunk = slice(begin, min(begin + step, stop))
-            owner = order[chunk, None] // rows
-            kept = index.indices[offsets[chunk, None] + steps]
-            picked = (owner * cols + kept).flatten()
-            shape = (len(owner), count * block_k, dim)
-            k = keys.index_select(0, picked).view(shape)
-            v = values.index_select(0, picked).view(shape)
-            bias = None
-            if valid is not None:
-                bias = _closed(valid[owner, kept].view(shape[:2]), k.dtype)
-            if means is not None:
-                k, v, bias = _with_means(prepared, owner[:, 0], kept, k, v, bias)
-            scores = _scores(queries[chunk], k, scale, bias)
+            owner = order[chunk] // rows
+            kept = index.indices[offsets[chunk, None] + steps].long()
+            picked = owner[:, None] * cols + kept
+            if mean_bias is not None:
+                first = batch * heads * cols + owner * mean_blocks
+                picked = torch.cat(
+                    [picked, first[:, None] + torch.arange(mean_blocks, device=owner.device)], 1
+                )
+            k, v = (x.index_select(0, picked.flatten()).view(len(owner), width, dim) for x in (keys, values))
+            scores = _scores(queries[chunk], k, scale)
             # Masked, not cut off: an odd number of columns would slow the matmuls down by half.
-            scores[..., length : count * block_k] = -torch.inf
+            scores[..., length : listed * block_k] = -torch.inf
+            dead = torch.tensor(length == 0, device=owner.device)
+            if valid is not None:
+                closed = ~valid[owner[:, None], kept].flatten(1)
+                scores[..., : listed * block_k].masked_fill_(closed[:, None], -torch.inf)
+                dead = closed.all(-1)
+            if mean_bias is not None:
+                rest = mean_bias[owner].scatter_(1, kept, -torch.inf)
+                scores[..., listed * block_k :] += rest[:, None]
+                dead = dead & (rest == -torch.inf).all(-1)
             if return_lse:
                 lse[chunk] = scores.float().logsumexp(-1)
             weights = scores.softmax(-1)
-            if bias is not None:
-                # Without any valid key a row is NaN here; all queries of a block share the bias.
-                weights = weights.masked_fill((bias == -torch.inf).all(-1)[:, None, None], 0)
+            if dead.any():
+                # Without any key a row is NaN here; all queries of a block share their keys.
+                weights = weights.masked_fill(dead.expand(len(owner))[:, None, None], 0)
             output[chunk] = weights @ v
 
     inverse = order.argsort()
@@ -85,28 +101,6 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return x.reshape(-1, block, x.shape[-1])
 
 
-def _closed(open_keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where True and -inf where False."""
-    return torch.zeros_like(open_keys, dtype=dtype).masked_fill_(~open_keys, -torch.inf)
-
-
-def _with_means(
-    prepared: Prepared, owner: Tensor, kept: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Append the stand-ins of all blocks, closed for the blocks kept; owner numbers (batch, head) pairs."""
-    means = prepared.means
-    if means is None:
-        raise ValueError("prepared has no means; prepare it with remainder=True")
-    batch, heads, cols, dim = means.key.shape
-    rest = means.bias.expand(batch, heads, cols).reshape(-1, cols)[owner].to(key.dtype) * math.log(2)
-    rest = rest.scatter(1, kept.long(), -torch.inf)
-    if bias is None:
-        bias = key.new_zeros(key.shape[:2])
-    mean_key, mean_value = (x.reshape(-1, cols, dim)[owner] for x in (means.key, means.value))
-    return torch.cat([key, mean_key], 1), torch.cat([value, mean_value], 1), torch.cat([bias, rest], 1)
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """scale * q k^T + bias [n, keys]; scale and bias cost no pass of their own."""
-    start = q.new_zeros(1, 1, 1) if bias is None else bias[:, None]
-    return torch.baddbmm(start, q, k.transpose(1, 2), beta=bias is not None, alpha=scale)
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale * q k^T [n, queries, keys]; the scale costs no pass of its own."""
+    return torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)

@@ -21,11 +21,11 @@ def attention(prepared: Prepared, index: BlockIndex, scale: float) -> tuple[Tens
     dtype = torch.promote_types(prepared.query.dtype, torch.float32) if native else torch.float32
     output = torch.empty(batch, heads, seq_q, dim, dtype=dtype, device=prepared.query.device)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=prepared.query.device)
-    blocks = index.to_mask()
+    blocks, rows, cols = index.to_mask(), index.query_blocks(), index.key_blocks()
     for b in range(batch):
         for h in range(heads):
-            kept = blocks[b % index.batch, h].repeat_interleave(index.block_q, 0)[:seq_q]
-            logits, values = _logits(prepared, index, scale, kept, b, h, dtype)
+            kept = blocks[b % index.batch, h][_of(rows, b, h)]
+            logits, values = _logits(prepared, scale, kept, _of(cols, b, h), b, h, dtype)
             largest = logits.amax(-1, keepdim=True)
             weights = torch.exp2(logits - largest.masked_fill(largest == -torch.inf, 0))
             if prepared.value_scale is not None:
@@ -40,25 +40,32 @@ def attention(prepared: Prepared, index: BlockIndex, scale: float) -> tuple[Tens
     return output, lse
 
 
+def _of(x: Tensor, b: int, h: int) -> Tensor:
+    """One head of `[batch or 1, heads or 1, ...]`."""
+    return x[b % x.shape[0], h % x.shape[1]]
+
+
 def _logits(
-    p: Prepared, index: BlockIndex, scale: float, kept: Tensor, b: int, h: int, dtype: torch.dtype
+    p: Prepared, scale: float, kept: Tensor, block: Tensor, b: int, h: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Base-2 logits of one head, `[seq_q, seq_k (+ cols)]`, -inf where nothing is read, and the values."""
+    """Base-2 logits of one head, `[seq_q, seq_k (+ cols)]`, -inf where nothing is read, and the values.
+
+    kept: bool `[seq_q, cols]`; block: of every key, `[seq_k]`.
+    """
     q, k, v = (x[b, h].to(dtype) for x in (p.query, p.key, p.value))
     scores = q @ k.T
     row_scale: float | Tensor = scale * LOG2E
     if p.query_scale is not None and p.key_scale is not None:
         row_scale = p.query_scale[b, h, :, None]
         scores = scores * p.key_scale[b, h].repeat_interleave(p.group)[: len(k)]
-    mask = kept.repeat_interleave(index.block_k, 1)[:, : index.seq_k]
+    mask = kept[:, block]
     if p.valid is not None:
-        mask = mask & p.valid[b, h % p.valid.shape[1]]
+        mask = mask & _of(p.valid, b, h)
     logits = (scores * row_scale).masked_fill_(~mask, -torch.inf)
     if p.means is None:
         return logits, v
     scores = q @ p.means.key[b, h].to(dtype).T
     if p.means.key_scale is not None:
         scores = scores * p.means.key_scale[b, h]
-    bias = p.means.bias[b % p.means.bias.shape[0], h % p.means.bias.shape[1]]
-    rest = (scores * row_scale + bias).masked_fill_(kept, -torch.inf)
+    rest = (scores * row_scale + _of(p.means.bias, b, h)).masked_fill_(kept, -torch.inf)
     return torch.cat([logits, rest], dim=1), torch.cat([v, p.means.value[b, h].to(dtype)])

@@ -20,6 +20,8 @@ CANDIDATES = (
     Candidate("stripes", 0.25, (("sinks", 2),)),
     Candidate("pooled", 0.3),
     Candidate("pooled", 0.5, (("order", "frame"), ("top_p", 0.8))),
+    Candidate("bands", 0.2, (("order", "space"),), remainder=True),
+    Candidate("skip", 0.0, remainder=True),
 )
 GRIDS = [
     pytest.param(TokenGrid(5, 7, 9), id="5x7x9"),
@@ -97,7 +99,7 @@ def test_low_precision_errs_no_more_than_eager_does(row: list[int], dtype: torch
 def test_one_head_one_sample() -> None:
     grid = TokenGrid(2, 3, 5)
     query, key, value = inputs(grid, heads=1, batch=1)
-    for number in range(len(CANDIDATES)):
+    for number in range(8):
         output, _ = attend(query, key, value, grid, CANDIDATES, [number], block=BLOCK)
         expected = sdpa(query, key, value, row_mask(query, key, grid, [number]))
         torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
@@ -113,6 +115,23 @@ def test_scale_reaches_the_scores_and_the_selection() -> None:
     assert density < attend(query, key, value, grid, candidates, [0], block=BLOCK)[1]
     expected = sdpa(query, key, value, chosen.mask(), scale=3.0)
     torch.testing.assert_close(output, expected, rtol=0, atol=256 * torch.finfo(torch.float64).eps)
+
+
+@pytest.mark.parametrize("row", [[8, 9, 0], [2, 9, 8], [9, 9, 9], [6, 8, 1]], ids=str)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_head_has_its_own_remainder(grid: TokenGrid, row: list[int]) -> None:
+    query, key, value = inputs(grid)
+    output, _ = attend(query, key, value, grid, CANDIDATES, row, block=BLOCK)
+    for head, number in enumerate(row):
+        one = [x[:, :, head : head + 1] for x in (query, key, value)]
+        alone, _ = attend(*one, grid, CANDIDATES, [number], block=BLOCK)
+        torch.testing.assert_close(
+            output[:, :, head : head + 1], alone, rtol=0, atol=64 * torch.finfo(torch.float64).eps
+        )
+        masked = sdpa(*one, row_mask(*one[:2], grid, [number]))
+        differs = bool((alone - masked).abs().max() > 1e-3)
+        # A single block that a row reads whole leaves nothing out.
+        assert differs == CANDIDATES[number].remainder
 
 
 def test_head_layout_of_the_inputs_does_not_matter() -> None:
@@ -152,8 +171,8 @@ def test_cache_never_holds_a_dynamic_choice() -> None:
     ("row", "message"),
     [
         ([0, 1], "row: expected 1 or 3 candidate numbers, one for each head, got 2"),
-        ([0, 1, 8], r"row: expected candidate numbers from 0 to 7, got \[0, 1, 8\]"),
-        ([-1], r"row: expected candidate numbers from 0 to 7, got \[-1\]"),
+        ([0, 1, 10], r"row: expected candidate numbers from 0 to 9, got \[0, 1, 10\]"),
+        ([-1], r"row: expected candidate numbers from 0 to 9, got \[-1\]"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(row: list[int], message: str) -> None:

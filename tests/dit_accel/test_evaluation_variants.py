@@ -36,6 +36,13 @@ def test_presets_by_name(name, family, density, options):
     assert (candidate.family, candidate.density, dict(candidate.options)) == (family, density, options)
 
 
+@pytest.mark.parametrize(("text", "remainder"), [("", False), (":remainder=true", True), (":remainder=False", False)])
+def test_presets_with_a_remainder(text, remainder):
+    (candidate,) = parse_variant(f"preset:skip{text}").plan.candidates
+    assert candidate.remainder is remainder
+    assert candidate.options == ()
+
+
 def test_a_plan_by_directory(tmp_path):
     AccelPlan.preset("window", density=0.2).save_pretrained(tmp_path / "plan")
     variant = parse_variant(f"plan:{tmp_path / 'plan'}")

@@ -19,7 +19,7 @@ CANDIDATES = (
     Candidate("dense", 1.0),
     Candidate("skip", 0.0),
     Candidate("window", 0.3, (("aspect", 1.5),)),
-    Candidate("bands", 0.25, (("order", "space"),)),
+    Candidate("bands", 0.25, (("order", "space"),), remainder=True),
 )
 
 
@@ -81,7 +81,7 @@ def test_saving_again_replaces_the_plan_and_nothing_else(tmp_path: Path) -> None
 def test_config_is_plain_json_with_versions(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
-    assert config["format_version"] == 1
+    assert config["format_version"] == 2
     assert config["library_versions"]["torch"] == torch.__version__
     assert set(config["library_versions"]) == {"dit-accel", "torch", "diffusers"}
     assert config["candidates"][3] == {
@@ -89,6 +89,7 @@ def test_config_is_plain_json_with_versions(tmp_path: Path) -> None:
         "density": 0.25,
         "options": {"order": "space"},
         "precision": "native",
+        "remainder": True,
     }
 
 
@@ -102,7 +103,7 @@ def change(directory: Path, **fields) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 2}, "format_version: expected at most 1, got 2; upgrade dit-accel to read it"),
+        ({"format_version": 3}, "format_version: expected at most 2, got 3; upgrade dit-accel to read it"),
         ({"format_version": "1"}, "format_version: expected a positive integer, got '1'"),
         ({"format_version": "REMOVED"}, "format_version: expected a positive integer, got None"),
         ({"block": "REMOVED"}, "block: expected int, got no such field"),
@@ -124,20 +125,50 @@ def change(directory: Path, **fields) -> None:
         ({"candidates": []}, "candidates: expected at least one, got none"),
         ({"candidates": [7]}, r"candidates\[0\]: expected a valid entry, got 7"),
         (
-            {"candidates": [{"family": "radial", "density": 0.3, "options": {}, "precision": "native"}]},
+            {
+                "candidates": [
+                    {
+                        "family": "radial",
+                        "density": 0.3,
+                        "options": {},
+                        "precision": "native",
+                        "remainder": False,
+                    }
+                ]
+            },
             r"candidates\[0\]: .*unknown family 'radial'; known: dense",
         ),
         (
-            {"candidates": [{"family": "window", "density": "x", "options": {}, "precision": "native"}]},
+            {
+                "candidates": [
+                    {
+                        "family": "window",
+                        "density": "x",
+                        "options": {},
+                        "precision": "native",
+                        "remainder": False,
+                    }
+                ]
+            },
             r"candidates\[0\]: .*density: expected a number from 0 to 1, got 'x'",
         ),
         (
-            {"candidates": [{"family": "window", "density": 0.3, "options": {}, "precision": "int4"}]},
+            {
+                "candidates": [
+                    {
+                        "family": "window",
+                        "density": 0.3,
+                        "options": {},
+                        "precision": "int4",
+                        "remainder": False,
+                    }
+                ]
+            },
             r"candidates\[0\]: .*precision: expected 'native', got 'int4'",
         ),
         (
             {"candidates": [{"family": "window", "density": 0.3, "options": {}}]},
-            r"candidates\[0\]: .*expected the keys \['density', 'family', 'options', 'precision'\]",
+            r"candidates\[0\]: .*expected the keys \['density', 'family', 'options', 'precision', 'remainder'\]",
         ),
         ({"tensors_sha256": "REMOVED"}, "tensors_sha256: expected str, got no such field"),
     ],
@@ -156,7 +187,17 @@ def test_bad_fields_are_named(fields: dict, message: str, tmp_path: Path) -> Non
         ({"range_starts": [0.0]}, r"choice: expected 1 along axis 0 for range_starts, got int16 \(2, 2, 3\)"),
         ({"layers": ["only.one"]}, r"choice: expected 1 along axis 1 for layers, got int16 \(2, 2, 3\)"),
         (
-            {"candidates": [{"family": "dense", "density": 1.0, "options": {}, "precision": "native"}]},
+            {
+                "candidates": [
+                    {
+                        "family": "dense",
+                        "density": 1.0,
+                        "options": {},
+                        "precision": "native",
+                        "remainder": False,
+                    }
+                ]
+            },
             "choice: expected numbers from 0 to 0, got 0 to 3",
         ),
     ],
@@ -311,6 +352,7 @@ def test_config_hash_is_of_the_architecture_alone(tmp_path: Path) -> None:
         (Candidate("window", 0.3), "window@0.30"),
         (Candidate("dense", 1.0), "dense@1.00"),
         (Candidate("bands", 0.25, (("order", "space"),)), "bands@0.25 order=space"),
+        (Candidate("bands", 0.25, (("order", "space"),), remainder=True), "bands@0.25 order=space remainder"),
     ],
 )
 def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
@@ -326,6 +368,8 @@ def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
         ({"name": "dense", "density": 0.3}, "family 'dense' has density 1.0 only, got 0.3"),
         ({"name": "bands", "density": 0.3, "width": 3}, "family 'bands' has no option 'width'"),
         ({"name": "bands", "density": 0.3, "precision": "fp8"}, "precision: expected 'native', got 'fp8'"),
+        ({"name": "bands", "density": 0.3, "remainder": 1}, "remainder: expected true or false, got 1"),
+        ({"name": "dense", "remainder": True}, "expected false, since family 'dense' leaves nothing out"),
         ({"name": "bands", "density": 0.3, "block": 0}, "block: expected a positive integer, got 0"),
     ],
 )

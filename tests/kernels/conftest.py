@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Problem:
     key_mask: Tensor | None
     query_order: Tensor | None = None
     key_order: Tensor | None = None
-    remainder: bool = False
+    remainder: bool | Tensor = False
 
     @property
     def mask(self) -> Tensor:
@@ -50,25 +51,45 @@ class Problem:
         """q, k, v [batch, heads, seq, dim] and an additive bias; a remainder adds mean keys and values."""
         q, k, v = (x.to(dtype).transpose(1, 2) for x in (self.query, self.key, self.value))
         bias = torch.zeros(self.mask.shape, dtype=dtype).masked_fill_(~self.mask, -torch.inf)
-        if not self.remainder:
+        if self.remainder is False:
             return q, k, v, bias
         batch, heads, seq_k, _ = k.shape
         cols, block = self.index.cols, self.index.block_k
         order = torch.arange(seq_k)[None] if self.key_order is None else self.key_order
         member = torch.zeros(batch, heads, cols, seq_k, dtype=torch.float64)
-        for head in range(heads):
-            for place, token in enumerate(order[head % len(order)].tolist()):
-                member[:, head, place // block, token] = 1
+        edges = torch.arange(cols + 1).mul(block).clamp(max=seq_k)[None, None]
+        if self.index.key_starts is not None:
+            edges = self.index.key_starts
+        for b, head, col in itertools.product(range(batch), range(heads), range(cols)):
+            first, end = edges[b % len(edges), head % edges.shape[1], col : col + 2].tolist()
+            member[b, head, col, order[head % len(order), first:end]] = 1
         if self.key_mask is not None:
             member *= self.key_mask[:, None, None]
         sizes = member.sum(-1)
         member /= sizes.clamp(min=1)[..., None]
         k, v = (torch.cat([x, (member @ x.double()).to(dtype)], dim=2) for x in (k, v))
-        left_out = ~self.index.to_mask().expand(batch, -1, -1, -1).repeat_interleave(self.index.block_q, 2)
-        left_out = left_out[:, :, : self.index.seq_q]
+        left_out = ~self.index.to_mask().expand(batch, -1, -1, -1)
+        lengths = torch.full((1, 1, self.index.rows), self.index.block_q)
+        if self.index.query_starts is not None:
+            lengths = self.index.query_starts.diff()
+        left_out = torch.stack(
+            [
+                torch.stack(
+                    [
+                        left_out[b, h].repeat_interleave(lengths[b % len(lengths), h % lengths.shape[1]], 0)[
+                            : self.index.seq_q
+                        ]
+                        for h in range(heads)
+                    ]
+                )
+                for b in range(batch)
+            ]
+        )
         if self.query_order is not None:
             rows = self.query_order.expand(heads, -1)[None, :, :, None].expand_as(left_out)
             left_out = torch.zeros_like(left_out).scatter_(2, rows, left_out)
+        if self.remainder is not True:
+            left_out = left_out & self.remainder[:, None, None]
         rest = sizes.log()[:, :, None].expand(left_out.shape).masked_fill(~left_out, -torch.inf)
         return q, k, v, torch.cat([bias, rest.to(dtype)], dim=3)
 
@@ -119,6 +140,20 @@ class Problem:
         assert (lse[alive] - expected[alive]).abs().max() <= max(band, 1e-6)
 
 
+def _random_starts(batch: int, heads: int, seq: int, blocks: int) -> Tensor:
+    """int32 [batch, heads, blocks + 1]; some blocks are empty."""
+    inner = torch.randint(seq + 1, (batch, heads, blocks - 1), dtype=torch.int32).sort(-1).values
+    inner[..., 1::5] = inner[..., ::5][..., : inner[..., 1::5].shape[-1]]
+    ends = [inner.new_full((batch, heads, 1), n) for n in (0, seq)]
+    return torch.cat([ends[0], inner, ends[1]], -1)
+
+
+@pytest.fixture(scope="session")
+def random_starts() -> Callable[[int, int, int, int], Tensor]:
+    """`random_starts(batch, heads, seq, blocks)`: where blocks of varying length begin; some are empty."""
+    return _random_starts
+
+
 @pytest.fixture
 def problem() -> Callable[..., Problem]:
     """Builder of attention problems from a seed; keys of batch element 0 are half masked by `masked`."""
@@ -140,7 +175,8 @@ def problem() -> Callable[..., Problem]:
         dead_rows: bool = False,
         blocks: Tensor | None = None,
         orders: int = 0,
-        remainder: bool = False,
+        cuts: tuple[int, int] | None = None,
+        remainder: bool | list[bool] = False,
     ) -> Problem:
         torch.manual_seed(0)
         q, k, v = (torch.randn(batch, n, heads, dim, dtype=dtype) for n in (seq_q, seq_k, seq_k))
@@ -148,8 +184,13 @@ def problem() -> Callable[..., Problem]:
             q = q.transpose(1, 2).contiguous().transpose(1, 2)
             k = torch.stack([k, k], -1)[..., 0]
             v = torch.cat([v, v], 1)[:, :seq_k]
+        starts: list[Tensor | None] = [None, None]
+        rows, cols = -(-seq_q // block_q), -(-seq_k // block_k)
+        if cuts is not None:  # so many blocks of random lengths, empty ones too, different for every head
+            rows, cols = cuts
+            starts = [_random_starts(index_batch, heads, n, c) for n, c in ((seq_q, rows), (seq_k, cols))]
         if blocks is None:
-            shape = (index_batch, heads, -(-seq_q // block_q), -(-seq_k // block_k))
+            shape = (index_batch, heads, rows, cols)
             blocks = torch.rand(shape) < density
         if dead_rows:
             blocks[0, 0, ::2] = False
@@ -157,12 +198,14 @@ def problem() -> Callable[..., Problem]:
         if masked:
             key_mask = torch.rand(batch, seq_k) < 0.5
             key_mask[0, : seq_k // 2] = False
-        index = BlockIndex.from_mask(blocks, block_q, block_k, seq_q, seq_k)
+        index = BlockIndex.from_mask(blocks, block_q, block_k, seq_q, seq_k, *starts)
         query_order = key_order = None
         if orders:  # as many different orders of queries and of keys: one, or one per head
             query_order, key_order = (
                 torch.stack([torch.randperm(n) for _ in range(orders)]) for n in (seq_q, seq_k)
             )
+        if isinstance(remainder, list):
+            remainder = torch.tensor(remainder)
         return Problem(q, k, v, index, key_mask, query_order, key_order, remainder)
 
     return build

@@ -66,6 +66,53 @@ def test_merge_heads_puts_every_head_in_its_place():
         assert torch.equal(merged.to_mask()[:, members], part.to_mask().expand(2, -1, -1, -1))
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 11), st.integers(0, 1000))
+def test_blocks_of_varying_length(random_starts, batch, heads, rows, cols, seed):
+    torch.manual_seed(seed)
+    seq_q, seq_k = 70, 90
+    starts = [random_starts(batch, n, s, c) for n, s, c in ((heads, seq_q, rows), (1, seq_k, cols))]
+    mask = torch.rand(batch, heads, rows, cols) < 0.5
+    index = BlockIndex.from_mask(mask, 16, 16, seq_q, seq_k, *starts)
+    assert torch.equal(index.to_mask(), mask)
+    tokens = index.token_mask()
+    for b, h in torch.cartesian_prod(torch.arange(batch), torch.arange(heads)).view(-1, 2).tolist():
+        lengths = starts[0][b, h].diff(), starts[1][b, 0].diff()
+        expected = mask[b, h].repeat_interleave(lengths[0], 0).repeat_interleave(lengths[1], 1)
+        assert torch.equal(tokens[b, h], expected)
+    assert index.density == tokens.double().mean().item()
+
+
+def test_merge_heads_joins_equal_and_varying_blocks(random_starts):
+    torch.manual_seed(0)
+    equal = BlockIndex.from_mask(random_mask(1, 1, 2, 333, 517, 64, 64), 64, 64, 333, 517)
+    starts = random_starts(2, 3, 333, 4), random_starts(2, 3, 517, 20)
+    varying = BlockIndex.from_mask(torch.rand(2, 3, 4, 20) < 0.5, 64, 64, 333, 517, *starts)
+    ids = [torch.tensor([4, 1]), torch.tensor([3, 0, 2])]
+    merged = BlockIndex.merge_heads(list(zip([equal, varying], ids, strict=True)), heads=5)
+    assert (merged.rows, merged.cols) == (6, 20)
+    for part, members in zip([equal, varying], ids, strict=True):
+        expected = part.token_mask().expand(2, -1, -1, -1)
+        assert torch.equal(merged.token_mask()[:, members], expected)
+    assert merged.density == merged.token_mask().double().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        pytest.param(torch.zeros(1, 1, 3), r"key_starts must be int32 \[batch or 1.*float32", id="dtype"),
+        pytest.param(torch.zeros(1, 3, 3, dtype=torch.int32), r"got torch.int32 \(1, 3, 3\)", id="heads"),
+        pytest.param(torch.zeros(1, 1, 1, dtype=torch.int32), r"got torch.int32 \(1, 1, 1\)", id="none"),
+        pytest.param(
+            torch.zeros(1, 1, 3, dtype=torch.int32, device="meta"), "on cpu like counts", id="device"
+        ),
+    ],
+)
+def test_starts_are_checked(starts, message):
+    with pytest.raises(ValueError, match=message):
+        BlockIndex(**(vars(BlockIndex.dense(1, 2, 64, 64, 100, 100)) | {"key_starts": starts}))
+
+
 def test_to_moves_all_lists():
     index = BlockIndex.dense(1, 1, 64, 64, 100, 100).to("meta")
     assert {index.counts.device.type, index.offsets.device.type, index.indices.device.type} == {"meta"}

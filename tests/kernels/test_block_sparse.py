@@ -28,7 +28,16 @@ SHAPES = [
     pytest.param({"dim": 32, "orders": 2, "masked": True, "index_batch": 2}, id="order-per-head-masked"),
     pytest.param({"dim": 32, "remainder": True, "dead_rows": True}, id="remainder-dead"),
     pytest.param(
+        {"dim": 32, "heads": 3, "remainder": [True, False, True], "dead_rows": True, "masked": True},
+        id="remainder-of-some",
+    ),
+    pytest.param(
         {"dim": 72, "remainder": True, "masked": True, "orders": 2, "block_k": 40}, id="remainder-all"
+    ),
+    pytest.param({"dim": 32, "cuts": (7, 12), "index_batch": 2, "dead_rows": True}, id="varying"),
+    pytest.param(
+        {"dim": 32, "cuts": (3, 19), "masked": True, "orders": 2, "remainder": [True, False]},
+        id="varying-all",
     ),
 ]
 
@@ -157,7 +166,31 @@ def test_resolve_backend():
             "precision 'int8': backend 'torch' computes in the inputs' dtype only; use another",
             id="precision-backend",
         ),
+        pytest.param(
+            {
+                "backend": "flex",
+                "index": BlockIndex(
+                    **vars(BlockIndex.dense(1, 2, 64, 64, 333, 517))
+                    | {"key_starts": torch.tensor([[[0, 1, 517]]], dtype=torch.int32)}
+                ),
+            },
+            "'flex' has equal blocks only",
+            id="varying",
+        ),
         pytest.param({"backend": "flex", "remainder": True}, "'flex' has no remainder", id="remainder"),
+        pytest.param(
+            {"remainder": torch.ones(3, dtype=torch.bool)},
+            r"remainder must be True, False or bool \[2\], one per head, got torch.bool \(3,\)",
+            id="remainder-heads",
+        ),
+        pytest.param(
+            {"remainder": 1}, r"remainder must be True, False or bool \[2\].* got 1", id="remainder-int"
+        ),
+        pytest.param(
+            {"remainder": torch.ones(2, dtype=torch.bool, device="meta")},
+            "remainder must be on cpu",
+            id="remainder-on",
+        ),
         pytest.param(
             {"query_order": torch.zeros(3, 333, dtype=torch.int64)},
             r"query_order must be int64 \[1 or 2, 333\], got torch.int64 \(3, 333\)",
@@ -179,8 +212,11 @@ def test_resolve_backend():
     ],
 )
 def test_options_are_checked(problem, options, message):
+    case = problem()
+    index = options.get("index", case.index)
+    given = {name: value for name, value in options.items() if name != "index"}
     with pytest.raises(ValueError, match=message):
-        block_sparse_attention(*problem().arguments, **options)
+        block_sparse_attention(*case.arguments[:3], index, **given)
 
 
 @pytest.mark.parametrize(
