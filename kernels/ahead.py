@@ -41,6 +41,7 @@ class Configuration:
     masked: bool = False
     ordered: bool = False
     remainder: bool = False
+    varying: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,17 @@ def compile_attention(configuration: Configuration, architecture: str) -> Compil
     quantised = c.precision != "native"
     sizes = {"fp32": 4, "i8": 1, "fp8e4nv": 1}
     options = triton_kernel.launch_options(
-        c.dim, c.block_q, c.block_k, sizes.get(eight_k, 2), sizes.get(eight_v, 2), SHARED_LIMITS[architecture]
+        c.dim,
+        c.block_q,
+        c.block_k,
+        sizes.get(eight_k, 2),
+        sizes.get(eight_v, 2),
+        SHARED_LIMITS[architecture],
+        c.varying,
     )
     build = {"enable_fp_fusion": True, **{name: options.pop(name) for name in ("num_warps", "num_stages")}}
     constants = {
         "DIM": c.dim,
-        "BLOCK_Q": c.block_q,
         "BLOCK_K": c.block_k,
         "GROUP": key_group(c.block_k),
         "HAS_VALID": c.masked,
@@ -86,6 +92,7 @@ def compile_attention(configuration: Configuration, architecture: str) -> Compil
         "SHIFTED": quantised,
         "ORDERED": c.ordered,
         "REMAINDER": c.remainder,
+        "VARYING": c.varying,
         **options,
         **dict.fromkeys(("stride_qd", "stride_kd", "stride_od"), 1),
         **dict.fromkeys(
@@ -97,7 +104,7 @@ def compile_attention(configuration: Configuration, architecture: str) -> Compil
         **dict.fromkeys(("q", "k", "mean_k"), f"*{eight_k}"),
         **dict.fromkeys(("v", "mean_v"), f"*{eight_v}"),
         **dict.fromkeys(floats, "*fp32"),
-        **dict.fromkeys(("read", "launch_order", "counts", "indices"), "*i32"),
+        **dict.fromkeys(("read", "programs", "counts", "indices", "full", "part_counts", "parts"), "*i32"),
         **dict.fromkeys(("query_order", "offsets"), "*i64"),
         "out": f"*{c.dtype}",
         "valid": "*i1",

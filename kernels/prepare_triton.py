@@ -35,12 +35,13 @@ def _token_rows(order, p_order, o_t, m_t, ORDERED: tl.constexpr):
     return o_row
 
 
-@triton.jit(do_not_specialize=["seq", "cols", "stride_order"])
+@triton.jit(do_not_specialize=["seq", "cols", "stride_order", "starts_b", "starts_h"])
 def _pool(
     k,  # [batch, seq, heads, dim]
     v,  # [batch, seq, heads, dim]
     order,  # int64 [heads or 1, seq], read with ORDERED
     mask,  # bool [batch, seq], read with MASKED
+    starts,  # int32 [batch or 1, heads or 1, cols + 1], read with VARYING
     mean_k,  # float32 [batch, heads, cols, dim]
     mean_v,  # float32 [batch, heads, cols, dim]
     largest_v,  # float32 [batch, heads, cols, dim], absmax of all tokens
@@ -49,6 +50,8 @@ def _pool(
     seq,
     cols,
     stride_order,
+    starts_b,  # starts of a batch element and of a head, 0 where shared
+    starts_h,
     stride_kb,
     stride_ks,
     stride_kh,
@@ -63,6 +66,7 @@ def _pool(
     TILE: tl.constexpr,
     ORDERED: tl.constexpr,
     MASKED: tl.constexpr,
+    VARYING: tl.constexpr,
 ):
     """One program: one block of one head of one batch element."""
     col = tl.program_id(0)
@@ -74,9 +78,16 @@ def _pool(
     b_v_sum = tl.zeros([TILE_D], tl.float32)
     b_largest = tl.zeros([TILE_D], tl.float32)
     count = 0.0
-    for first in range(0, BLOCK, TILE):
-        o_t = col * BLOCK + first + tl.arange(0, TILE)
-        m_t = o_t < tl.minimum(seq, (col + 1) * BLOCK)
+    if VARYING:
+        p_start = starts + (batch * starts_b + head * starts_h) * (cols + 1) + col
+        begin = tl.load(p_start)
+        end = tl.load(p_start + 1)
+    else:
+        begin = col * BLOCK
+        end = tl.minimum(seq, begin + BLOCK)
+    for first in range(begin, end, TILE):
+        o_t = first + tl.arange(0, TILE)
+        m_t = o_t < end
         o_row = _token_rows(order, head * stride_order, o_t, m_t, ORDERED)
         m_tile = m_t[:, None] & m_d[None, :]
         p_k = k + batch * stride_kb + head * stride_kh + o_row[:, None] * stride_ks + o_d[None, :] * stride_kd
@@ -115,7 +126,7 @@ def _quantise_keys(
     order,
     mean,  # float32 [batch, heads, dim]
     out,  # [batch, heads, seq, dim]
-    scales,  # float32 [batch, heads, groups]
+    scales,  # float32 [batch, heads, groups], or [batch, heads, seq] with PER_TOKEN
     heads,
     seq,
     groups,
@@ -129,11 +140,12 @@ def _quantise_keys(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     ORDERED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     INT8: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
-    """One program: the keys of one group, less the mean, on one scale."""
+    """One program: the keys of one group, less the mean, on one scale, or on one each."""
     group = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -148,10 +160,15 @@ def _quantise_keys(
     b_k = tl.load(p_k, mask=m_tile, other=0.0).to(tl.float32)
     b_mean = tl.load(mean + o_head * DIM + o_d, mask=m_d, other=0.0)
     b_k = tl.where(m_tile, b_k - b_mean[None, :], 0.0)
-    scale = tl.maximum(tl.max(tl.abs(b_k)) / LARGEST, SMALLEST)
     p_out = out + (o_head * seq + o_t.to(tl.int64))[:, None] * DIM + o_d[None, :]
-    tl.store(p_out, _to_format(b_k, scale, INT8), mask=m_tile)
-    tl.store(scales + o_head * groups + group, scale)
+    if PER_TOKEN:
+        b_scale = tl.maximum(tl.max(tl.abs(b_k), 1) / LARGEST, SMALLEST)
+        tl.store(p_out, _to_format(b_k, b_scale[:, None], INT8), mask=m_tile)
+        tl.store(scales + o_head * seq + o_t, b_scale, mask=m_t)
+    else:
+        scale = tl.maximum(tl.max(tl.abs(b_k)) / LARGEST, SMALLEST)
+        tl.store(p_out, _to_format(b_k, scale, INT8), mask=m_tile)
+        tl.store(scales + o_head * groups + group, scale)
 
 
 @triton.jit(do_not_specialize=["seq", "stride_order"])
@@ -244,6 +261,7 @@ def prepare(
     precision: str,
     scale: float,
     block_k: int,
+    key_starts: Tensor | None = None,
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -257,7 +275,11 @@ def prepare(
     eight = torch.int8 if int8 else torch.float8_e4m3fn
     largest = INT8_MAX if int8 else E4M3_MAX
     group, cols = key_group(block_k), triton.cdiv(seq_k, block_k)
+    if key_starts is not None:
+        key_starts = key_starts.contiguous()
+        group, cols = 1, key_starts.shape[2] - 1
     groups = triton.cdiv(seq_k, group)
+    together = group if key_starts is None else _TILE  # keys that a program quantises
     tile_d = max(16, triton.next_power_of_2(dim))
     constants = {"DIM": dim, "TILE_D": tile_d, "enable_fp_fusion": True}
     formats = {"INT8": int8, "LARGEST": largest, "SMALLEST": TINY}
@@ -277,6 +299,7 @@ def prepare(
         value,
         counts if key_order is None else key_order,
         counts if mask is None else mask,
+        counts if key_starts is None else key_starts,
         mean_k,
         mean_v,
         largest_v,
@@ -285,12 +308,15 @@ def prepare(
         seq_k,
         cols,
         steps(key_order),
+        0 if key_starts is None or key_starts.shape[0] == 1 else key_starts.shape[1],
+        int(key_starts is not None and key_starts.shape[1] > 1),
         *key.stride(),
         *value.stride(),
         BLOCK=block_k,
         TILE=min(_TILE, max(16, triton.next_power_of_2(block_k))),
         ORDERED=key_order is not None,
         MASKED=mask is not None,
+        VARYING=key_starts is not None,
         **constants,
     )
     mean = (mean_k * counts[..., None]).sum(2) / counts.sum(2).clamp(min=1)[..., None]
@@ -317,7 +343,7 @@ def prepare(
     )
     k8 = torch.empty(batch, heads, seq_k, dim, dtype=eight, device=device)
     key_scale = floats(groups)
-    _quantise_keys[(groups, batch * heads)](
+    _quantise_keys[(triton.cdiv(seq_k, together), batch * heads)](
         key,
         counts if key_order is None else key_order,
         mean,
@@ -328,9 +354,10 @@ def prepare(
         groups,
         steps(key_order),
         *key.stride(),
-        GROUP=group,
-        TILE=max(16, triton.next_power_of_2(group)),
+        GROUP=together,
+        TILE=max(16, triton.next_power_of_2(together)),
         ORDERED=key_order is not None,
+        PER_TOKEN=key_starts is not None,
         **formats,
         **constants,
     )

@@ -13,15 +13,17 @@ from dit_accel.kernels.ahead import SHARED_LIMITS, Configuration, compile_attent
 
 # E4M3 as NVIDIA defines it is multiplied from sm_89 on.
 _WITHOUT_E4M3 = ("sm_80", "sm_86", "gfx942")
+_COLUMN = {"all": "remainder", "varying": "varying"}
 _EVERYTHING: dict[str, Any] = {"masked": True, "ordered": True, "remainder": True}
 
 
 def shipped(architecture: str) -> list[Configuration]:
-    """The configurations that models use: head dims 64 and 128, plain and with everything switched on."""
+    """The configurations that models use: head dims 64 and 128, plain, with everything switched on, and that for
+    blocks of varying length."""
     precisions = (
         ("native", "int8") if architecture in _WITHOUT_E4M3 else ("native", "int8", "int8_fp8", "fp8")
     )
-    extras: tuple[dict[str, Any], ...] = ({}, _EVERYTHING)
+    extras: tuple[dict[str, Any], ...] = ({}, _EVERYTHING, _EVERYTHING | {"varying": True})
     return [
         Configuration(dim, block_q, 64, precision=precision, **extra)
         for dim, block_q, precision, extra in product((64, 128), (64, 128), precisions, extras)
@@ -81,7 +83,7 @@ def as_text(rows: Iterable[dict[str, Any]]) -> str:
                 f"{row['block_q']}x{row['block_k']}",
                 row["dtype"],
                 row["precision"],
-                "all" if row["remainder"] else "-",
+                " ".join(name for name in ("all", "varying") if row[_COLUMN[name]]) or "-",
                 "?" if row["registers"] is None else str(row["registers"]),
                 "?" if row["stack"] is None else str(row["stack"]),
                 f"{row['shared'] / 1024:.0f}K",

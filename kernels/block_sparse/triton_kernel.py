@@ -4,6 +4,8 @@ The softmax runs online in base 2. With E4M3 values the weights of a tile are `e
 exact maximum so far: the largest weight is then the largest E4M3 number and nothing is clipped, and weights down to
 2⁻¹⁷ of it survive. Numerator and denominator use the same rounded weights, so values of 1 give 1.
 
+Blocks of varying length (clusters) arrive as lists of tiles, see `schedule.py`: full ones, then those at the edges.
+
 With a remainder, a row that has read its list goes on over the mean keys of all blocks, 64 at a time, and masks those
 whose block it has read: the same softmax step, with log2(tokens) added to the logits.
 """
@@ -18,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_index import BlockIndex
+from dit_accel.kernels.block_sparse.schedule import key_tiles, programs
 from dit_accel.kernels.prepare import LOG2E, Prepared
 
 LOG2_448 = tl.constexpr(math.log2(448.0))
@@ -77,7 +80,12 @@ def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, PAD_D: tl.con
 
 
 # Sequence lengths change with every resolution and must not compile anew.
-@triton.jit(do_not_specialize=["seq_q", "seq_k", "rows", "cols", "groups", "words", "stride_index"])
+@triton.jit(
+    do_not_specialize=[
+        *("seq_q", "seq_k", "rows", "cols", "groups", "words", "programs_of_head"),
+        *("most_full", "most_parts", "stride_index", "stride_programs"),
+    ]
+)
 def block_sparse_forward(
     q,  # [batch, heads, seq_q, dim]
     k,  # [batch, heads, seq_k, dim]
@@ -95,10 +103,13 @@ def block_sparse_forward(
     mean_bias,  # float32 [batch or 1, heads or 1, cols]
     read,  # int32 [batch or 1, heads, rows, words], bit c % 32 of word c // 32: block c is in the row's list
     query_order,  # int64 [heads or 1, seq_q], read with ORDERED
-    launch_order,  # int32 [batch or 1, heads, rows], rows of a head, longest lists first
-    counts,  # int32 [batch or 1, heads, rows]
+    programs,  # int32 [batch or 1, heads, programs_of_head, 3]: row, first query, query behind the row
+    counts,  # int32 [batch or 1, heads, rows], of full tiles with VARYING
     offsets,  # int64 [batch or 1, heads, rows]
     indices,  # int32 [total]
+    full,  # int32 [batch or 1, heads, rows, most_full], this and the next two read with VARYING
+    part_counts,  # int32 [batch or 1, heads, rows]
+    parts,  # int32 [batch or 1, heads, rows, most_parts, 2]
     scale_log2,
     seq_q,
     seq_k,
@@ -107,7 +118,11 @@ def block_sparse_forward(
     cols,
     groups,
     words,
+    programs_of_head,
+    most_full,
+    most_parts,
     stride_index,
+    stride_programs,
     stride_order,
     stride_bias_b,
     stride_bias_h,
@@ -133,7 +148,6 @@ def block_sparse_forward(
     stride_means,
     stride_meand,
     DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -146,24 +160,25 @@ def block_sparse_forward(
     SHIFTED: tl.constexpr,
     ORDERED: tl.constexpr,
     REMAINDER: tl.constexpr,
+    VARYING: tl.constexpr,
 ):
     """One program: TILE_Q queries of one row, one head, one batch element, over that row's list."""
-    TILES_Q: tl.constexpr = (BLOCK_Q + TILE_Q - 1) // TILE_Q
     TILES_K: tl.constexpr = (BLOCK_K + TILE_K - 1) // TILE_K
     PAD_D: tl.constexpr = DIM != TILE_D
     # Without a key mask only the last block of a list can be short, so only its tiles need a mask.
-    MASK_ALL: tl.constexpr = HAS_VALID or BLOCK_K % TILE_K != 0
+    MASK_ALL: tl.constexpr = HAS_VALID or (BLOCK_K % TILE_K != 0 and not VARYING)
 
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     p_lists = batch * stride_index + head * rows
-    row = tl.load(launch_order + p_lists + tl.program_id(0) // TILES_Q)
-    part = tl.program_id(0) % TILES_Q
-    count = tl.load(counts + p_lists + row)
-    p_list = indices + tl.load(offsets + p_lists + row)
+    p_program = programs + (batch * stride_programs + head * programs_of_head + tl.program_id(0)) * 3
+    row = tl.load(p_program)
+    first_q = tl.load(p_program + 1)
+    stop_q = tl.load(p_program + 2)
+    count = tl.where(first_q < stop_q, tl.load(counts + p_lists + row), 0)
 
-    o_q = (row * BLOCK_Q + part * TILE_Q + tl.arange(0, TILE_Q)).to(tl.int64)
-    m_q = o_q < tl.minimum(seq_q, (row + 1) * BLOCK_Q)
+    o_q = (first_q + tl.arange(0, TILE_Q)).to(tl.int64)
+    m_q = o_q < stop_q
     o_d = tl.arange(0, TILE_D)
     m_d = o_d < DIM
     o_tile = tl.arange(0, TILE_K)
@@ -188,30 +203,58 @@ def block_sparse_forward(
     b_sum = tl.zeros([TILE_Q], tl.float32)
     b_acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
 
-    tiles = count * TILES_K
-    unmasked = tl.maximum(tiles - TILES_K, 0)
+    if VARYING:
+        p_list = full + (p_lists + row) * most_full
+        p_parts = parts + (p_lists + row) * most_parts * 2
+        unmasked = count
+        tiles = count + tl.where(first_q < stop_q, tl.load(part_counts + p_lists + row), 0)
+    else:
+        p_list = indices + tl.load(offsets + p_lists + row)
+        tiles = count * TILES_K
+        unmasked = tl.maximum(tiles - TILES_K, 0)
     if MASK_ALL:
         unmasked = 0
     for i in range(0, unmasked):
-        start = tl.load(p_list + i // TILES_K) * BLOCK_K + i % TILES_K * TILE_K
+        if VARYING:
+            start = tl.load(p_list + i)
+            if FP8_V:
+                start = tl.multiple_of(start, 16)
+        else:
+            start = tl.load(p_list + i // TILES_K) * BLOCK_K + i % TILES_K * TILE_K
         p_tile_k, p_tile_v = p_k + start.to(tl.int64) * stride_ks, p_v + start.to(tl.int64) * stride_vs
         b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_d, m_d, False, PAD_D)
         b_s = _scores(b_q, b_k, INT8)
         b_factor = b_scale
         if QUANTISED:
-            b_factor = b_scale * tl.load(k_scale + o_head * groups + start // GROUP)
+            if VARYING:
+                b_s = b_s * tl.load(k_scale + o_head * groups + start + o_tile)[None, :]
+            else:
+                b_factor = b_scale * tl.load(k_scale + o_head * groups + start // GROUP)
         b_acc, b_max, b_sum = _accumulate(b_s, b_factor, b_v, b_acc, b_max, b_sum, False, FP8_V, TILE_K)
     for i in range(unmasked, tiles):
-        block = tl.load(p_list + i // TILES_K) * BLOCK_K
-        start = block + i % TILES_K * TILE_K
-        m_k = start + o_tile < tl.minimum(seq_k, block + BLOCK_K)
+        if VARYING:
+            p_part = p_parts + (i - count) * 2
+            start = tl.load(p_part, mask=i >= count, other=0)
+            bounds = tl.load(p_part + 1, mask=i >= count, other=TILE_K * 65536)
+            if HAS_VALID:  # full tiles come here too
+                start += tl.load(p_list + i, mask=i < count, other=0)
+            if FP8_V:
+                start = tl.multiple_of(start, 16)
+            m_k = (o_tile >= bounds % 65536) & (o_tile < bounds // 65536)
+        else:
+            block = tl.load(p_list + i // TILES_K) * BLOCK_K
+            start = block + i % TILES_K * TILE_K
+            m_k = start + o_tile < tl.minimum(seq_k, block + BLOCK_K)
         if HAS_VALID:
             m_k = m_k & (tl.load(p_valid + start + o_tile, mask=m_k, other=0) != 0)
         p_tile_k, p_tile_v = p_k + start.to(tl.int64) * stride_ks, p_v + start.to(tl.int64) * stride_vs
         b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_k, m_d, True, PAD_D)
-        b_s = tl.where(m_k[None, :], _scores(b_q, b_k, INT8), -float("inf"))
+        b_s = _scores(b_q, b_k, INT8)
         b_factor = b_scale
-        if QUANTISED:
+        if QUANTISED and VARYING:
+            b_s = b_s * tl.load(k_scale + o_head * groups + start + o_tile, mask=m_k, other=1.0)[None, :]
+        b_s = tl.where(m_k[None, :], b_s, -float("inf"))
+        if QUANTISED and not VARYING:
             # A tile past the last group holds no key.
             group = tl.minimum(start // GROUP, groups - 1)
             b_factor = b_scale * tl.load(k_scale + o_head * groups + group)
@@ -274,7 +317,13 @@ def _mark_read(read, counts, offsets, indices, words, TILE: tl.constexpr):
 
 
 def launch_options(
-    dim: int, block_q: int, block_k: int, key_bytes: int, value_bytes: int, shared_limit: int
+    dim: int,
+    block_q: int,
+    block_k: int,
+    key_bytes: int,
+    value_bytes: int,
+    shared_limit: int,
+    varying: bool = False,
 ) -> dict[str, int]:
     """Tile sizes, warps and stages: the largest that compile for sm_90 without spilling and fit the shared memory.
 
@@ -284,6 +333,7 @@ def launch_options(
     Args:
         key_bytes, value_bytes: per element.
         shared_limit: bytes of shared memory that a program may use.
+        varying: whether blocks of keys vary in length.
     """
     least = 32 if key_bytes == 1 else 16
     tile_d = max(least, triton.next_power_of_2(dim))
@@ -296,7 +346,8 @@ def launch_options(
     else:
         tile_q, tile_k, warps, stages = 64, 64, 4, 3
     if value_bytes == 1 and tile_d == 128:
-        stages = 2  # beside partial sums of FP8 products a third stage finds no registers
+        # Beside partial sums of FP8 products a third stage, or a scale per key, finds no registers.
+        tile_k, stages = (32, 3) if varying else (tile_k, 2)
     tile_q = min(tile_q, max(16, triton.next_power_of_2(block_q)))
     tile_k = min(tile_k, max(least, triton.next_power_of_2(block_k)))
     stage = tile_k * tile_d * (key_bytes + value_bytes)
@@ -339,9 +390,16 @@ def attention(
     output = torch.empty(batch, seq_q, heads, dim, dtype=dtype, device=device)
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=device)
     sizes = p.key.element_size(), p.value.element_size()
-    options = launch_options(dim, index.block_q, index.block_k, *sizes, shared_limit(device))
+    varying = index.key_starts is not None
+    options = launch_options(dim, index.block_q, index.block_k, *sizes, shared_limit(device), varying)
     counts, offsets = index.counts.contiguous(), index.offsets.contiguous()
     unused = counts
+    tiles = None
+    if varying:
+        # 8-bit values are stored by channel and read 16 at a time.
+        tiles = key_tiles(index, options["TILE_K"], 16 if p.value_scale is not None else 1)
+    work = counts if tiles is None else tiles.full_counts + tiles.part_counts
+    launched = programs(index, work, options["TILE_Q"])
     words = triton.cdiv(index.cols, 32)
     read = unused
     if means is not None:
@@ -358,7 +416,7 @@ def attention(
         return tuple(tensor.stride(i) if tensor.shape[i] > 1 else 0 for i in range(dims))
 
     order = None if query_order is None else query_order.contiguous()
-    block_sparse_forward[(index.rows * triton.cdiv(index.block_q, options["TILE_Q"]), batch * heads)](
+    block_sparse_forward[(launched.shape[2], batch * heads)](
         p.query,
         p.key,
         p.value,
@@ -375,10 +433,13 @@ def attention(
         given(None if means is None else means.bias),
         read,
         given(order),
-        longest_first(counts),
-        counts,
+        launched,
+        counts if tiles is None else tiles.full_counts,
         offsets,
         index.indices,
+        given(None if tiles is None else tiles.full),
+        given(None if tiles is None else tiles.part_counts),
+        given(None if tiles is None else tiles.parts),
         scale * LOG2E,
         seq_q,
         index.seq_k,
@@ -387,7 +448,11 @@ def attention(
         index.cols,
         0 if p.key_scale is None else p.key_scale.shape[2],
         words,
+        launched.shape[2],
+        0 if tiles is None else tiles.full.shape[-1],
+        0 if tiles is None else tiles.parts.shape[-2],
         0 if index.batch == 1 else heads * index.rows,
+        0 if index.batch == 1 else heads * launched.shape[2],
         *steps(order, 1),
         *steps(None if means is None else means.bias, 2),
         *p.query.stride(),
@@ -397,7 +462,6 @@ def attention(
         *steps(p.valid, 2),
         *((0, 0, 0) if means is None else means.value.stride()[1:]),
         DIM=dim,
-        BLOCK_Q=index.block_q,
         BLOCK_K=index.block_k,
         GROUP=p.group,
         HAS_VALID=p.valid is not None,
@@ -407,17 +471,9 @@ def attention(
         SHIFTED=p.lse_shift is not None,
         ORDERED=order is not None,
         REMAINDER=means is not None,
+        VARYING=tiles is not None,
         # Triton 3.10 turns this off by default; the softmax counts on fused multiply-adds for speed.
         enable_fp_fusion=True,
         **options,
     )
     return output, lse
-
-
-def longest_first(counts: Tensor) -> Tensor:
-    """Rows of each head by falling list length, int32 like `counts`.
-
-    Programs start in launch order. Longest-first within a head keeps the last wave short without spreading the heads
-    over time, so that the programs that run together still share keys and values in the L2 cache.
-    """
-    return counts.argsort(dim=-1, descending=True, stable=True).to(torch.int32)

@@ -36,7 +36,9 @@ def test_presets_by_name(name, family, density, options):
     assert (candidate.family, candidate.density, dict(candidate.options)) == (family, density, options)
 
 
-@pytest.mark.parametrize(("text", "remainder"), [("", False), (":remainder=true", True), (":remainder=False", False)])
+@pytest.mark.parametrize(
+    ("text", "remainder"), [("", False), (":remainder=true", True), (":remainder=False", False)]
+)
 def test_presets_with_a_remainder(text, remainder):
     (candidate,) = parse_variant(f"preset:skip{text}").plan.candidates
     assert candidate.remainder is remainder

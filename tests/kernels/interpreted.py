@@ -13,6 +13,7 @@ from triton.runtime import interpreter
 from dit_accel.bench import gpu
 from dit_accel.bench.problem import Shape
 from dit_accel.kernels import BlockIndex, block_sparse_attention, prepare_triton
+from dit_accel.kernels.block_sparse.schedule import key_tiles
 from dit_accel.kernels.prepare import prepare
 
 
@@ -50,9 +51,25 @@ CASES = [
         {"dim": 72, "remainder": True, "masked": True, "orders": 2, "block_k": 40, "heads": 2},
         id="remainder-orders-masked-fp16",
     ),
+    pytest.param(
+        torch.float32, {"dim": 32, "seq_q": 150, "cuts": (5, 12), "dead_rows": True}, id="varying-fp32"
+    ),
+    pytest.param(
+        torch.float16,
+        {"seq_q": 90, "cuts": (3, 19), "masked": True, "orders": 2, "remainder": True, "index_batch": 2},
+        id="varying-all-fp16",
+    ),
+]
+VARYING = [
+    pytest.param({"dim": 32, "seq_q": 70, "seq_k": 300, "cuts": (4, 9), "index_batch": 2}, id="varying"),
+    pytest.param(
+        {"seq_q": 70, "seq_k": 256, "cuts": (2, 5), "masked": True, "orders": 2, "remainder": True},
+        id="varying-all",
+    ),
 ]
 # Shapes of the 8-bit cases: odd lengths and dims, masks, orders, blocks that no tile divides.
 EIGHT_BIT = [
+    *VARYING,
     pytest.param({"seq_q": 130, "index_batch": 2}, id="B2-Q130-K517-H2-D64"),
     pytest.param({"dim": 72, "seq_q": 65, "seq_k": 127, "masked": True, "orders": 2}, id="D72-masked-orders"),
     pytest.param({"dim": 128, "block_q": 128, "block_k": 128, "batch": 1, "heads": 1}, id="D128-128x128"),
@@ -108,6 +125,7 @@ def test_prepare_agrees_with_its_definition(problem, precision, shape):
     case.key = case.key + 3
     q, k, v, index = case.arguments
     given = case.options | {"precision": precision, "scale": 0.2, "block_k": index.block_k}
+    given["key_starts"] = index.key_starts
     got, expected = prepare_triton.prepare(q, k, v, **given), prepare(q, k, v, **given)
 
     def close(name, a, b):
@@ -140,6 +158,35 @@ def test_prepare_agrees_with_its_definition(problem, precision, shape):
         alive = alive.expand_as(got.means.key_scale)
         close("mean scale", got.means.key_scale[alive], expected.means.key_scale[alive])
         codes("mean key", got.means.key[alive], expected.means.key[alive])
+
+
+@pytest.mark.parametrize(("tile", "align"), [(16, 1), (32, 16), (64, 16)])
+def test_tiles_cover_the_lists_once(random_starts, tile, align):
+    """Full tiles are full, parts are not; together they hold the keys of the list, each once."""
+    torch.manual_seed(0)
+    for cols, density in ((1, 1.0), (9, 0.5), (70, 0.7), (150, 0.97)):
+        starts = random_starts(1, 2, 517, cols)
+        index = BlockIndex.from_mask(
+            torch.rand(1, 2, 3, cols) < density, 64, 64, 100, 517, random_starts(1, 1, 100, 3), starts
+        )
+        tiles = key_tiles(index, tile, align)
+        expected = index.to_mask().gather(3, index.key_blocks()[:, :, None].expand(1, 2, 3, -1))
+        for head, row in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
+            seen = torch.zeros(517, dtype=torch.int64)
+            at = (0, head, row)
+            for first in tiles.full[at][: tiles.full_counts[at]].tolist():
+                assert first % align == 0
+                seen[first : first + tile] += 1
+            for first, bounds in tiles.parts[at][: tiles.part_counts[at]].tolist():
+                low, high = bounds % 65536, bounds // 65536
+                assert first % align == 0
+                assert 0 <= low < high <= tile
+                assert high - low < tile
+                seen[first + low : first + high] += 1
+            assert torch.equal(seen, expected[at].long())
+            keys = int(expected[at].sum())
+            runs = int((expected[at].long().diff() == 1).sum() + expected[at][0])
+            assert tiles.full_counts[at] + tiles.part_counts[at] <= -(-keys // tile) + 2 * runs
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -24,7 +24,7 @@ def test_interpreted():
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^58 passed", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^75 passed", result.stdout, re.MULTILINE), result.stdout
 
 
 BF16_64 = Configuration(64, 64, 64)
@@ -41,6 +41,9 @@ GATE = [
     ("sm_90", Configuration(128, 128, 128, precision="int8_fp8", **EVERYTHING), "QGMMA"),
     ("sm_90", Configuration(64, 64, 64, precision="fp8"), "QGMMA"),
     ("sm_90", Configuration(128, 128, 64, precision="fp8", **EVERYTHING), "QGMMA"),
+    ("sm_90", Configuration(128, 128, 64, varying=True), "HGMMA"),
+    ("sm_90", Configuration(128, 128, 64, precision="int8_fp8", varying=True, **EVERYTHING), "QGMMA"),
+    ("sm_80", Configuration(128, 128, 64, precision="int8", varying=True), "IMMA"),
     ("sm_80", BF16_128, "HMMA"),
     ("sm_86", Configuration(128, 128, 64, precision="int8"), "IMMA"),
     ("sm_89", Configuration(128, 128, 64, precision="int8_fp8"), "QMMA"),
@@ -57,7 +60,8 @@ GATE = [
     [
         pytest.param(
             arch, c, instruction,
-            id=f"{arch}-D{c.dim}-{c.block_q}x{c.block_k}-{c.dtype}-{c.precision}{'-all' if c.remainder else ''}",
+            id=f"{arch}-D{c.dim}-{c.block_q}x{c.block_k}-{c.dtype}-{c.precision}"
+            f"{'-all' * c.remainder}{'-varying' * c.varying}",
         )
         for arch, c, instruction in GATE
     ],
