@@ -62,6 +62,9 @@ class BlockIndex:
             )
         if self.indices.ndim != 1:
             raise ValueError(f"indices must be [total], got {tuple(self.indices.shape)}")
+        # Their number changes from plan to plan and step to step: compiled code must not depend on it.
+        if not torch.compiler.is_compiling():
+            torch._dynamo.maybe_mark_dynamic(self.indices, 0)
 
     def _check_starts(self, name: str, starts: Tensor | None) -> None:
         if starts is None:

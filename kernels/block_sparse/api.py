@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -149,10 +150,58 @@ def block_sparse_attention(
         raise ValueError(f"scale must be positive, got {scale}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    _check_backend(backend, query, index, return_lse, remainder is not False)
+    per_head = isinstance(remainder, Tensor)
+    run = _op if torch.compiler.is_compiling() else _attend
+    output, lse = run(
+        query,
+        key,
+        value,
+        index.counts,
+        index.offsets,
+        index.indices,
+        index.query_starts,
+        index.key_starts,
+        [index.block_q, index.block_k, index.seq_q, index.seq_k],
+        scale,
+        precision,
+        backend,
+        return_lse,
+        key_mask,
+        query_order,
+        key_order,
+        remainder if not per_head else True,
+        remainder if per_head else None,
+    )
+    return (output, lse) if return_lse else output
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    offsets: Tensor,
+    indices: Tensor,
+    query_starts: Tensor | None,
+    key_starts: Tensor | None,
+    sizes: list[int],
+    scale: float,
+    precision: str,
+    backend: str,
+    return_lse: bool,
+    key_mask: Tensor | None,
+    query_order: Tensor | None,
+    key_order: Tensor | None,
+    remainder: bool,
+    remainder_of: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The call in terms that an operator of torch.library can have; without `return_lse` the second result is empty."""
+    index = BlockIndex(counts, offsets, indices, *sizes, query_starts, key_starts)
+    rest = remainder_of if remainder_of is not None else remainder
     if backend == "auto":
         backend = resolve_backend(query.device, query.dtype)
         precision = resolve_precision(precision, query.device, backend)
-    _check_backend(backend, query, index, return_lse, remainder is not False)
     if reason := _missing(precision, query.device, backend):
         raise ValueError(f"precision {precision!r}: {reason}; use another, or backend 'auto'")
     make: Callable[..., Prepared] = prepare
@@ -168,21 +217,22 @@ def block_sparse_attention(
         precision=precision,
         scale=scale,
         block_k=index.block_k,
-        key_starts=index.key_starts,
+        key_starts=key_starts,
         query_order=query_order,
         key_order=key_order,
         key_mask=key_mask,
-        remainder=remainder,
+        remainder=rest,
     )
+    none = query.new_empty(0, dtype=torch.float32)
     if backend == "triton":
         from dit_accel.kernels.block_sparse import triton_kernel
 
         output, lse = triton_kernel.attention(prepared, index, scale, query_order, query.dtype)
-        return (output, lse) if return_lse else output
+        return output, lse if return_lse else none
     if backend == "flex":
         from dit_accel.kernels.block_sparse import flex
 
-        return _restored(flex.attention(prepared, index, scale), query_order)
+        return _restored(flex.attention(prepared, index, scale), query_order), none
     if backend == "reference":
         output, lse = reference.attention(prepared, index, scale)
         output = output.to(query.dtype)
@@ -192,14 +242,26 @@ def block_sparse_attention(
         output, lse = gather.attention(prepared, index, scale, return_lse)
     output = _restored(output, query_order)
     if not return_lse:
-        return output
-    return output, _restored(lse[..., None], query_order)[..., 0].transpose(1, 2)
+        return output, none
+    return output, _restored(lse[..., None], query_order)[..., 0].transpose(1, 2).contiguous()
+
+
+# Under torch.compile a call is one node, whose cost of dispatch eager calls do without.
+_op = torch.library.custom_op("dit_accel::block_sparse_attention", _attend, mutates_args=())
+
+
+@_op.register_fake
+def _shapes(query: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    given = inspect.signature(_attend).bind(query, *arguments, **named).arguments
+    batch, seq_q, heads, _ = query.shape
+    lse_shape = (batch, heads, seq_q) if given["return_lse"] else (0,)
+    return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)
 
 
 def _restored(tokens: Tensor, order: Tensor | None) -> Tensor:
     """`[batch, heads, seq, dim]` in an order to `[batch, seq, heads, dim]` in the model's."""
     if order is None:
-        return tokens.transpose(1, 2)
+        return tokens.transpose(1, 2).contiguous()
     heads, seq = tokens.shape[1:3]
     inverse = torch.empty_like(order).scatter_(
         1, order, torch.arange(seq, device=order.device).expand_as(order)

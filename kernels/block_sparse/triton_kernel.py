@@ -6,7 +6,7 @@ exact maximum so far: the largest weight is then the largest E4M3 number and not
 
 Blocks of varying length (clusters) arrive as lists of tiles, see `schedule.py`: full ones, then those at the edges.
 
-With a remainder, a row that has read its list goes on over the mean keys of all blocks, 64 at a time, and masks those
+With a remainder, a row that has read its list goes on over the mean keys of all blocks, tile by tile, and masks those
 whose block it has read: the same softmax step, with log2(tokens) added to the logits.
 """
 
@@ -264,11 +264,14 @@ def block_sparse_forward(
         p_bias = mean_bias + batch * stride_bias_b + head * stride_bias_h
         p_mean_k = mean_k + o_head * cols * DIM
         p_mean_v = mean_v + o_head * stride_meanh
-        o_mean_k = o_tile[None, :] * DIM + o_d[:, None]
-        o_mean_v = o_tile[:, None] * stride_means + o_d[None, :] * stride_meand
+        # E4M3 values take partial sums beside the output, which leaves registers for half a tile of scores here.
+        MEANS: tl.constexpr = 32 if FP8_V else TILE_K
+        o_mean = tl.arange(0, MEANS)
+        o_mean_k = o_mean[None, :] * DIM + o_d[:, None]
+        o_mean_v = o_mean[:, None] * stride_means + o_d[None, :] * stride_meand
         b_one = tl.full([TILE_Q], 1.0, tl.float32)
-        for first in range(0, cols, TILE_K):
-            o_c = first + o_tile
+        for first in range(0, cols, MEANS):
+            o_c = first + o_mean
             m_c = o_c < cols
             bits = tl.load(p_read + o_c // 32, mask=m_c, other=0)
             m_c = m_c & ((bits >> (o_c % 32)) & 1 == 0)
@@ -278,7 +281,7 @@ def block_sparse_forward(
             if QUANTISED:
                 b_s = b_s * tl.load(mean_scale + o_head * cols + o_c, mask=m_c, other=0.0)[None, :]
             b_s = b_s + tl.load(p_bias + o_c, mask=m_c, other=-float("inf"))[None, :]
-            b_acc, b_max, b_sum = _accumulate(b_s, b_one, b_v, b_acc, b_max, b_sum, True, FP8_V, TILE_K)
+            b_acc, b_max, b_sum = _accumulate(b_s, b_one, b_v, b_acc, b_max, b_sum, True, FP8_V, MEANS)
 
     # A query without keys has b_max = -inf and b_sum = 0: output 0, lse -inf.
     b_total = tl.where(b_sum == 0.0, 1.0, b_sum)
