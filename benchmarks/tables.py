@@ -43,9 +43,94 @@ def _demo_card(card: dict[str, Any], evaluation: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{count} held-out prompts; {where}, torch {machine['torch']}."])
 
 
+def _where(machine: dict[str, Any]) -> str:
+    name = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    return f"{name}, {machine['dtype']}, torch {machine['torch']}"
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cpu_attention(report: dict[str, Any]) -> str:
+    """One line per length and density, the speed-up over SDPA of each backend."""
+    names = list(dict.fromkeys(row["backend"] for row in report["rows"]))
+    lines: dict[tuple[int, float], list[str]] = {}
+    for row in report["rows"]:
+        lines.setdefault((row["tokens"], row["density"]), []).append(f"{row['speedup']:.2f}×")
+    rows = [[f"{tokens:,}", f"{density:.3f}", *cells] for (tokens, density), cells in lines.items()]
+    first = report["rows"][0]
+    return "\n".join(
+        [
+            _rows(["tokens", "density", *(f"`{name}`" for name in names)], rows),
+            "",
+            f"{first['heads']} heads × {first['dim']}; baseline {report['baseline']}; {_where(report['machine'])}.",
+        ]
+    )
+
+
+def _compile_gate(report: dict[str, Any]) -> str:
+    """One line per architecture and precision: the worst of all its configurations."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["arch"], row["precision"]), []).append(row)
+    rows = []
+    for (arch, precision), members in groups.items():
+        known = [row for row in members if row["registers"] is not None]
+        rows.append(
+            [
+                arch,
+                f"`{precision}`",
+                str(len(members)),
+                str(max(row["registers"] for row in known)) if known else "?",
+                f"{max(row['stack'] + row['local'] for row in known)} B" if known else "?",
+                f"{max(row['shared'] for row in members) / 1024:.0f} KiB",
+                " ".join(sorted({name for row in members for name in row["matrix_instructions"]})),
+            ]
+        )
+    return _rows(
+        [
+            "chip",
+            "precision",
+            "configurations",
+            "registers",
+            "spilled",
+            "shared memory",
+            "matrix instructions",
+        ],
+        rows,
+    )
+
+
+def _gpu_attention(report: dict[str, Any]) -> str:
+    """One line per shape and density: milliseconds of cuDNN and everybody's speed-up over it."""
+    names = ("native", "native+remainder", "int8", "int8_fp8", "fp8", "flex", "sageattention-triton")
+    rows = []
+    for row in report["rows"]:
+        results = row.get("results", {})
+        base = results.get("sdpa-cudnn")
+        cells = [
+            f"{speedup:.2f}×" if (speedup := results.get(name, {}).get("speedup_over_cudnn")) else "–"
+            for name in names
+        ]
+        rows.append([row["shape"], f"{row['asked']:.2f}", f"{base['p50']:.2f}" if base else "–", *cells])
+    right = sum(bool(check.get("ok")) for check in report["correctness"])
+    return "\n".join(
+        [
+            _rows(["shape", "density", "cuDNN ms", *(f"`{name}`" for name in names)], rows),
+            "",
+            f"{right} of {len(report['correctness'])} correctness checks passed; {_where(report['machine'])}.",
+        ]
+    )
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("demo_evaluation.json",), markdown_table),
     "curve": (("demo_curve.json",), markdown_table),
+    "cpu": (("cpu_attention.json",), _cpu_attention),
+    "gate": (("compile_gate.json",), _compile_gate),
+    "gpu": (("gpu_attention.json",), _gpu_attention),
     "card": (("demo_card.json", "demo_evaluation.json"), _demo_card),
 }
 

@@ -17,7 +17,7 @@ from dit_accel.kernels import block_sparse_attention
 
 TOKENS = (8_192, 16_384)
 DENSITIES = (1.0, 0.5, 0.25, 0.10, 0.05)
-BACKENDS = ("torch", "flex")
+BACKENDS = ("torch", "torch+remainder", "flex")
 
 
 def run(
@@ -46,7 +46,10 @@ def run(
                 "sdpa": partial(F.scaled_dot_product_attention, dense[0], dense[1], dense[2])
             }
             for backend in backends:
-                calls[backend] = partial(block_sparse_attention, q, k, v, index, backend=backend)
+                name, _, extra = backend.partition("+")
+                calls[backend] = partial(
+                    block_sparse_attention, q, k, v, index, backend=name, remainder=extra == "remainder"
+                )
             with torch.no_grad():
                 times = in_turns(calls, device, rounds=5)
             for backend in backends:

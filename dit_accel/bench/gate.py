@@ -33,14 +33,20 @@ def shipped(architecture: str) -> list[Configuration]:
 def compile_all(architecture: str, *, progress: bool = True) -> list[dict[str, Any]]:
     """Compile all of them; one row each, with `ok` saying whether nothing spills and the shared memory suffices.
 
+    Args:
+        architecture: one of SHARED_LIMITS, or "all".
+
     Raises:
         ValueError: an unknown architecture.
     """
-    if architecture not in SHARED_LIMITS:
-        raise ValueError(f"arch: expected one of {', '.join(SHARED_LIMITS)}, got {architecture!r}")
+    if architecture not in (*SHARED_LIMITS, "all"):
+        raise ValueError(f"arch: expected one of {', '.join(SHARED_LIMITS)} or all, got {architecture!r}")
+    chips = SHARED_LIMITS if architecture == "all" else (architecture,)
     rows = []
-    for configuration in tqdm(
-        shipped(architecture), desc=f"compile for {architecture}", disable=not progress
+    for architecture, configuration in tqdm(
+        [(chip, configuration) for chip in chips for configuration in shipped(chip)],
+        desc="compile",
+        disable=not progress,
     ):
         compiled = compile_attention(configuration, architecture)
         fits = compiled.shared <= SHARED_LIMITS[architecture]

@@ -24,7 +24,9 @@ from dit_accel.bench.timing import Call, in_turns
 from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.timing import machine
 from dit_accel.kernels import BlockIndex, block_sparse_attention, prepare_triton
+from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.prepare import PRECISIONS, ordered
+from dit_accel.kernels.scores import antidiagonal_scores, block_mass, lowbit_scores, pooled_scores
 from dit_accel.kernels.select import select_blocks
 
 DENSITIES = (1.0, 0.5, 0.25, 0.10, 0.05)
@@ -39,6 +41,8 @@ SDPA = {
 # Relative error of a head's output against float64 that a precision may make on Gaussian inputs (SageAttention and
 # SageAttention2 report cosines of 0.9995 and 0.999, which are relative errors of 3 % and 4.5 %).
 ALLOWED = {"native": 0.01, "int8": 0.032, "int8_fp8": 0.045, "fp8": 0.06}
+# What a call is checked with: nothing more, orders with a mask and a remainder, or that on blocks of varying length.
+EXTRAS = ("plain", "all", "varying")
 
 
 def run(
@@ -85,13 +89,15 @@ def run(
                 torch.cuda.empty_cache()
         write_json(output, report)
 
-    cases = [(dim, precision, extra) for dim in dims for precision in PRECISIONS for extra in (False, True)]
-    for dim, precision, extra in tqdm(cases, desc="correctness"):
+    cases = [(dim, precision, extra) for dim in dims for precision in PRECISIONS for extra in EXTRAS]
+    for dim, precision, extra in tqdm(cases, desc="attention"):
         add(
             "correctness",
-            {"dim": dim, "precision": precision, "orders_mask_remainder": extra},
+            {"kernel": "attention", "dim": dim, "precision": precision, "extra": extra},
             partial(check, dim, precision, extra, device),
         )
+    for dim, name in tqdm([(dim, name) for dim in dims for name in CHOOSING], desc="choosing"):
+        add("correctness", {"kernel": name, "dim": dim}, partial(check_choosing, name, dim, device))
     for name, shape in shapes.items():
         if time.perf_counter() - start > limit_seconds:
             report["left_out"].append(name)
@@ -119,7 +125,7 @@ def run(
 def check(
     dim: int,
     precision: str,
-    extra: bool,
+    extra: str,
     device: torch.device,
     seq_q: int = 1_333,
     seq_k: int = 2_117,
@@ -132,9 +138,14 @@ def check(
     k = k + 2 * torch.randn(1, 1, heads, dim, device=device).to(dtype)
     mask = block_mask(heads, -(-seq_q // 128), -(-seq_k // 64), 0.3, device)
     mask[:, 0, 1] = False
-    index = BlockIndex.from_mask(mask, 128, 64, seq_q, seq_k)
+    starts: list[Tensor | None] = [None, None]
+    if extra == "varying":
+        for place, (seq, blocks) in enumerate(((seq_q, mask.shape[2]), (seq_k, mask.shape[3]))):
+            cuts = torch.randint(seq + 1, (1, heads, blocks - 1), device=device).sort(-1).values
+            starts[place] = F.pad(F.pad(cuts, (1, 0)), (0, 1), value=seq).to(torch.int32)
+    index = BlockIndex.from_mask(mask, 128, 64, seq_q, seq_k, *starts)
     options: dict[str, Any] = {}
-    if extra:
+    if extra != "plain":
         options["query_order"] = torch.stack([torch.randperm(seq_q, device=device) for _ in range(heads)])
         options["key_order"] = torch.stack([torch.randperm(seq_k, device=device) for _ in range(heads)])
         options["key_mask"] = torch.rand(batch, seq_k, device=device) < 0.8
@@ -159,6 +170,54 @@ def check(
     }
 
 
+def _mass(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
+    if name == "block_mass":
+        return block_mass(q, k, block_q=128, block_k=64, backend=backend)[0]
+    if name == "antidiagonal_scores":
+        return antidiagonal_scores(q, k, block=128, backend=backend)
+    return lowbit_scores(q, k, block_q=128, block_k=64, backend=backend)
+
+
+def _kept(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
+    scores = pooled_scores(q, k, block_q=128, block_k=64)
+    rule: dict[str, Any] = {"keep": 7} if name == "select_blocks:top-k" else {"top_p": 0.8}
+    sizes = {"block_q": 128, "block_k": 64, "seq_q": q.shape[1], "seq_k": k.shape[1]}
+    return select_blocks(scores, **sizes, **rule, backend=backend).to_mask().float()
+
+
+def _inertia(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
+    return kmeans(k, 20, iterations=2, backend=backend).inertia
+
+
+# Kernels around attention, and how far they may be from their definition: float32 sums over 2,117 keys of weights that
+# add up to 1, rounding edges of 4 bits, exact choices, and sums of squares.
+CHOOSING: dict[str, tuple[Callable[[str, str, Tensor, Tensor], Tensor], float]] = {
+    "block_mass": (_mass, 1e-3),
+    "antidiagonal_scores": (_mass, 1e-3),
+    "lowbit_scores": (_mass, 2e-2),
+    "select_blocks:top-k": (_kept, 0.0),
+    "select_blocks:top-p": (_kept, 0.0),
+    "kmeans": (_inertia, 1e-2),
+}
+
+
+def check_choosing(
+    name: str,
+    dim: int,
+    device: torch.device,
+    seq_q: int = 1_333,
+    seq_k: int = 2_117,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
+    """Error of a compiled kernel relative to its definition in torch, on odd lengths."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, n, 3, dim, device=device).to(dtype) for n in (seq_q, seq_k))
+    result, allowed = CHOOSING[name]
+    got, expected = (result(name, backend, q, k) for backend in ("triton", "torch"))
+    error = float((got - expected).norm() / expected.norm())
+    return {"rel_l2": error, "ok": bool(got.isfinite().all()) and error <= allowed}
+
+
 def _sdpa(kind: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with sdpa_kernel(kind):
         return F.scaled_dot_product_attention(query, key, value)
@@ -167,13 +226,18 @@ def _sdpa(kind: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor
 def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -> dict[str, Call]:
     """Ours in each precision and flex on one list, beside cuDNN; at density 1 also the other dense peers and the parts.
 
-    A precision's time is that of the whole call; `prepare:` and `order` are parts of it, `select` comes before.
+    A precision's time is that of the whole call; `prepare:` and `order` are parts of it, `score:` and `select` come
+    before.
     """
     dense = [x.transpose(1, 2) for x in (q, k, v)]
     calls: dict[str, Call] = {"sdpa-cudnn": partial(_sdpa, SDPA["sdpa-cudnn"], *dense)}
     for precision in PRECISIONS:
         calls[precision] = partial(
             block_sparse_attention, q, k, v, index, precision=precision, backend="triton"
+        )
+    if density < 1:
+        calls["native+remainder"] = partial(
+            block_sparse_attention, q, k, v, index, backend="triton", remainder=True
         )
     calls["flex"] = partial(block_sparse_attention, q, k, v, index, backend="flex")
     if density < 1:
@@ -197,6 +261,11 @@ def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -
             key_order=order,
         )
     calls["order"] = partial(ordered, k, order)
+    blocks = {"block_q": index.block_q, "block_k": index.block_k}
+    calls["score:pooled"] = partial(pooled_scores, q, k, **blocks)
+    calls["score:antidiagonal"] = partial(antidiagonal_scores, q, k, block=index.block_q)
+    calls["score:4-bit"] = partial(lowbit_scores, q, k, **blocks)
+    calls["score:exact"] = partial(block_mass, q, k, **blocks)
     scores = torch.rand(1, index.heads, index.rows, index.cols, device=q.device)
     calls["select"] = partial(
         select_blocks, scores, block_q=index.block_q, block_k=index.block_k, seq_q=index.seq_q, seq_k=index.seq_k,
@@ -221,10 +290,10 @@ def _row(calls: dict[str, Call], index: BlockIndex, shape: Shape, device: torch.
     base = times.get("sdpa-cudnn")
     results: dict[str, dict[str, Any]] = {}
     for name, taken in times.items():
-        if name in ("order", "select") or name.startswith("prepare:"):
+        if name in ("order", "select") or name.startswith(("prepare:", "score:")):
             results[name] = {**taken, "share_of_cudnn": taken["p50"] / base["p50"] if base else None}
             continue
-        kept = density if name in PRECISIONS or name == "flex" else 1.0
+        kept = density if name in (*PRECISIONS, "native+remainder", "flex") else 1.0
         rate = kept * shape.flops / (taken["p50"] * 1e9)
         results[name] = {
             **taken,

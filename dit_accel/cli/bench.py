@@ -12,7 +12,10 @@ def configure(subparsers: Any) -> None:
     what.add_argument("--compile-only", action="store_true", help="compile every shipped configuration")
     what.add_argument("--suite", choices=("cpu", "gpu"), help="measure on this device")
     parser.add_argument(
-        "--arch", default="sm_90", metavar="ARCH", help="sm_80 ... sm_120 or gfx942 (default %(default)s)"
+        "--arch",
+        default="sm_90",
+        metavar="ARCH",
+        help="sm_80 ... sm_120, gfx942 or all (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to a file")

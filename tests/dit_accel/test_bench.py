@@ -42,7 +42,7 @@ def test_compile_only_prints_a_row_per_configuration(monkeypatch, capsys, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compile-only", "--arch", "sm_75"], "arch: expected one of sm_80, .*, got 'sm_75'"),
+        (["--compile-only", "--arch", "sm_75"], "arch: expected one of sm_80, .* or all, got 'sm_75'"),
         pytest.param(
             ["--suite", "gpu"],
             "suite 'gpu': needs a CUDA or ROCm device, found none; use --suite cpu or --compile-only",

@@ -217,16 +217,23 @@ def test_head_dims_over_256_are_refused(problem):
         block_sparse_attention(*problem(dim=320).arguments, backend="triton")
 
 
-@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize("extra", gpu.EXTRAS)
 @pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8", "fp8"])
 def test_suite_finds_the_kernel_right(precision, extra):
     found = gpu.check(72, precision, extra, torch.device("cpu"), 133, 217, torch.float16)
     assert found["ok"], found
 
 
+@pytest.mark.parametrize("name", gpu.CHOOSING)
+def test_suite_finds_the_choosing_kernels_right(name):
+    found = gpu.check_choosing(name, 72, torch.device("cpu"), 133, 217, torch.float16)
+    assert found["ok"], found
+
+
 def test_suite_writes_down_what_fails_and_goes_on(tmp_path, monkeypatch):
     """A peer that cannot run, a precision that raises, a shape out of time."""
     monkeypatch.setattr(gpu, "check", lambda *_: 1 / 0)
+    monkeypatch.setattr(gpu, "CHOOSING", {})
     monkeypatch.setattr(gpu, "DENSITIES", (1.0, 0.3))
     calls = gpu._calls
 
@@ -239,7 +246,7 @@ def test_suite_writes_down_what_fails_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_calls", with_a_broken_peer)
     shapes = {"tiny": Shape(130, 1, 32)}
     report = gpu.run(tmp_path / "r.json", shapes=shapes, dims=(64,), device=torch.device("cpu"))
-    assert len(report["correctness"]) == 8
+    assert len(report["correctness"]) == 12
     assert all(row["error"].startswith("ZeroDivisionError") for row in report["correctness"])
     assert [row["asked"] for row in report["rows"]] == [1.0, 0.3]
     assert all(row["failed"] == {"broken": "ZeroDivisionError: division by zero"} for row in report["rows"])

@@ -29,7 +29,10 @@ def test_operator_is_sound(problem, shape):
     for return_lse in (False, True):
         arguments = (
             *case.arguments[:3],
-            *(getattr(index, name) for name in ("counts", "offsets", "indices", "query_starts", "key_starts")),
+            *(
+                getattr(index, name)
+                for name in ("counts", "offsets", "indices", "query_starts", "key_starts")
+            ),
             [16, 16, 70, 90],
             0.25,
             "native",
