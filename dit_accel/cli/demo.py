@@ -16,7 +16,7 @@ def configure(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help="calibrate the demo model and compare it with its dense self")
     parser.add_argument("--model", default="demo", metavar="MODEL", help="another model (default demo)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="three prompts for another model")
-    parser.add_argument("--target-psnr", type=float, default=28.0, metavar="DB", help="default %(default)g")
+    parser.add_argument("--target-psnr", type=float, default=30.0, metavar="DB", help="default %(default)g")
     add_settings(parser)
     add_device(parser)
     add_output(parser, "outputs/demo")
