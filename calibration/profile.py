@@ -66,11 +66,16 @@ def profile_call(
     ]
     mass, error, norm = (torch.zeros(heads, len(candidates), dtype=torch.float64) for _ in range(3))
     rows = torch.zeros(len(candidates), dtype=torch.float64)
+    for candidate, selection in zip(candidates, selections, strict=True):
+        if selection.index.varies:
+            raise ValueError(
+                f"candidates: {candidate.label} has blocks of varying length, which cannot be profiled"
+            )
     remainder = torch.tensor([c.remainder for c in candidates], device=query.device)
     picks = _spread(-(-seq // block), query_blocks, phase).to(query.device)
 
     for members in _by_order(selections):
-        order = selections[members[0]].order
+        order = selections[members[0]].query_order
         at = torch.tensor(members)
         for b in range(batch):
             kept = torch.stack(
@@ -184,10 +189,8 @@ def _by_order(selections: Sequence[Selection]) -> list[list[int]]:
     groups: list[list[int]] = []
     for position, selection in enumerate(selections):
         for group in groups:
-            order = selections[group[0]].order
-            if order is selection.order or (
-                order.shape == selection.order.shape and torch.equal(order, selection.order)
-            ):
+            order, other = selections[group[0]].query_order, selection.query_order
+            if order is other or (order.shape == other.shape and torch.equal(order, other)):
                 group.append(position)
                 break
         else:

@@ -27,6 +27,7 @@ def attend(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     backend: str = "auto",
+    layer: int | None = None,
     cache: MutableMapping[Any, Any] | None = None,
 ) -> tuple[Tensor, float]:
     """Attend with a pattern per head, all heads in one launch.
@@ -40,7 +41,9 @@ def attend(
         scale: softmax scale, 1/√dim if None.
         key_mask: bool `[batch, seq]` in the model's order, True = may be read.
         backend: of `block_sparse_attention`.
-        cache: keeps what rows of static families need between calls; its owner says for how long.
+        layer: number of the layer, which tells apart what dynamic families remember; without it they remember nothing.
+        cache: keeps what static families need between calls, and what dynamic ones remember from step to step; its
+            owner says for how long, and holds one per guidance branch.
 
     Returns:
         The output like `query`, in the model's order, and the density of the call.
@@ -58,7 +61,8 @@ def attend(
     name = (grid, block, query.device, tuple(candidates[number] for number in numbers))
     launch = cache.get(name) if static and cache is not None else None
     if launch is None:
-        launch = _prepare(query, key, grid, heads_of, block, scale)
+        memories = None if layer is None or cache is None else cache.setdefault((grid, block, layer), {})
+        launch = _prepare(query, key, grid, heads_of, block, scale, memories)
         if static and cache is not None:
             cache[name] = launch
     return launch.run(query, key, value, scale, key_mask, backend), launch.density
@@ -70,8 +74,9 @@ class _Launch:
 
     index: BlockIndex
     density: float
-    # int64 `[heads, seq]` or `[1, seq]`, None if every head keeps the model's order
-    order: Tensor | None
+    # int64 `[1 or heads, seq]` or `[1 or batch, heads, seq]`, None if every head keeps the model's order
+    query_order: Tensor | None
+    key_order: Tensor | None
     # bool `[heads]`, or alike for all
     remainder: Tensor | bool
 
@@ -92,8 +97,8 @@ class _Launch:
             scale=scale,
             backend=backend,
             key_mask=key_mask,
-            query_order=self.order,
-            key_order=self.order,
+            query_order=self.query_order,
+            key_order=self.key_order,
             remainder=self.remainder,
         )
 
@@ -105,6 +110,7 @@ def _prepare(
     heads_of: dict[Candidate, list[int]],
     block: int,
     scale: float | None,
+    memories: MutableMapping[Any, Any] | None,
 ) -> _Launch:
     """Select for every group of heads and merge the groups."""
     heads = query.shape[2]
@@ -119,9 +125,17 @@ def _prepare(
                 x[:, :, : len(members)] if static else x.index_select(2, ids.to(x.device))
                 for x in (query, key)
             )
-        options = dict(candidate.options)
+        memory = None if memories is None else memories.setdefault((candidate, tuple(members)), {})
         selection = select(
-            candidate.family, q, k, grid, density=candidate.density, block=block, scale=scale, **options
+            candidate.family,
+            q,
+            k,
+            grid,
+            density=candidate.density,
+            block=block,
+            scale=scale,
+            memory=memory,
+            **dict(candidate.options),
         )
         chosen.append((selection, ids))
     index = chosen[0][0].index
@@ -129,13 +143,19 @@ def _prepare(
         index = BlockIndex.merge_heads([(selection.index, ids) for selection, ids in chosen], heads)
     remainder = _remainder(heads_of, heads, query.device)
     if all(selection.in_model_order for selection, _ in chosen):
-        return _Launch(index, index.density, None, remainder)
-    order = chosen[0][0].order
-    if len({selection.order_name for selection, _ in chosen}) > 1:
-        order = torch.empty(heads, grid.total_tokens, dtype=torch.int64, device=query.device)
-        for selection, ids in chosen:
-            order[ids.to(order.device)] = selection.order
-    return _Launch(index, index.density, order, remainder)
+        return _Launch(index, index.density, None, None, remainder)
+    names = {selection.order_name for selection, _ in chosen}
+    if len(chosen) == 1 or (len(names) == 1 and None not in names):
+        first = chosen[0][0]
+        return _Launch(index, index.density, first.query_order, first.key_order, remainder)
+    batch = max(
+        order.shape[0] if order.ndim == 3 else 1 for s, _ in chosen for order in (s.query_order, s.key_order)
+    )
+    orders = torch.empty(2, batch, heads, grid.total_tokens, dtype=torch.int64, device=query.device)
+    for selection, ids in chosen:
+        orders[0][:, ids.to(orders.device)] = selection.query_order
+        orders[1][:, ids.to(orders.device)] = selection.key_order
+    return _Launch(index, index.density, orders[0], orders[1], remainder)
 
 
 def _remainder(heads_of: dict[Candidate, list[int]], heads: int, device: torch.device) -> Tensor | bool:

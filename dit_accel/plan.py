@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
-from dit_accel.patterns import family_named
+from dit_accel.patterns import FAMILIES, family_named
 from dit_accel.plan_files import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -27,6 +27,7 @@ from dit_accel.plan_files import (
     upload_directory,
     write_files,
 )
+from dit_accel.presets import PRESETS
 
 __all__ = ["AccelPlan", "Candidate", "PlanError", "config_hash_of"]
 
@@ -189,26 +190,53 @@ class AccelPlan:
         name: str,
         *,
         density: float | None = None,
-        block: int = 64,
+        block: int | None = None,
         precision: str = "native",
         remainder: bool = False,
+        warm_up: float | None = None,
         **options: str | int | float,
     ) -> AccelPlan:
         """Return an uncalibrated plan that runs one family on every head of any model.
 
+        Args:
+            name: a family, or a published system (`dit_accel.presets.PRESETS`), whose settings then are the defaults of
+                all that follows. Names that are both mean the family where a density is given.
+            density: kept pairs divided by all pairs.
+            block: tokens per block, 64 if nothing says otherwise.
+            precision, remainder: see `Candidate`.
+            warm_up: progress up to which attention stays dense, 0 if nothing says otherwise.
+            options: of the family.
+
         Example:
             >>> plan = AccelPlan.preset("window", density=0.3)
+            >>> plan = AccelPlan.preset("xattention")
 
         Raises:
-            ValueError: an unknown family or option, or no density for a family that needs one.
+            ValueError: an unknown name or option, or no density for a family that needs one.
         """
-        family = family_named(name)
+        if name in PRESETS and (density is None or name not in FAMILIES):
+            published = PRESETS[name]
+            name, options = published.family, {**published.options, **options}
+            density = published.density if density is None else density
+            block = published.block if block is None else block
+            warm_up = published.warm_up if warm_up is None else warm_up
+        if name not in FAMILIES:
+            raise ValueError(
+                f"unknown preset {name!r}; families: {', '.join(FAMILIES)}; published systems: {', '.join(PRESETS)}"
+            )
+        family = FAMILIES[name]
         if density is None:
             if family.density is None:
                 raise ValueError(f"preset {name!r} needs a density, for instance density=0.3")
             density = family.density
+        block, warm_up = 64 if block is None else block, 0.0 if warm_up is None else warm_up
+        if not 0.0 <= warm_up < 1.0:
+            raise ValueError(f"warm_up: expected a progress from 0 to below 1, got {warm_up!r}")
         candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder)
-        return cls((candidate,), torch.zeros(1, 1, 1, dtype=torch.int16), block=block)
+        if not warm_up:
+            return cls((candidate,), torch.zeros(1, 1, 1, dtype=torch.int16), block=block)
+        choice = torch.arange(2, dtype=torch.int16).view(2, 1, 1)
+        return cls((Candidate("dense", 1.0), candidate), choice, (0.0, warm_up), block=block)
 
     def range_at(self, progress: float) -> int:
         """Return the number of the range that holds a progress from 0 (pure noise) to 1."""

@@ -255,6 +255,7 @@ def _planned(
         scale=scale,
         key_mask=_key_mask(attn_mask, query),
         backend=state.backend,
+        layer=layer,
         cache=state.cache,
     )
     state.record(pairs, density, sparse=True)

@@ -105,7 +105,7 @@ def prepare(
         block_k: keys per block.
         key_starts: int32 `[batch or 1, heads or 1, cols + 1]`, where blocks of varying length begin, in the order of
             the keys. Every key then has a scale of its own, since the kernel's tiles begin anywhere.
-        query_order, key_order: int64 `[1 or heads, seq]`, place in the model's order of each ordered token.
+        query_order, key_order: int64 `[1 or batch, 1 or heads, seq]`, place in the model's order of each ordered token.
         key_mask: bool `[batch, seq_k]` in the model's order, True = may be read.
         remainder: pool every key block into a stand-in; bool `[heads]` gives it to those heads alone.
         smooth: subtract the mean key before keys are quantised.
@@ -114,7 +114,7 @@ def prepare(
     q, k, v = ordered(query, query_order), ordered(key, key_order), ordered(value, key_order)
     valid = None
     if key_mask is not None:
-        valid = key_mask[:, None] if key_order is None else key_mask[:, key_order]
+        valid = ordered_mask(key_mask, key_order)
     if precision == "native":
         means = None if remainder is False else _means(k, v, valid, block_k, key_starts, remainder)
         return Prepared(q, k, v, None, None, None, None, valid, means, group)
@@ -153,14 +153,62 @@ def prepare(
     )
 
 
+def checked_order(
+    name: str, order: Tensor | None, batch: int, heads: int, seq: int, device: torch.device
+) -> Tensor | None:
+    """An order as callers give it, `[1 or heads, seq]` or `[1 or batch, 1 or heads, seq]`, in the latter form.
+
+    Raises:
+        ValueError: another shape, dtype or device.
+    """
+    if order is None:
+        return None
+    three = order[None] if order.ndim == 2 else order
+    fits = three.ndim == 3 and three.shape[0] in (1, batch) and three.shape[1] in (1, heads)
+    if order.dtype != torch.int64 or not fits or three.shape[2] != seq:
+        raise ValueError(
+            f"{name} must be int64 [1 or {heads}, {seq}] or [1 or {batch}, 1 or {heads}, {seq}], a token for each "
+            f"place, got {order.dtype} {tuple(order.shape)}"
+        )
+    if order.device != device:
+        raise ValueError(f"{name} must be on {device} like query, got {order.device}; move it with .to()")
+    return three
+
+
 def ordered(tokens: Tensor, order: Tensor | None) -> Tensor:
     """`[batch, seq, heads, dim]` in the model's order to `[batch, heads, seq, dim]` in another."""
     if order is None:
         return tokens.transpose(1, 2)
-    heads = tokens.shape[2]
-    head = torch.arange(heads, device=tokens.device)[:, None]
-    source = (order * heads + head).flatten()
-    return tokens.flatten(1, 2).index_select(1, source).unflatten(1, (heads, -1))
+    batch, seq, heads, _ = tokens.shape
+    b, h = (
+        torch.arange(n, device=tokens.device).view(shape)
+        for n, shape in ((batch, (-1, 1, 1)), (heads, (-1, 1)))
+    )
+    source = ((b * seq + order) * heads + h).flatten()
+    return tokens.reshape(-1, tokens.shape[3]).index_select(0, source).unflatten(0, (batch, heads, -1))
+
+
+def restored(tokens: Tensor, order: Tensor | None) -> Tensor:
+    """What `ordered` is undone by, contiguous."""
+    if order is None:
+        return tokens.transpose(1, 2).contiguous()
+    batch, heads, seq, _ = tokens.shape
+    places = torch.arange(seq, device=order.device).expand_as(order)
+    inverse = torch.empty_like(order).scatter_(2, order, places).transpose(1, 2)
+    b, h = (
+        torch.arange(n, device=order.device).view(shape)
+        for n, shape in ((batch, (-1, 1, 1)), (heads, (1, 1, -1)))
+    )
+    source = ((b * heads + h) * seq + inverse).flatten()
+    return tokens.reshape(-1, tokens.shape[3]).index_select(0, source).unflatten(0, (batch, seq, heads))
+
+
+def ordered_mask(mask: Tensor, order: Tensor | None) -> Tensor:
+    """bool `[batch, seq]` to `[batch, heads or 1, seq]` in an order."""
+    if order is None:
+        return mask[:, None]
+    shape = (len(mask), *order.shape[1:])
+    return mask[:, None].expand(shape).gather(2, order.expand(shape))
 
 
 def quantise(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

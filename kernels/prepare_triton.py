@@ -17,6 +17,7 @@ from dit_accel.kernels.prepare import (
     e4m3_values,
     key_group,
     ordered,
+    ordered_mask,
     quantise,
     with_remainder,
 )
@@ -35,11 +36,11 @@ def _token_rows(order, p_order, o_t, m_t, ORDERED: tl.constexpr):
     return o_row
 
 
-@triton.jit(do_not_specialize=["seq", "cols", "stride_order", "starts_b", "starts_h"])
+@triton.jit(do_not_specialize=["seq", "cols", "order_b", "order_h", "starts_b", "starts_h"])
 def _pool(
     k,  # [batch, seq, heads, dim]
     v,  # [batch, seq, heads, dim]
-    order,  # int64 [heads or 1, seq], read with ORDERED
+    order,  # int64 [batch or 1, heads or 1, seq], read with ORDERED
     mask,  # bool [batch, seq], read with MASKED
     starts,  # int32 [batch or 1, heads or 1, cols + 1], read with VARYING
     mean_k,  # float32 [batch, heads, cols, dim]
@@ -49,7 +50,8 @@ def _pool(
     heads,
     seq,
     cols,
-    stride_order,
+    order_b,
+    order_h,
     starts_b,  # starts of a batch element and of a head, 0 where shared
     starts_h,
     stride_kb,
@@ -88,7 +90,7 @@ def _pool(
     for first in range(begin, end, TILE):
         o_t = first + tl.arange(0, TILE)
         m_t = o_t < end
-        o_row = _token_rows(order, head * stride_order, o_t, m_t, ORDERED)
+        o_row = _token_rows(order, batch * order_b + head * order_h, o_t, m_t, ORDERED)
         m_tile = m_t[:, None] & m_d[None, :]
         p_k = k + batch * stride_kb + head * stride_kh + o_row[:, None] * stride_ks + o_d[None, :] * stride_kd
         p_v = v + batch * stride_vb + head * stride_vh + o_row[:, None] * stride_vs + o_d[None, :] * stride_vd
@@ -120,7 +122,7 @@ def _to_format(b_x, b_scale, INT8: tl.constexpr):
     return b_8
 
 
-@triton.jit(do_not_specialize=["seq", "groups", "stride_order"])
+@triton.jit(do_not_specialize=["seq", "groups", "order_b", "order_h"])
 def _quantise_keys(
     k,  # [batch, seq, heads, dim]
     order,
@@ -130,7 +132,8 @@ def _quantise_keys(
     heads,
     seq,
     groups,
-    stride_order,
+    order_b,
+    order_h,
     stride_b,
     stride_s,
     stride_h,
@@ -154,7 +157,7 @@ def _quantise_keys(
     m_d = o_d < DIM
     o_t = group * GROUP + tl.arange(0, TILE)
     m_t = o_t < tl.minimum(seq, (group + 1) * GROUP)
-    o_row = _token_rows(order, head * stride_order, o_t, m_t, ORDERED)
+    o_row = _token_rows(order, batch * order_b + head * order_h, o_t, m_t, ORDERED)
     m_tile = m_t[:, None] & m_d[None, :]
     p_k = k + batch * stride_b + head * stride_h + o_row[:, None] * stride_s + o_d[None, :] * stride_d
     b_k = tl.load(p_k, mask=m_tile, other=0.0).to(tl.float32)
@@ -171,7 +174,7 @@ def _quantise_keys(
         tl.store(scales + o_head * groups + group, scale)
 
 
-@triton.jit(do_not_specialize=["seq", "stride_order"])
+@triton.jit(do_not_specialize=["seq", "order_b", "order_h"])
 def _quantise_queries(
     q,  # [batch, seq, heads, dim]
     order,
@@ -182,7 +185,8 @@ def _quantise_queries(
     scale,
     heads,
     seq,
-    stride_order,
+    order_b,
+    order_h,
     stride_b,
     stride_s,
     stride_h,
@@ -204,7 +208,7 @@ def _quantise_queries(
     m_d = o_d < DIM
     o_t = tl.program_id(0) * TILE + tl.arange(0, TILE)
     m_t = o_t < seq
-    o_row = _token_rows(order, head * stride_order, o_t, m_t, ORDERED)
+    o_row = _token_rows(order, batch * order_b + head * order_h, o_t, m_t, ORDERED)
     m_tile = m_t[:, None] & m_d[None, :]
     p_q = q + batch * stride_b + head * stride_h + o_row[:, None] * stride_s + o_d[None, :] * stride_d
     b_q = tl.load(p_q, mask=m_tile, other=0.0).to(tl.float32)
@@ -217,7 +221,7 @@ def _quantise_queries(
     tl.store(shift + o_out, tl.sum(b_q * b_mean[None, :], 1) * scale, mask=m_t)
 
 
-@triton.jit(do_not_specialize=["seq", "padded", "stride_order"])
+@triton.jit(do_not_specialize=["seq", "padded", "order_b", "order_h"])
 def _quantise_values(
     v,  # [batch, seq, heads, dim]
     order,
@@ -226,7 +230,8 @@ def _quantise_values(
     heads,
     seq,
     padded,
-    stride_order,
+    order_b,
+    order_h,
     stride_b,
     stride_s,
     stride_h,
@@ -244,7 +249,7 @@ def _quantise_values(
     m_d = o_d < DIM
     o_t = tl.program_id(0) * TILE + tl.arange(0, TILE)
     m_t = o_t < seq
-    o_row = _token_rows(order, head * stride_order, o_t, m_t, ORDERED)
+    o_row = _token_rows(order, batch * order_b + head * order_h, o_t, m_t, ORDERED)
     p_v = v + batch * stride_b + head * stride_h + o_row[:, None] * stride_s + o_d[None, :] * stride_d
     b_v = tl.load(p_v, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
     b_scale = tl.load(scales + o_head * DIM + o_d, mask=m_d, other=1.0)
@@ -287,8 +292,10 @@ def prepare(
     def floats(*shape: int) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=torch.float32, device=device)
 
-    def steps(order: Tensor | None) -> int:
-        return 0 if order is None or order.shape[0] == 1 else order.shape[1]
+    def steps(order: Tensor | None) -> tuple[int, ...]:
+        if order is None:
+            return 0, 0
+        return tuple(order.stride(i) if order.shape[i] > 1 else 0 for i in range(2))
 
     key_order = None if key_order is None else key_order.contiguous()
     query_order = None if query_order is None else query_order.contiguous()
@@ -307,7 +314,7 @@ def prepare(
         heads,
         seq_k,
         cols,
-        steps(key_order),
+        *steps(key_order),
         0 if key_starts is None or key_starts.shape[0] == 1 else key_starts.shape[1],
         int(key_starts is not None and key_starts.shape[1] > 1),
         *key.stride(),
@@ -333,7 +340,7 @@ def prepare(
         scale,
         heads,
         seq_q,
-        steps(query_order),
+        *steps(query_order),
         *query.stride(),
         TILE=_TILE,
         ORDERED=query_order is not None,
@@ -352,7 +359,7 @@ def prepare(
         heads,
         seq_k,
         groups,
-        steps(key_order),
+        *steps(key_order),
         *key.stride(),
         GROUP=together,
         TILE=max(16, triton.next_power_of_2(together)),
@@ -377,7 +384,7 @@ def prepare(
             heads,
             seq_k,
             padded,
-            steps(key_order),
+            *steps(key_order),
             *value.stride(),
             TILE=_TILE,
             ORDERED=key_order is not None,
@@ -390,7 +397,5 @@ def prepare(
         m8, mean_scale = quantise((mean_k - mean[:, :, None])[..., None, :], eight)
         m_v = mean_v.to(value.dtype) if value_scale is None else e4m3_values(mean_v, value_scale)
         means = Means(m8[..., 0, :], m_v, mean_scale, with_remainder(counts.log2(), remainder))
-    valid = key_mask
-    if valid is not None:
-        valid = valid[:, None] if key_order is None else valid[:, key_order]
+    valid = None if key_mask is None else ordered_mask(key_mask, key_order)
     return Prepared(q8, k8, v, query_scale, key_scale, value_scale, lse_shift, valid, means, group)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.prepare import TINY, key_group, ordered
+from dit_accel.kernels.prepare import TINY, checked_order, key_group, ordered, ordered_mask
 
 try:
     import triton
@@ -65,8 +65,8 @@ def block_mass(
             order of the tensors, as `block_sparse_attention` and this function return it. A query with -inf has no
             mass.
         scale: factor on the scores, default `dim ** -0.5`.
-        query_order, key_order: int64 `[1 or heads, seq]`, the token at each place of the order that is cut into
-            blocks; None if it is that of the tensors. Every token occurs once.
+        query_order, key_order: int64 `[1 or heads, seq]` or `[1 or batch, 1 or heads, seq]`, the token at each place of
+            the order that is cut into blocks; None if it is that of the tensors. Every token occurs once.
         key_mask: bool `[batch, seq_k]` in the order of the tensors, True = may be attended.
         backend: "triton" on a GPU (head dims up to 256), "torch" anywhere, or "auto": "triton" on CUDA and ROCm where
             it can, otherwise "torch". The host never waits for the device.
@@ -83,7 +83,9 @@ def block_mass(
         >>> mass, lse = block_mass(q, k, block_q=64, block_k=64)
         >>> index = select_blocks(mass, block_q=64, block_k=64, seq_q=333, seq_k=517, top_p=0.9)
     """
-    scale = _check(query, key, scale, query_order, key_order, key_mask, block_q=block_q, block_k=block_k)
+    scale, query_order, key_order = _check(
+        query, key, scale, query_order, key_order, key_mask, block_q=block_q, block_k=block_k
+    )
     _check_lse(lse, query)
     q, k, valid = ordered(query, query_order), ordered(key, key_order), _valid(key_mask, key_order)
     counts = None if valid is None else valid.float()
@@ -145,7 +147,9 @@ def antidiagonal_scores(
         >>> q, k = torch.randn(1, 333, 4, 64), torch.randn(1, 517, 4, 64)
         >>> scores = antidiagonal_scores(q, k, block=64)  # [1, 4, 6, 9]
     """
-    scale = _check(query, key, scale, query_order, key_order, key_mask, block=block, stride=stride)
+    scale, query_order, key_order = _check(
+        query, key, scale, query_order, key_order, key_mask, block=block, stride=stride
+    )
     if block % stride:
         raise ValueError(
             f"block must be a multiple of stride = {stride}, got {block}; use a stride that divides it"
@@ -197,7 +201,7 @@ def pooled_scores(
         >>> q, k = torch.randn(1, 333, 4, 64), torch.randn(1, 517, 4, 64)
         >>> scores = pooled_scores(q, k, block_q=64, block_k=32, parts=4)  # [1, 4, 6, 17]
     """
-    scale = _check(
+    scale, query_order, key_order = _check(
         query, key, scale, query_order, key_order, key_mask, block_q=block_q, block_k=block_k, parts=parts
     )
     for name, block in (("block_q", block_q), ("block_k", block_k)):
@@ -248,7 +252,7 @@ def lowbit_scores(
         >>> q, k = torch.randn(1, 333, 4, 64), torch.randn(1, 517, 4, 64)
         >>> scores = lowbit_scores(q, k, block_q=64, block_k=64)  # [1, 4, 6, 9]
     """
-    scale = _check(
+    scale, query_order, key_order = _check(
         query, key, scale, query_order, key_order, key_mask, block_q=block_q, block_k=block_k, bits=bits
     )
     if not 2 <= bits <= 4:
@@ -376,9 +380,7 @@ def _mean_key(key: Tensor, key_mask: Tensor | None) -> Tensor:
 
 def _valid(key_mask: Tensor | None, key_order: Tensor | None) -> Tensor | None:
     """The mask in the order of the keys, `[batch, heads or 1, seq_k]`."""
-    if key_mask is None:
-        return None
-    return key_mask[:, None] if key_order is None else key_mask[:, key_order]
+    return None if key_mask is None else ordered_mask(key_mask, key_order)
 
 
 def _without(k: Tensor, valid: Tensor | None) -> Tensor:
@@ -424,8 +426,8 @@ def _check(
     key_order: Tensor | None,
     key_mask: Tensor | None,
     **numbers: Any,
-) -> float:
-    """Validate what all scores share; the scale to use."""
+) -> tuple[float, Tensor | None, Tensor | None]:
+    """Validate what all scores share; the scale and the orders to use."""
     if query.ndim != 4 or 0 in query.shape:
         raise ValueError(f"query must be [batch, seq_q, heads, dim] and not empty, got {tuple(query.shape)}")
     batch, _, heads, dim = query.shape
@@ -444,29 +446,24 @@ def _check(
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    for name, order, tokens in (("query_order", query_order, query), ("key_order", key_order, key)):
-        shapes = ((1, tokens.shape[1]), (heads, tokens.shape[1]))
-        if order is not None and (order.dtype != torch.int64 or tuple(order.shape) not in shapes):
-            raise ValueError(
-                f"{name} must be int64 [1 or {heads}, {tokens.shape[1]}], a token for each place, "
-                f"got {order.dtype} {tuple(order.shape)}"
-            )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != key.shape[:2]):
         raise ValueError(
             f"key_mask must be bool {tuple(key.shape[:2])}, True = may be attended, "
             f"got {key_mask.dtype} {tuple(key_mask.shape)}"
         )
-    given = (("query_order", query_order), ("key_order", key_order), ("key_mask", key_mask))
-    for name, tensor in given:
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(
-                f"{name} must be on {query.device} like query, got {tensor.device}; move it with .to()"
-            )
+    if key_mask is not None and key_mask.device != query.device:
+        raise ValueError(
+            f"key_mask must be on {query.device} like query, got {key_mask.device}; move it with .to()"
+        )
     if scale is None:
-        return dim**-0.5
+        scale = dim**-0.5
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}; None is dim ** -0.5")
-    return scale
+    orders = (
+        checked_order(name, order, batch, heads, tokens.shape[1], query.device)
+        for name, order, tokens in (("query_order", query_order, query), ("key_order", key_order, key))
+    )
+    return scale, *orders
 
 
 def _check_lse(lse: Tensor | None, query: Tensor) -> None:

@@ -121,7 +121,7 @@ def _tile_logits(
 
 
 # Sequence lengths change with every resolution and must not compile anew.
-@triton.jit(do_not_specialize=["seq_q", "seq_k", "rows", "cols", "groups", "stride_order"])
+@triton.jit(do_not_specialize=["seq_q", "seq_k", "rows", "cols", "groups", "order_b", "order_h"])
 def block_mass_forward(
     q,  # [batch, heads, seq_q, dim], with GROUP int8 [batch, heads, seq_q, ceil(dim / 2)]
     k,  # as q
@@ -130,7 +130,7 @@ def block_mass_forward(
     q_scale,  # float32 [batch, heads, seq_q], read with GROUP
     k_scale,  # float32 [batch, heads, groups], read with GROUP
     bias,  # float32 [batch or 1, heads or 1, ceil(seq_k / MEMBERS)], log2(valid keys), read with BIASED
-    query_order,  # int64 [heads or 1, seq_q], read with ORDERED
+    query_order,  # int64 [batch or 1, heads or 1, seq_q], read with ORDERED
     scale_log2,
     seq_q,
     seq_k,
@@ -138,7 +138,8 @@ def block_mass_forward(
     rows,
     cols,
     groups,
-    stride_order,
+    order_b,
+    order_h,
     stride_bias_b,
     stride_bias_h,
     stride_qb,
@@ -214,7 +215,7 @@ def block_mass_forward(
     p_lse = lse + o_head * seq_q
     o_out = o_q.to(tl.int64)
     if ORDERED:
-        o_out = tl.load(query_order + head * stride_order + o_q, mask=m_q, other=0)
+        o_out = tl.load(query_order + batch * order_b + head * order_h + o_q, mask=m_q, other=0)
     tiles = (cols + COLS - 1) // COLS * TILES_K
     if GIVEN:
         b_lse = tl.load(p_lse + o_out, mask=m_q, other=0.0) * LOG2E_
@@ -264,10 +265,10 @@ def block_mass_forward(
         )
 
 
-@triton.jit(do_not_specialize=["seq", "groups", "stride_order", "stride_mask_b", "stride_mask_h"])
+@triton.jit(do_not_specialize=["seq", "groups", "order_b", "order_h", "stride_mask_b", "stride_mask_h"])
 def pack_tokens(
     x,  # [batch, seq, heads, dim]
-    order,  # int64 [heads or 1, seq], read with ORDERED
+    order,  # int64 [batch or 1, heads or 1, seq], read with ORDERED
     mask,  # bool [batch, heads or 1, seq] in the order, read with MASKED
     mean,  # float32 [batch, heads, dim], read with CENTRED
     packed,  # int8 [batch, heads, seq, HALF]
@@ -275,7 +276,8 @@ def pack_tokens(
     heads,
     seq,
     groups,
-    stride_order,
+    order_b,
+    order_h,
     stride_mask_b,
     stride_mask_h,
     stride_b,
@@ -307,7 +309,7 @@ def pack_tokens(
     m_high = o_high < DIM
     o_row = o_t.to(tl.int64)
     if ORDERED:
-        o_row = tl.load(order + head * stride_order + o_t, mask=m_t, other=0)
+        o_row = tl.load(order + batch * order_b + head * order_h + o_t, mask=m_t, other=0)
     m_x = m_t
     if MASKED:
         p_mask = mask + batch * stride_mask_b + head * stride_mask_h
@@ -487,7 +489,7 @@ def pack(
             heads,
             seq,
             groups,
-            *_steps(order, 1),
+            *_steps(order, 2),
             *_steps(valid, 2),
             *tokens.stride(),
             DIM=dim,
@@ -550,7 +552,7 @@ def _launch(
             rows,
             cols,
             0 if k_scale is None else k_scale.shape[2],
-            *_steps(order, 1),
+            *_steps(order, 2),
             *_steps(bias, 2),
             *q.stride(),
             *k.stride(),

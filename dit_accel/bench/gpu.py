@@ -248,7 +248,7 @@ def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -
         sage = import_module("sageattention").sageattn_qk_int8_pv_fp16_triton
         calls["sageattention-triton"] = partial(sage, q, k, v, tensor_layout="NHD")
     scale = q.shape[-1] ** -0.5
-    order = torch.arange(index.seq_k, device=q.device).flip(0)[None]
+    order = torch.arange(index.seq_k, device=q.device).flip(0)[None, None]
     for precision in PRECISIONS[1:]:
         calls[f"prepare:{precision}"] = partial(
             prepare_triton.prepare,

@@ -26,6 +26,12 @@ FAMILY_COLOURS = {
     "bands": "#e9a23b",
     "stripes": "#8a5fbf",
     "pooled": "#d1495b",
+    "antidiagonal": "#b5651d",
+    "lowbit": "#7a9e3f",
+    "searched": "#3d5a98",
+    "clustered": "#9d4edd",
+    "radial": "#5fb3b3",
+    "attention_tile": "#c28fc2",
 }
 SPARE_COLOURS = ("#3a7ca5", "#7a9e3f", "#b5651d", "#c77dba")
 DIFFERENCE_GAIN = 5

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
 
 Option = str | int | float
+# What a dynamic family remembers of earlier steps of one layer and guidance branch.
+Memory = MutableMapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,12 @@ class Family:
     Attributes:
         name: as plans and presets spell it.
         choose: `choose(space, kept, **options)` of a static family returns a bool mask over the video blocks,
-            `[rows, cols]`; `choose(space, kept, query, key, scale, **options)` of a dynamic one, with query
-            and key in the order of the space, returns `[batch, heads, rows, cols]`.
+            `[rows, cols]`; `choose(space, kept, query, key, scale, memory=..., **options)` of a dynamic one, with query
+            and key in the order of the space, returns `[batch, heads, rows, cols]`. `memory` is a dict that it may use
+            from step to step.
+        arrange: instead of `choose`, of a dynamic family that puts the tokens into orders of its own:
+            `arrange(grid, density, block, query, key, scale, memory=..., **options)` gets query and key in the model's
+            order and returns a Selection.
         static: whether the choice depends on the grid alone, so that it can be made once.
         options: names and default values.
         density: the only density the family has, if there is but one.
@@ -82,8 +89,9 @@ class Family:
     """
 
     name: str
-    choose: Callable[..., Tensor]
-    static: bool
+    choose: Callable[..., Tensor] | None = None
+    static: bool = True
+    arrange: Callable[..., Selection] | None = None
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
     density: float | None = None
     reads_text: bool = True
@@ -121,20 +129,22 @@ class Selection:
 
     Attributes:
         index: block lists in the ordered token space.
-        order: int64 `[heads, seq]` or `[1, seq]`, model position of each ordered token, query or key.
+        query_order, key_order: int64 `[1 or heads, seq]` or `[1 or batch, 1 or heads, seq]`, model position of each
+            ordered token.
         grid: the token grid.
-        order_name: what the grid calls this order.
+        order_name: what the grid calls this order; None if it comes from the data.
     """
 
     index: BlockIndex
-    order: Tensor
+    query_order: Tensor
+    key_order: Tensor
     grid: TokenGrid
-    order_name: str
+    order_name: str | None
 
     @property
     def in_model_order(self) -> bool:
         """Whether no token has to move."""
-        return self.grid.is_model_order(self.order_name)
+        return self.order_name is not None and self.grid.is_model_order(self.order_name)
 
     @functools.cached_property
     def density(self) -> float:
@@ -144,10 +154,12 @@ class Selection:
     def mask(self) -> Tensor:
         """Return the kept pairs in the model's order, bool `[batch or 1, heads, seq, seq]`."""
         mask = self.index.token_mask()
-        place = self.grid.inverse(self.order).expand(mask.shape[1], -1)
-        rows = place[None, :, :, None].expand_as(mask)
-        cols = place[None, :, None, :].expand_as(mask)
-        return mask.gather(2, rows).gather(3, cols)
+        rows, cols = (
+            self.grid.inverse(order).expand(*mask.shape[:2], -1)
+            for order in (self.query_order, self.key_order)
+        )
+        mask = mask.gather(2, rows[..., None].expand_as(mask))
+        return mask.gather(3, cols[:, :, None].expand_as(mask))
 
 
 def keep_best(scores: Tensor, kept: int) -> Tensor:

@@ -9,16 +9,23 @@ from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
+from dit_accel.patterns.attention_tile import ATTENTION_TILE
 from dit_accel.patterns.bands import BANDS
-from dit_accel.patterns.base import BlockSpace, Family, Option, Selection
+from dit_accel.patterns.base import BlockSpace, Family, Memory, Option, Selection
+from dit_accel.patterns.clustered import CLUSTERED
 from dit_accel.patterns.dense import DENSE
-from dit_accel.patterns.pooled import POOLED
+from dit_accel.patterns.radial import RADIAL
+from dit_accel.patterns.scored import ANTIDIAGONAL, LOWBIT, POOLED, SEARCHED
 from dit_accel.patterns.skip import SKIP
 from dit_accel.patterns.stripes import STRIPES
 from dit_accel.patterns.window import WINDOW
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (DENSE, SKIP, WINDOW, BANDS, STRIPES, POOLED)
+    family.name: family
+    for family in (
+        *(DENSE, SKIP, WINDOW, BANDS, RADIAL, ATTENTION_TILE),
+        *(STRIPES, POOLED, ANTIDIAGONAL, LOWBIT, SEARCHED, CLUSTERED),
+    )
 }
 
 
@@ -42,6 +49,7 @@ def select(
     density: float,
     block: int = 64,
     scale: float | None = None,
+    memory: Memory | None = None,
     **options: Option,
 ) -> Selection:
     """Choose key blocks for every head of `query`.
@@ -57,6 +65,8 @@ def select(
         density: kept pairs divided by all pairs, 0 to 1.
         block: tokens per block.
         scale: softmax scale, 1/√dim if None.
+        memory: of a dynamic family, between the steps of one layer and guidance branch: what it keeps for the next
+            choice, and the choice itself for the option `reuse`. Empty at the start of a generation.
         options: of the family, see `FAMILIES[name].options`.
 
     Raises:
@@ -76,14 +86,49 @@ def select(
     heads = query.shape[2]
     if family.static:
         return _static_selection(name, tuple(chosen.items()), grid, density, block, heads, query.device)
-    space = BlockSpace(grid, str(chosen.pop("order")), block, query.device)
-    if not space.video_blocks:
-        return _finish(space, _everything(space), heads)
+    memory = {} if memory is None else memory
+    reuse = int(chosen.pop("reuse"))
+    if reuse < 1:
+        raise ValueError(f"option 'reuse' of family {name!r}: expected at least 1 step, got {reuse}")
+    if memory.get("left", 0) > 0:
+        memory["left"] -= 1
+        return memory["selection"]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if family.arrange is not None:
+        selection = family.arrange(grid, density, block, query, key, scale, memory=memory, **chosen)
+    else:
+        selection = _chosen(family, grid, density, block, query, key, scale, memory, chosen)
+    if reuse > 1:
+        memory["selection"], memory["left"] = selection, reuse - 1
+    return selection
+
+
+def _chosen(
+    family: Family,
+    grid: TokenGrid,
+    density: float,
+    block: int,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    memory: Memory,
+    options: dict[str, Option],
+) -> Selection:
+    """The choice of a dynamic family among the blocks of an order of the grid."""
+    space = BlockSpace(grid, str(options.pop("order")), block, query.device)
+    if not space.video_blocks:
+        return _finish(space, _everything(space), query.shape[2])
+    assert family.choose is not None
     mask = family.choose(
-        space, _kept(space, density), space.reorder(query), space.reorder(key), scale, **chosen
+        space,
+        _kept(space, density),
+        space.reorder(query),
+        space.reorder(key),
+        scale,
+        memory=memory,
+        **options,
     )
-    return _finish(space, _with_text(family, space, mask), heads)
+    return _finish(space, _with_text(family, space, mask), query.shape[2])
 
 
 # A grid and all it depends on is in the key; a mask of one head serves all, its lists are shared.
@@ -102,6 +147,7 @@ def _static_selection(
         space = BlockSpace(grid, str(chosen.pop("order", "frame")), block, device)
         if not space.video_blocks:
             return _finish(space, _everything(space), heads)
+        assert family.choose is not None
         mask = family.choose(space, _kept(space, density), **chosen)
         return _finish(space, _with_text(family, space, mask[None, None]), heads)
 
@@ -132,4 +178,5 @@ def _finish(space: BlockSpace, mask: Tensor, heads: int) -> Selection:
     if index.heads != heads:
         counts, offsets = (part.expand(-1, heads, -1).contiguous() for part in (index.counts, index.offsets))
         index = BlockIndex(counts, offsets, index.indices, space.block, space.block, tokens, tokens)
-    return Selection(index, space.order[None], space.grid, space.order_name)
+    order = space.order[None]
+    return Selection(index, order, order, space.grid, space.order_name)

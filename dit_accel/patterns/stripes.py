@@ -32,6 +32,7 @@ def _choose(
     sinks: int,
     local: int,
     samples: int,
+    memory: object,
 ) -> Tensor:
     """`sinks`: first blocks kept by all; `local`: blocks at each side of a row's own; `samples`: rows."""
     for name, value, least in (("sinks", sinks, 0), ("local", local, 0), ("samples", samples, 1)):
@@ -54,5 +55,5 @@ STRIPES = Family(
     "stripes",
     _choose,
     static=False,
-    options=MappingProxyType({"order": "frame", "sinks": 1, "local": 1, "samples": 64}),
+    options=MappingProxyType({"order": "frame", "sinks": 1, "local": 1, "samples": 64, "reuse": 1}),
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_index import BlockIndex
 from dit_accel.kernels.block_sparse import by_row, gather, reference
-from dit_accel.kernels.prepare import PRECISIONS, Prepared, prepare
+from dit_accel.kernels.prepare import PRECISIONS, Prepared, checked_order, prepare, restored
 
 BACKENDS = ("auto", "reference", "torch", "flex", "triton")
 # The oldest CUDA architectures whose matrix units multiply a precision's numbers.
@@ -127,8 +127,8 @@ def block_sparse_attention(
             "reference", "torch", "flex" or "triton".
         return_lse: also return the log-sum-exp of each query's scaled scores.
         key_mask: bool `[batch, seq_k]`, True = may be attended, on top of the lists.
-        query_order, key_order: int64 `[1 or heads, seq]`, the token at each place of the order that the lists speak
-            of; None if it is that of the tensors. Every token occurs once.
+        query_order, key_order: int64 `[1 or heads, seq]` or `[1 or batch, 1 or heads, seq]`, the token at each place of
+            the order that the lists speak of; None if it is that of the tensors. Every token occurs once.
         remainder: key blocks that a row's list leaves out contribute through their mean key and mean value, with the
             weight of all their tokens: logit `scale·q·k̄ + log(tokens)`, in the same softmax. True, False, or bool
             `[heads]` for a choice per head.
@@ -142,7 +142,9 @@ def block_sparse_attention(
             lacks the precision.
     """
     _check(query, key, value, index, key_mask)
-    _check_orders(query, index, query_order, key_order)
+    batch, _, heads, _ = query.shape
+    query_order = checked_order("query_order", query_order, batch, heads, index.seq_q, query.device)
+    key_order = checked_order("key_order", key_order, batch, heads, index.seq_k, query.device)
     _check_remainder(query, remainder)
     if scale is None:
         scale = query.shape[-1] ** -0.5
@@ -232,7 +234,7 @@ def _attend(
     if backend == "flex":
         from dit_accel.kernels.block_sparse import flex
 
-        return _restored(flex.attention(prepared, index, scale), query_order), none
+        return restored(flex.attention(prepared, index, scale), query_order), none
     if backend == "reference":
         output, lse = reference.attention(prepared, index, scale)
         output = output.to(query.dtype)
@@ -240,10 +242,10 @@ def _attend(
         output, lse = by_row.attention(prepared, index, scale)
     else:
         output, lse = gather.attention(prepared, index, scale, return_lse)
-    output = _restored(output, query_order)
+    output = restored(output, query_order)
     if not return_lse:
         return output, none
-    return output, _restored(lse[..., None], query_order)[..., 0].transpose(1, 2).contiguous()
+    return output, restored(lse[..., None], query_order)[..., 0].transpose(1, 2).contiguous()
 
 
 # Under torch.compile a call is one node, whose cost of dispatch eager calls do without.
@@ -256,18 +258,6 @@ def _shapes(query: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tenso
     batch, seq_q, heads, _ = query.shape
     lse_shape = (batch, heads, seq_q) if given["return_lse"] else (0,)
     return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)
-
-
-def _restored(tokens: Tensor, order: Tensor | None) -> Tensor:
-    """`[batch, heads, seq, dim]` in an order to `[batch, seq, heads, dim]` in the model's."""
-    if order is None:
-        return tokens.transpose(1, 2).contiguous()
-    heads, seq = tokens.shape[1:3]
-    inverse = torch.empty_like(order).scatter_(
-        1, order, torch.arange(seq, device=order.device).expand_as(order)
-    )
-    place = (inverse.expand(heads, -1) + torch.arange(heads, device=order.device)[:, None] * seq).T.flatten()
-    return tokens.flatten(1, 2).index_select(1, place).unflatten(1, (seq, heads))
 
 
 def _check_backend(backend: str, query: Tensor, index: BlockIndex, return_lse: bool, remainder: bool) -> None:
@@ -332,28 +322,6 @@ def _check(
             )
         if key_mask.device != query.device:
             raise ValueError(f"key_mask must be on {query.device} like query, got {key_mask.device}")
-
-
-def _check_orders(
-    query: Tensor, index: BlockIndex, query_order: Tensor | None, key_order: Tensor | None
-) -> None:
-    heads = query.shape[2]
-    for name, order, tokens in (
-        ("query_order", query_order, index.seq_q),
-        ("key_order", key_order, index.seq_k),
-    ):
-        if order is None:
-            continue
-        if (
-            order.dtype != torch.int64
-            or order.ndim != 2
-            or tuple(order.shape) not in ((1, tokens), (heads, tokens))
-        ):
-            raise ValueError(
-                f"{name} must be int64 [1 or {heads}, {tokens}], got {order.dtype} {tuple(order.shape)}"
-            )
-        if order.device != query.device:
-            raise ValueError(f"{name} must be on {query.device} like query, got {order.device}")
 
 
 def _check_remainder(query: Tensor, remainder: bool | Tensor) -> None:

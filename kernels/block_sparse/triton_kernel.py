@@ -83,7 +83,7 @@ def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, PAD_D: tl.con
 @triton.jit(
     do_not_specialize=[
         *("seq_q", "seq_k", "rows", "cols", "groups", "words", "programs_of_head"),
-        *("most_full", "most_parts", "stride_index", "stride_programs"),
+        *("most_full", "most_parts", "stride_index", "stride_programs", "order_b", "order_h"),
     ]
 )
 def block_sparse_forward(
@@ -102,7 +102,7 @@ def block_sparse_forward(
     mean_scale,  # float32 [batch, heads, cols], read with QUANTISED
     mean_bias,  # float32 [batch or 1, heads or 1, cols]
     read,  # int32 [batch or 1, heads, rows, words], bit c % 32 of word c // 32: block c is in the row's list
-    query_order,  # int64 [heads or 1, seq_q], read with ORDERED
+    query_order,  # int64 [batch or 1, heads or 1, seq_q], read with ORDERED
     programs,  # int32 [batch or 1, heads, programs_of_head, 3]: row, first query, query behind the row
     counts,  # int32 [batch or 1, heads, rows], of full tiles with VARYING
     offsets,  # int64 [batch or 1, heads, rows]
@@ -123,7 +123,8 @@ def block_sparse_forward(
     most_parts,
     stride_index,
     stride_programs,
-    stride_order,
+    order_b,
+    order_h,
     stride_bias_b,
     stride_bias_h,
     stride_qb,
@@ -296,7 +297,7 @@ def block_sparse_forward(
         b_lse = b_lse + tl.load(lse_shift + o_head * seq_q + o_q, mask=m_q, other=0.0)
     o_out = o_q
     if ORDERED:
-        o_out = tl.load(query_order + head * stride_order + o_q, mask=m_q, other=0)
+        o_out = tl.load(query_order + batch * order_b + head * order_h + o_q, mask=m_q, other=0)
     p_out = out + batch * stride_ob + head * stride_oh
     tl.store(
         p_out + o_out[:, None] * stride_os + o_d[None, :] * stride_od,
@@ -380,8 +381,8 @@ def attention(
 
     Args:
         prepared: head dims up to 256, any strides.
-        query_order: int64 `[1 or heads, seq_q]`, the order the queries were prepared in; rows are written back
-            through it.
+        query_order: int64 `[1 or batch, 1 or heads, seq_q]`, the order the queries were prepared in; rows are
+            written back through it.
         dtype: of the output.
 
     Returns:
@@ -456,7 +457,7 @@ def attention(
         0 if tiles is None else tiles.parts.shape[-2],
         0 if index.batch == 1 else heads * index.rows,
         0 if index.batch == 1 else heads * launched.shape[2],
-        *steps(order, 1),
+        *steps(order, 2),
         *steps(None if means is None else means.bias, 2),
         *p.query.stride(),
         *p.key.stride(),

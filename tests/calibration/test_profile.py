@@ -67,7 +67,7 @@ def brute_force(query, key, value, grid, candidate, block, key_mask):
 def stand_ins(selected, k, v, real, block):
     """Per token row the key blocks left out, their sizes, and their mean keys and values, by loops."""
     batch, heads, seq, dim = k.shape
-    order = selected.order[0]
+    order = selected.query_order[0]
     blocks = order.split(block)
     sizes = torch.zeros(batch, heads, len(blocks), dtype=torch.float64)
     means = torch.zeros(2, batch, heads, len(blocks), dim, dtype=torch.float64)

@@ -22,6 +22,7 @@ CANDIDATES = (
     Candidate("pooled", 0.5, (("order", "frame"), ("top_p", 0.8))),
     Candidate("bands", 0.2, (("order", "space"),), remainder=True),
     Candidate("skip", 0.0, remainder=True),
+    Candidate("clustered", 0.4, (("key_clusters", 9), ("query_clusters", 4))),
 )
 GRIDS = [
     pytest.param(TokenGrid(5, 7, 9), id="5x7x9"),
@@ -37,6 +38,8 @@ ROWS = [
     pytest.param([0, 1, 6], id="dense-skip-pooled"),
     pytest.param([4, 5, 2], id="three-orders"),
     pytest.param([7, 6, 1], id="dynamic-orders"),
+    pytest.param([10, 10, 10], id="clusters"),
+    pytest.param([10, 2, 0], id="clusters-window-dense"),
 ]
 
 
@@ -117,7 +120,7 @@ def test_scale_reaches_the_scores_and_the_selection() -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=256 * torch.finfo(torch.float64).eps)
 
 
-@pytest.mark.parametrize("row", [[8, 9, 0], [2, 9, 8], [9, 9, 9], [6, 8, 1]], ids=str)
+@pytest.mark.parametrize("row", [[8, 9, 0], [2, 9, 8], [9, 9, 9], [6, 8, 10]], ids=str)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_head_has_its_own_remainder(grid: TokenGrid, row: list[int]) -> None:
     query, key, value = inputs(grid)
@@ -157,6 +160,32 @@ def test_cache_serves_static_rows_and_keeps_grids_apart() -> None:
     assert len(cache) == 4
 
 
+def test_a_layer_s_choice_is_reused_as_asked_and_kept_apart_from_other_layers() -> None:
+    grid, cache = TokenGrid(5, 7, 9), {}
+    query, key, value = inputs(grid)
+    candidates = (Candidate("pooled", 0.3, (("reuse", 2),)), Candidate("window", 0.3))
+    other = -query
+    masks = {
+        name: torch.cat(
+            [
+                select("pooled", q[:, :, :2], key[:, :, :2], grid, density=0.3, block=BLOCK).mask(),
+                select("window", q, key, grid, density=0.3, block=BLOCK).mask()[:, :1].expand(2, -1, -1, -1),
+            ],
+            dim=1,
+        )
+        for name, q in (("first", query), ("other", other))
+    }
+    for layer, q, chosen in (
+        (0, query, "first"),
+        (1, other, "other"),
+        (0, other, "first"),
+        (0, other, "other"),
+    ):
+        output, _ = attend(q, key, value, grid, candidates, [0, 0, 1], block=BLOCK, layer=layer, cache=cache)
+        expected = sdpa(q, key, value, masks[chosen])
+        torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
+
+
 def test_cache_never_holds_a_dynamic_choice() -> None:
     grid, cache = TokenGrid(5, 7, 9), {}
     query, key, value = inputs(grid)
@@ -171,8 +200,8 @@ def test_cache_never_holds_a_dynamic_choice() -> None:
     ("row", "message"),
     [
         ([0, 1], "row: expected 1 or 3 candidate numbers, one for each head, got 2"),
-        ([0, 1, 10], r"row: expected candidate numbers from 0 to 9, got \[0, 1, 10\]"),
-        ([-1], r"row: expected candidate numbers from 0 to 9, got \[-1\]"),
+        ([0, 1, 11], r"row: expected candidate numbers from 0 to 10, got \[0, 1, 11\]"),
+        ([-1], r"row: expected candidate numbers from 0 to 10, got \[-1\]"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(row: list[int], message: str) -> None:

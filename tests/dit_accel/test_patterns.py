@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
-from dit_accel.patterns import FAMILIES, Selection, select
+from dit_accel.patterns import FAMILIES, Selection, clustered, scored, select
 from dit_accel.patterns.base import BlockSpace
 from dit_accel.patterns.stripes import _sampled_rows
 
 BLOCK = 16
-CHOOSING = ["window", "bands", "stripes", "pooled"]
+SCORED = ["pooled", "antidiagonal", "lowbit", "searched"]
+CHOOSING = ["window", "bands", "radial", "attention_tile", "stripes", *SCORED]
 GRIDS = [
     pytest.param(TokenGrid(7, 13, 11), id="7x13x11"),
     pytest.param(TokenGrid(1, 9, 14), id="one-frame"),
@@ -87,13 +88,14 @@ def test_dense_keeps_every_pair() -> None:
 
 
 @pytest.mark.parametrize("order", ["frame", "space", "tile:3x2x4"])
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", [name for name in CHOOSING if name != "attention_tile"])
 def test_mask_is_the_block_mask_of_the_order_in_model_positions(name: str, order: str) -> None:
     grid = TokenGrid(3, 5, 7, text_tokens=4, text_first=True)
     selection = chosen(name, grid, 0.3, order=order)
     mask, blocks = selection.mask(), selection.index.to_mask()
     place = grid.inverse(grid.order(order))
-    assert torch.equal(selection.order[0], grid.order(order))
+    assert torch.equal(selection.query_order[0], grid.order(order))
+    assert selection.key_order is selection.query_order
     for query, key in [(0, 5), (17, 80), (108, 40), (60, 61), (33, 33)]:
         expected = blocks[..., place[query] // BLOCK, place[key] // BLOCK]
         assert torch.equal(mask[..., query, key], expected)
@@ -168,7 +170,7 @@ def test_top_p_keeps_the_fewest_blocks_that_hold_the_mass_and_density_is_a_cap()
     assert ((kept - least < 0.6 + 1e-5) | (mask.sum(-1) == 1)).all()
 
 
-@pytest.mark.parametrize("name", ["stripes", "pooled"])
+@pytest.mark.parametrize("name", ["stripes", *SCORED])
 def test_dynamic_families_choose_for_each_batch_entry_and_head(name: str) -> None:
     grid = TokenGrid(7, 13, 11)
     query, key = tokens(grid, heads=3)
@@ -181,6 +183,121 @@ def test_dynamic_families_choose_for_each_batch_entry_and_head(name: str) -> Non
             assert torch.equal(alone[0, 0], both[entry, head])
     assert not torch.equal(both[0, 0], both[1, 0])
     assert not torch.equal(both[0, 0], both[0, 1])
+
+
+@pytest.mark.parametrize("name", ["stripes", *SCORED])
+def test_a_choice_serves_as_many_steps_as_asked(name: str) -> None:
+    grid, memory = TokenGrid(7, 13, 11), {}
+    query, key = tokens(grid, heads=2)
+    masks = []
+    for step in range(5):
+        moved = query.roll(step * grid.video_tokens // 5, dims=1)
+        options = {"density": 0.2, "block": BLOCK, "memory": memory, "reuse": 3}
+        masks.append(select(name, moved, key, grid, **options).index.to_mask())
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[3])
+    assert torch.equal(masks[3], masks[4])
+
+
+def test_a_second_search_reads_the_keys_once_with_the_first_one_s_sums(monkeypatch) -> None:
+    grid, memory, given = TokenGrid(5, 7, 9), {}, []
+    query, key = tokens(grid)
+    exact = scored.block_mass
+
+    def spied(*arguments, lse, **options):
+        given.append(lse)
+        return exact(*arguments, lse=lse, **options)
+
+    monkeypatch.setattr(scored, "block_mass", spied)
+    masks = [
+        select("searched", query, key, grid, density=0.3, block=BLOCK, memory=memory).index.to_mask()
+        for _ in range(2)
+    ]
+    assert given[0] is None
+    assert given[1].shape == (len(query), query.shape[2], grid.video_tokens)
+    assert torch.equal(*masks)
+
+
+def test_radial_reads_narrower_neighbourhoods_of_frames_further_away() -> None:
+    grid = TokenGrid(9, 8, 16)  # frames of eight blocks of 16: a block is one row of the picture
+    mask = chosen("radial", grid, 0.35).index.to_mask()[0, 0]
+    middle = mask[4 * 8 + 4].view(9, 8).sum(-1)
+    assert middle[4] == middle.max()
+    for apart in (1, 2, 3):
+        assert middle[4 + apart] >= middle[5 + apart]
+        assert middle[4 - apart] >= middle[3 - apart]
+    assert middle[2] < middle[4]
+    assert chosen("radial", grid, 0.35, sink=1).index.to_mask()[0, 0, :, :8].all()
+
+
+def test_attention_tile_reads_its_own_frame_and_the_same_reference_frames() -> None:
+    grid = TokenGrid(9, 8, 16)
+    mask = chosen("attention_tile", grid, 3 / 9).index.to_mask()[0, 0].view(9, 8, 9, 8)
+    frames = mask.all(-1).all(1)
+    assert torch.equal(frames, mask.any(-1).any(1))
+    own, references = torch.eye(9, dtype=torch.bool), [0, 8, 4]  # each furthest from those before
+    for frame in range(9):
+        expected = own[frame].clone()
+        for reference in references:
+            if expected.sum() < 3:
+                expected[reference] = True
+        assert torch.equal(frames[frame], expected)
+
+
+@pytest.mark.parametrize(
+    "grid", [TokenGrid(4, 7, 9), TokenGrid(4, 7, 9, text_tokens=20)], ids=["video", "text"]
+)
+def test_clusters_keep_what_was_asked_for_and_one_at_least(grid: TokenGrid) -> None:
+    query, key = tokens(grid, heads=2)
+    masks = {}
+    for density in (0.0, 0.3, 0.6, 1.0):
+        options = {"query_clusters": 5, "key_clusters": 20, "density": density, "block": BLOCK}
+        found = select("clustered", query, key, grid, **options)
+        video = found.mask()[:, :, grid.video_slice]
+        masks[density] = video
+        assert video.any(-1).all()
+        if density:
+            assert (
+                video.double().mean(-1) <= max(density, (grid.text_tokens + 40) / grid.total_tokens)
+            ).all()
+    assert masks[1.0].all()
+    assert not (masks[0.3] & ~masks[0.6]).any()
+    assert masks[0.3].double().mean() > 0.2
+
+
+def test_clusters_find_groups_that_lie_anywhere() -> None:
+    grid, groups = TokenGrid(6, 8, 10), 6
+    generator = torch.Generator().manual_seed(3)
+    centres = 6 * torch.nn.functional.normalize(torch.randn(groups, 16, generator=generator), dim=-1)
+    member = torch.randint(groups, (1, grid.video_tokens, 1), generator=generator)
+    noise = 0.3 * torch.randn(2, 1, grid.video_tokens, 1, 16, generator=generator)
+    query, key = centres[member] + noise[0], centres[member] + noise[1]
+    options = {"density": 0.25, "block": BLOCK, "query_clusters": 12, "key_clusters": 12, "iterations": 20}
+    kept = select("clustered", query, key, grid, **options).mask()[0, 0]
+    weights = torch.softmax(query[0, :, 0].double() @ key[0, :, 0].double().T, dim=-1)
+    assert (weights * kept).sum(-1).mean() > 0.95
+    pooled = select("pooled", query, key, grid, density=0.25, block=BLOCK).mask()[0, 0]
+    assert (weights * pooled).sum(-1).mean() < 0.5
+
+
+def test_clusters_go_on_from_the_step_before(monkeypatch) -> None:
+    grid, memory, calls = TokenGrid(4, 7, 9), {}, []
+    original = clustered.kmeans
+
+    def spied(*arguments, iterations, centroids):
+        calls.append((iterations, centroids))
+        return original(*arguments, iterations=iterations, centroids=centroids)
+
+    monkeypatch.setattr(clustered, "kmeans", spied)
+    query, key = tokens(grid)
+    options = {"density": 0.3, "block": BLOCK, "memory": memory, "iterations": 7}
+    first = select("clustered", query, key, grid, **options)
+    second = select("clustered", query, key, grid, **options)
+    assert [(iterations, start is None) for iterations, start in calls] == [(7, True)] * 2 + [(2, False)] * 2
+    assert first.index.varies
+    assert second.index.varies
+    assert not first.in_model_order
 
 
 @pytest.mark.parametrize("name", ["window", "bands"])
@@ -210,7 +327,7 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("windows", {}, "unknown family 'windows'; known: dense, skip, window, bands, stripes, pooled"),
+        ("windows", {}, "unknown family 'windows'; known: dense, skip, window, bands, radial"),
         ("window", {"width": 3}, "family 'window' has no option 'width'; its options are: order, aspect"),
         ("dense", {"density": 1.0, "order": "frame"}, "'dense' has no option 'order'; its options are: none"),
         ("window", {"aspect": "2"}, "option 'aspect' of family 'window': expected float .*, got '2'"),
@@ -228,6 +345,18 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
             {"parts": 3},
             "option 'parts' of family 'pooled': expected a divisor of the block, 16, got 3",
         ),
+        (
+            "antidiagonal",
+            {"stride": 3},
+            "option 'stride' of family 'antidiagonal': expected a divisor of the block, 16, got 3",
+        ),
+        ("searched", {"reuse": 0}, "option 'reuse' of family 'searched': expected at least 1 step, got 0"),
+        (
+            "clustered",
+            {"key_clusters": 10_000},
+            "option 'key_clusters' of family 'clustered': expected 0 to .*, got 10000",
+        ),
+        ("radial", {"sink": -1}, "option 'sink' of family 'radial': expected at least 0, got -1"),
         ("window", {"aspect": 0.0}, "option 'aspect' of family 'window': expected a number above 0, got 0.0"),
         ("window", {"order": "tiles"}, "expected 'frame', 'space' or 'tile:TxHxW', got 'tiles'"),
         ("window", {"density": 1.1}, "density: expected a number from 0 to 1, got 1.1"),

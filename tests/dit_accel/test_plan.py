@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save
 
+from dit_accel.attention import attend
 from dit_accel.grid import TokenGrid
 from dit_accel.plan import AccelPlan, Candidate, PlanError, config_hash_of
+from dit_accel.presets import PRESETS
 
 CONFIG, TENSORS = "accel_config.json", "accel_plan.safetensors"
 LAYERS = ("blocks.0.attn1", "blocks.1.attn1")
@@ -128,7 +131,7 @@ def change(directory: Path, **fields) -> None:
             {
                 "candidates": [
                     {
-                        "family": "radial",
+                        "family": "spiral",
                         "density": 0.3,
                         "options": {},
                         "precision": "native",
@@ -136,7 +139,7 @@ def change(directory: Path, **fields) -> None:
                     }
                 ]
             },
-            r"candidates\[0\]: .*unknown family 'radial'; known: dense",
+            r"candidates\[0\]: .*unknown family 'spiral'; known: dense",
         ),
         (
             {
@@ -363,7 +366,14 @@ def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "radial", "density": 0.3}, "unknown family 'radial'; known: dense, skip"),
+        (
+            {"name": "spiral", "density": 0.3},
+            "unknown preset 'spiral'; families: dense, .* systems: adaspa, draft",
+        ),
+        (
+            {"name": "bands", "density": 0.3, "warm_up": 1.0},
+            "warm_up: expected a progress from 0 to below 1, got 1.0",
+        ),
         ({"name": "window"}, "preset 'window' needs a density, for instance density=0.3"),
         ({"name": "dense", "density": 0.3}, "family 'dense' has density 1.0 only, got 0.3"),
         ({"name": "bands", "density": 0.3, "width": 3}, "family 'bands' has no option 'width'"),
@@ -376,6 +386,37 @@ def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
 def test_presets_that_make_no_sense_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AccelPlan.preset(**arguments)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_systems_run_as_published_and_as_changed(name: str) -> None:
+    published, plan = PRESETS[name], AccelPlan.preset(name)
+    sparse = plan.candidates[-1]
+    assert (sparse.family, sparse.density, plan.block) == (
+        published.family,
+        published.density,
+        published.block,
+    )
+    assert dict(sparse.options) == published.options
+    assert plan.range_starts == ((0.0, published.warm_up) if published.warm_up else (0.0,))
+    assert (plan.candidates[plan.row(0.0, 0)].family == "dense") == bool(published.warm_up)
+    assert plan.candidates[plan.row(0.9, 0)] is sparse
+    grid = TokenGrid(5, 7, 9)
+    query, key, value = torch.randn(3, 1, grid.total_tokens, 2, 16).unbind(0)
+    output, density = attend(query, key, value, grid, plan.candidates, plan.row(0.9, 0), block=plan.block)
+    assert output.isfinite().all()
+    assert 0 < density <= 1
+    changed = AccelPlan.preset(name, block=32, warm_up=0.5, remainder=True)
+    assert (changed.block, changed.range_starts) == (32, (0.0, 0.5))
+    assert changed.candidates[-1] == replace(sparse, remainder=True)
+
+
+def test_names_of_both_mean_the_family_where_a_density_is_given() -> None:
+    assert AccelPlan.preset("radial").candidates[-1].options == (("sink", 1),)
+    assert AccelPlan.preset("radial", density=0.3).candidates[-1].options == ()
+    assert AccelPlan.preset("draft", density=0.1).candidates[-1] == Candidate(
+        "pooled", 0.1, (("order", "tile:1x8x16"), ("parts", 1))
+    )
 
 
 @pytest.mark.parametrize(

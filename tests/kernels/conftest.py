@@ -33,8 +33,9 @@ class Problem:
         mask = self.index.token_mask().expand(self.query.shape[0], -1, -1, -1)
         for dim, order in ((2, self.query_order), (3, self.key_order)):
             if order is not None:
-                shape = [1, order.shape[0], 1, 1]
-                shape[dim] = order.shape[1]
+                order = order if order.ndim == 3 else order[None]
+                shape = [*order.shape[:2], 1, 1]
+                shape[dim] = order.shape[2]
                 mask = torch.zeros_like(mask).scatter_(dim, order.view(shape).expand_as(mask), mask)
         return mask if self.key_mask is None else mask & self.key_mask[:, None, None]
 
@@ -56,13 +57,14 @@ class Problem:
         batch, heads, seq_k, _ = k.shape
         cols, block = self.index.cols, self.index.block_k
         order = torch.arange(seq_k)[None] if self.key_order is None else self.key_order
+        order = order if order.ndim == 3 else order[None]
         member = torch.zeros(batch, heads, cols, seq_k, dtype=torch.float64)
         edges = torch.arange(cols + 1).mul(block).clamp(max=seq_k)[None, None]
         if self.index.key_starts is not None:
             edges = self.index.key_starts
         for b, head, col in itertools.product(range(batch), range(heads), range(cols)):
             first, end = edges[b % len(edges), head % edges.shape[1], col : col + 2].tolist()
-            member[b, head, col, order[head % len(order), first:end]] = 1
+            member[b, head, col, order[b % len(order), head % order.shape[1], first:end]] = 1
         if self.key_mask is not None:
             member *= self.key_mask[:, None, None]
         sizes = member.sum(-1)
@@ -86,7 +88,7 @@ class Problem:
             ]
         )
         if self.query_order is not None:
-            rows = self.query_order.expand(heads, -1)[None, :, :, None].expand_as(left_out)
+            rows = self.query_order.expand(batch, heads, -1)[..., None].expand_as(left_out)
             left_out = torch.zeros_like(left_out).scatter_(2, rows, left_out)
         if self.remainder is not True:
             left_out = left_out & self.remainder[:, None, None]
@@ -200,10 +202,14 @@ def problem() -> Callable[..., Problem]:
             key_mask[0, : seq_k // 2] = False
         index = BlockIndex.from_mask(blocks, block_q, block_k, seq_q, seq_k, *starts)
         query_order = key_order = None
-        if orders:  # as many different orders of queries and of keys: one, or one per head
+        if (
+            orders
+        ):  # as many different orders of queries and of keys: one, one per head, or one per head and sample
             query_order, key_order = (
                 torch.stack([torch.randperm(n) for _ in range(orders)]) for n in (seq_q, seq_k)
             )
+            if orders > heads:
+                query_order, key_order = (x.view(batch, heads, -1) for x in (query_order, key_order))
         if isinstance(remainder, list):
             remainder = torch.tensor(remainder)
         return Problem(q, k, v, index, key_mask, query_order, key_order, remainder)

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dit_accel.kernels import BlockIndex, block_sparse_attention, resolve_backend
-from dit_accel.kernels.block_sparse import gather
+from dit_accel.kernels.block_sparse import gather, reference
+from dit_accel.kernels.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -26,6 +27,7 @@ SHAPES = [
     pytest.param({"seq_q": 128, "seq_k": 256, "masked": True, "dead_rows": True}, id="B2-Q128-K256-H2-D64"),
     pytest.param({"dim": 32, "orders": 1, "masked": True}, id="one-order-masked"),
     pytest.param({"dim": 32, "orders": 2, "masked": True, "index_batch": 2}, id="order-per-head-masked"),
+    pytest.param({"dim": 32, "orders": 4, "masked": True, "remainder": True}, id="order-per-sample"),
     pytest.param({"dim": 32, "remainder": True, "dead_rows": True}, id="remainder-dead"),
     pytest.param(
         {"dim": 32, "heads": 3, "remainder": [True, False, True], "dead_rows": True, "masked": True},
@@ -193,7 +195,7 @@ def test_resolve_backend():
         ),
         pytest.param(
             {"query_order": torch.zeros(3, 333, dtype=torch.int64)},
-            r"query_order must be int64 \[1 or 2, 333\], got torch.int64 \(3, 333\)",
+            r"query_order must be int64 \[1 or 2, 333\] or \[1 or 2, 1 or 2, 333\].*got torch.int64 \(3, 333\)",
             id="order-shape",
         ),
         pytest.param(
@@ -255,3 +257,29 @@ def test_integers_are_refused(problem):
     q, k, v = (x.long() for x in case.arguments[:3])
     with pytest.raises(ValueError, match=r"query must be a floating point tensor, got torch.int64"):
         block_sparse_attention(q, k, v, case.index)
+
+
+@pytest.mark.parametrize("spread", [0.0, 4.0], ids=["gaussian", "outlier-channels"])
+@pytest.mark.parametrize(("precision", "published"), [("int8", 0.9995), ("int8_fp8", 0.999)])
+def test_eight_bits_keep_the_published_cosines(problem, precision, published, spread):
+    """SageAttention and SageAttention2: INT8 products of smoothed keys, E4M3 products of weights and values."""
+    case = problem(torch.float32, dim=128, density=0.6, batch=1)
+    shared = torch.randn(1, 1, 2, 128) * (torch.rand(1, 1, 2, 128) < 0.1)  # a mean that few channels carry
+    case.key = case.key + spread * shared
+    exact = case.expected().flatten()
+
+    def cosine(output):
+        return float(torch.cosine_similarity(output.double().flatten(), exact, dim=0))
+
+    given = {"precision": precision, "scale": 128**-0.5, "block_k": 64}
+    outputs = {}
+    for smooth in (True, False):
+        prepared = prepare(*case.arguments[:3], **given, smooth=smooth)
+        outputs[smooth] = reference.attention(prepared, case.index, 128**-0.5)[0].transpose(1, 2)
+    assert torch.equal(
+        outputs[True],
+        block_sparse_attention(*case.arguments, precision=precision, backend="reference"),
+    )
+    assert cosine(outputs[True]) >= published
+    if spread:
+        assert cosine(outputs[False]) < cosine(outputs[True])

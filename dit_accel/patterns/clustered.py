@@ -1,0 +1,116 @@
+"""Clustered: queries and keys are grouped by what they are, not by where they are, and groups attend to groups.
+
+Sparse VideoGen2 (https://arxiv.org/abs/2505.18875): k-means on the queries and on the keys of every head gives blocks
+of varying length whose tokens resemble each other, so that the score of two centroids says much about all pairs. From
+step to step the centroids are kept, and two iterations bring them up to date.
+
+A row keeps the clusters of keys with the highest scores as long as their tokens stay within the density asked for; one
+is kept in any case. With `top_p` it stops earlier, once its clusters hold that share of the estimated mass
+`|K_j| · exp(q̄_i·k̄_j·scale)`, the published rule. Text is not clustered.
+"""
+
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel.grid import TokenGrid
+from dit_accel.kernels import BlockIndex
+from dit_accel.kernels.kmeans import Clusters, kmeans
+from dit_accel.kernels.select import select_blocks
+from dit_accel.patterns.base import Family, Memory, Selection
+
+# Tokens per cluster at the published numbers, 300 and 1,000 for the 75,600 tokens of Wan at 720p.
+_QUERIES_EACH, _KEYS_EACH = 252, 76
+
+
+def _arrange(
+    grid: TokenGrid,
+    density: float,
+    block: int,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    *,
+    memory: Memory,
+    query_clusters: int,
+    key_clusters: int,
+    iterations: int,
+    top_p: float,
+) -> Selection:
+    """`*_clusters`: their number, 0 for the published tokens per cluster; `iterations`: of the first step."""
+    tokens = grid.video_tokens
+    for name, value, least, most in (
+        ("query_clusters", query_clusters, 0, tokens),
+        ("key_clusters", key_clusters, 0, tokens),
+        ("iterations", iterations, 1, 1000),
+        ("top_p", top_p, 0.0, 1.0),
+    ):
+        if not least <= value <= most:
+            raise ValueError(
+                f"option {name!r} of family 'clustered': expected {least} to {most}, got {value!r}"
+            )
+    query_clusters = query_clusters or max(1, round(tokens / _QUERIES_EACH))
+    key_clusters = key_clusters or max(1, round(tokens / _KEYS_EACH))
+    q = _clusters(query[:, grid.video_slice], query_clusters, iterations, memory, "queries")
+    k = _clusters(key[:, grid.video_slice], key_clusters, iterations, memory, "keys")
+
+    scores = q.centroids @ k.centroids.transpose(2, 3) * scale
+    best, ranked = scores.sort(dim=-1, descending=True, stable=True)
+    sizes = k.sizes[:, :, None].expand_as(scores).gather(-1, ranked)
+    budget = density * grid.total_tokens - grid.text_tokens
+    keep = (sizes.cumsum(-1) <= budget).sum(-1)
+    if top_p:
+        mass = (best + sizes.log()).softmax(-1)
+        keep = torch.minimum(keep, (mass.cumsum(-1) - mass < top_p).sum(-1))
+    keep = keep.clamp(min=1)
+
+    text = -(-grid.text_tokens // block)
+    rows, cols = query_clusters + text, key_clusters + text
+    if text:
+        scores = F.pad(scores, (0, text, 0, text), value=torch.inf)
+        keep = F.pad(keep + text, (0, text), value=cols)
+    lists = select_blocks(scores, block_q=1, block_k=1, seq_q=rows, seq_k=cols, keep=keep, max_keep=cols)
+    query_order, query_starts = _with_text(grid, q, block)
+    key_order, key_starts = _with_text(grid, k, block)
+    seq = grid.total_tokens
+    index = BlockIndex(
+        lists.counts, lists.offsets, lists.indices, block, block, seq, seq, query_starts, key_starts
+    )
+    return Selection(index, query_order, key_order, grid, None)
+
+
+def _clusters(tokens: Tensor, count: int, iterations: int, memory: Memory, name: str) -> Clusters:
+    """k-means that goes on from the centroids of the step before."""
+    before = memory.get(name)
+    if tokens.dtype == torch.float64:
+        tokens = tokens.float()
+    found = kmeans(tokens, count, iterations=iterations if before is None else 2, centroids=before)
+    memory[name] = found.centroids
+    return found
+
+
+def _with_text(grid: TokenGrid, clusters: Clusters, block: int) -> tuple[Tensor, Tensor]:
+    """Order `[batch, heads, seq]` and starts `[batch, heads, blocks + 1]` with the text behind the clusters."""
+    order, starts = clusters.order + grid.video_slice.start, clusters.starts
+    if not grid.text_tokens:
+        return order, starts
+    shape, device = order.shape[:2], order.device
+    text = torch.arange(grid.text_tokens, device=device) + grid.text_slice.start
+    ends = torch.arange(block, grid.text_tokens + block, block, device=device).clamp(max=grid.text_tokens)
+    ends = (ends + grid.video_tokens).to(torch.int32)
+    return (
+        torch.cat((order, text.expand(*shape, -1)), dim=-1),
+        torch.cat((starts, ends.expand(*shape, -1)), dim=-1),
+    )
+
+
+CLUSTERED = Family(
+    "clustered",
+    static=False,
+    arrange=_arrange,
+    options=MappingProxyType(
+        {"query_clusters": 0, "key_clusters": 0, "iterations": 10, "top_p": 0.0, "reuse": 1}
+    ),
+)

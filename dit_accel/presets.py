@@ -1,0 +1,48 @@
+"""Published systems as uncalibrated plans: the family that each is in our terms, with the settings of its authors.
+
+Where a system leaves the density to its calibration, one is given that its paper's range holds. `warm_up` is the part
+of denoising, as a noise level, that it leaves dense. Authors count steps: at 50 steps and a flow shift of 5 the first
+5, 10 and 12 steps are the noise levels from 1 down to .98, .95 and .94.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A family with its density, options, tokens per block and dense beginning (progress from 0 to 1)."""
+
+    family: str
+    density: float
+    options: dict[str, str | int | float] = field(default_factory=dict)
+    block: int = 64
+    warm_up: float = 0.0
+
+
+PRESETS: dict[str, Preset] = {
+    # Row-uniform top-k at sparsity .8; searched at steps 10 and 30 of 50. https://arxiv.org/abs/2502.21079
+    "adaspa": Preset("searched", 0.2, {"order": "frame", "reuse": 20}, warm_up=0.05),
+    # Means of 8 x 16 patches of a frame, the best quarter (Wan). https://arxiv.org/abs/2505.14708
+    "draft": Preset("pooled", 0.25, {"order": "tile:1x8x16", "parts": 1}, block=128),
+    # The tiles on the diagonal and a few reference frames. https://arxiv.org/abs/2502.06155
+    "efficient-vdit": Preset("attention_tile", 0.3),
+    # Columns and sinks; without calibration all heads are vertical ones. https://arxiv.org/abs/2407.02490
+    "minference": Preset("stripes", 0.3),
+    # A box around every query. https://arxiv.org/abs/2504.16922
+    "natten": Preset("window", 0.3),
+    # Decaying neighbourhoods, with the first frame as a sink. https://arxiv.org/abs/2506.19852
+    "radial": Preset("radial", 0.3, {"sink": 1}, block=128, warm_up=0.05),
+    # 4-bit estimates. https://arxiv.org/abs/2505.24179
+    "sale": Preset("lowbit", 0.3, {"order": "frame"}),
+    # k-means, .9 of the estimated mass. https://arxiv.org/abs/2505.18875
+    "svg2": Preset("clustered", 1.0, {"top_p": 0.9, "iterations": 50}, block=128, warm_up=0.08),
+    # Tiles of 6 x 8 x 8 tokens, a window for all heads where the authors calibrate one each.
+    # https://arxiv.org/abs/2502.04507
+    "sta": Preset("window", 0.3, {"order": "tile:6x8x8", "aspect": 0.75}, block=128, warm_up=0.06),
+    # Stride 8 until .95 of the mass, in blocks of 128, five dense steps of 50. https://arxiv.org/abs/2503.16428
+    "xattention": Preset(
+        "antidiagonal", 1.0, {"order": "frame", "stride": 8, "top_p": 0.95}, block=128, warm_up=0.02
+    ),
+}
