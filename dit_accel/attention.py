@@ -29,7 +29,7 @@ def attend(
     backend: str = "auto",
     layer: int | None = None,
     cache: MutableMapping[Any, Any] | None = None,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, float | Tensor]:
     """Attend with a pattern per head, all heads in one launch.
 
     Args:
@@ -46,7 +46,7 @@ def attend(
             owner says for how long, and holds one per guidance branch.
 
     Returns:
-        The output like `query`, in the model's order, and the density of the call.
+        The output like `query`, in the model's order, and the density of the call, on a GPU as a number there.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -73,7 +73,7 @@ class _Launch:
     """The block lists of all heads, and the order they speak of."""
 
     index: BlockIndex
-    density: float
+    density: float | Tensor
     # int64 `[1 or heads, seq]` or `[1 or batch, heads, seq]`, None if every head keeps the model's order
     query_order: Tensor | None
     key_order: Tensor | None
@@ -142,12 +142,14 @@ def _prepare(
     if len(chosen) > 1:
         index = BlockIndex.merge_heads([(selection.index, ids) for selection, ids in chosen], heads)
     remainder = _remainder(heads_of, heads, query.device)
+    # On a GPU the host must not wait for a number that only statistics need.
+    density = index.kept_share() if query.device.type == "cuda" else index.density
     if all(selection.in_model_order for selection, _ in chosen):
-        return _Launch(index, index.density, None, None, remainder)
+        return _Launch(index, density, None, None, remainder)
     names = {selection.order_name for selection, _ in chosen}
     if len(chosen) == 1 or (len(names) == 1 and None not in names):
         first = chosen[0][0]
-        return _Launch(index, index.density, first.query_order, first.key_order, remainder)
+        return _Launch(index, density, first.query_order, first.key_order, remainder)
     batch = max(
         order.shape[0] if order.ndim == 3 else 1 for s, _ in chosen for order in (s.query_order, s.key_order)
     )
@@ -155,7 +157,7 @@ def _prepare(
     for selection, ids in chosen:
         orders[0][:, ids.to(orders.device)] = selection.query_order
         orders[1][:, ids.to(orders.device)] = selection.key_order
-    return _Launch(index, index.density, orders[0], orders[1], remainder)
+    return _Launch(index, density, orders[0], orders[1], remainder)
 
 
 def _remainder(heads_of: dict[Candidate, list[int]], heads: int, device: torch.device) -> Tensor | bool:

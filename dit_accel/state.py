@@ -35,7 +35,7 @@ class BranchState:
 class Stats:
     """Attention calls of one generation, and the query-key pairs they kept."""
 
-    kept_pairs: float = 0.0
+    kept_pairs: float | Tensor = 0.0  # on a GPU a number there, until somebody asks
     total_pairs: float = 0.0
     sparse_calls: int = 0
     dense_calls: int = 0
@@ -116,7 +116,7 @@ class AccelState:
             self._rows[key] = row, all(self._dense[choice] for choice in row.tolist())
         return self._rows[key]
 
-    def record(self, pairs: int, density: float, sparse: bool) -> None:
+    def record(self, pairs: int, density: float | Tensor, sparse: bool) -> None:
         """Count one attention call over `pairs` query-key pairs."""
         self.stats += Stats(density * pairs, pairs, int(sparse), int(not sparse))
 

@@ -85,7 +85,7 @@ def stats(pipe: Any) -> dict[str, float]:
     if not total.total_pairs:
         raise ValueError("stats: expected a generation since enable(), got none; run the pipeline first")
     return {
-        "density_mean": total.kept_pairs / total.total_pairs,
+        "density_mean": float(total.kept_pairs) / total.total_pairs,
         "sparse_calls": total.sparse_calls,
         "dense_calls": total.dense_calls,
     }

@@ -59,7 +59,7 @@ RECIPES = {
         transformer=(
             Phase(1000, 6, 5, 128, 128, 1, 1.2e-3),
             Phase(200, 3, 9, 160, 192, 2, 1e-3),
-            Phase(250, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=3),
+            Phase(250, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=4),
             Phase(50, 1, 33, 160, 192, 2, 6e-4, latent_frames=9, repeats=2),
             Phase(20, 1, 33, 160, 192, 2, 5e-4),
         ),
@@ -69,7 +69,7 @@ RECIPES = {
         transformer=(
             Phase(4000, 6, 5, 128, 128, 1, 1.2e-3),
             Phase(600, 3, 9, 160, 192, 2, 1e-3),
-            Phase(1000, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=3),
+            Phase(1000, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=4),
             Phase(100, 1, 33, 160, 192, 2, 6e-4, latent_frames=9, repeats=2),
             Phase(40, 1, 33, 160, 192, 2, 5e-4),
         ),

@@ -91,6 +91,8 @@ class BlockIndex:
         seq_k: int,
         query_starts: Tensor | None = None,
         key_starts: Tensor | None = None,
+        *,
+        room: int | None = None,
     ) -> BlockIndex:
         """Lists of the True entries of a block mask.
 
@@ -98,6 +100,8 @@ class BlockIndex:
             mask: bool `[batch or 1, heads, rows, cols]`; rows = ceil(seq_q / block_q) and cols = ceil(seq_k / block_k)
                 unless the starts say otherwise.
             query_starts, key_starts: see the attributes.
+            room: no list is longer than this. Every list gets as much room, so that the host need not wait for the
+                device to learn how long they are. Entries beyond a list's end mean nothing.
 
         Raises:
             ValueError: if the mask is not bool or does not have that shape.
@@ -111,6 +115,11 @@ class BlockIndex:
                 f"tokens in {block_q} x {block_k} blocks, got {tuple(mask.shape)}"
             )
         counts = mask.sum(-1, dtype=torch.int32)
+        if room is not None:
+            kept_first = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :room]
+            indices = kept_first.to(torch.int32).flatten()
+            offsets = torch.arange(counts.numel(), device=mask.device).view_as(counts) * kept_first.shape[-1]
+            return cls(counts, offsets, indices, block_q, block_k, seq_q, seq_k, query_starts, key_starts)
         ends = counts.flatten().cumsum(0, dtype=torch.int64).view_as(counts)
         indices = mask.nonzero()[:, 3].to(torch.int32)
         return cls(counts, ends - counts, indices, block_q, block_k, seq_q, seq_k, query_starts, key_starts)
@@ -225,8 +234,12 @@ class BlockIndex:
     @property
     def density(self) -> float:
         """Kept query-key pairs divided by all pairs, counted exactly."""
+        return self.kept_share().item()
+
+    def kept_share(self) -> Tensor:
+        """The density as a float64 number on the device, for which the host waits only where keys' blocks vary."""
         pairs = self._row_tokens() * self._key_tokens()
-        return pairs.sum().item() / (self.batch * self.heads * self.seq_q * self.seq_k)
+        return pairs.sum().double() / (self.batch * self.heads * self.seq_q * self.seq_k)
 
     def to_mask(self) -> Tensor:
         """Block mask, bool `[batch or 1, heads, rows, cols]`."""

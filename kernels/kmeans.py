@@ -6,7 +6,6 @@ together, and starts each denoising step from the centroids of the step before.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # Triton has no wheel outside Linux, and the torch backend does without.
-    triton = None
+from dit_accel.kernels.backend import torch_or_triton, triton
 
-BACKENDS = ("auto", "torch", "triton")
+if triton is not None:
+    import triton.language as tl
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_DIM = 256
 # Floats of one temporary tensor of the torch backend's assignment (64 MiB).
@@ -86,8 +83,8 @@ def kmeans(
             video resemble each other, so stretches spread over its content as a free draw does not, at no
             cost; the position within a stretch is random lest the stretch length fall in with the row length.
         seed: integer that picks the position within each stretch; unused with `centroids`.
-        backend: "triton" (dim up to 256), "torch", or "auto": "triton" on a GPU, else "torch". "torch" follows
-            `torch.set_float32_matmul_precision`, which must be "highest" for float32 distances. It needs
+        backend: "triton" (dim up to 256), "torch", or "auto": "triton" on a GPU where it can, else "torch". The latter
+            follows `torch.set_float32_matmul_precision`, which must be "highest" for float32 distances. It needs
             temporary memory for about 4 x 64 MiB, as long as one token's distances, batch x heads x clusters
             floats, fit in 64 MiB, then 24 bytes per number in the tokens of one (batch, head).
 
@@ -99,10 +96,9 @@ def kmeans(
         >>> then = kmeans(torch.randn(1, 517, 2, 64), 20, iterations=2, centroids=first.centroids)
     """
     _check(tokens, clusters, iterations, centroids, seed)
-    if backend == "auto":
-        backend = "triton" if tokens.device.type == "cuda" and triton is not None else "torch"
-    _check_backend(backend, tokens)
-    assign, update = _BACKENDS[backend]
+    dim = tokens.shape[3]
+    wide = f"head dims up to {MAX_TRITON_DIM}, got {dim}" if dim > MAX_TRITON_DIM else None
+    assign, update = _BACKENDS[torch_or_triton(backend, tokens, wide)]
     if centroids is None:
         centroids = _first_centroids(tokens, clusters, seed)
     numbers = torch.arange(clusters + 1, dtype=torch.int32, device=tokens.device)
@@ -442,24 +438,6 @@ def _align(tokens: Tensor) -> tuple[Tensor, int]:
 
 
 _BACKENDS = {"torch": (_assign_torch, _update_torch), "triton": (_assign_triton, _update_triton)}
-
-
-def _check_backend(backend: str, tokens: Tensor) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend != "triton":
-        return
-    if triton is None:
-        raise ValueError("backend 'triton' needs the package triton, which is missing; use 'torch' or 'auto'")
-    if tokens.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        raise ValueError(
-            f"backend 'triton' needs tensors on a GPU, got {tokens.device}; use 'torch' or 'auto', "
-            "or set TRITON_INTERPRET=1 before the first import to debug the kernels"
-        )
-    if tokens.shape[3] > MAX_TRITON_DIM:
-        raise ValueError(
-            f"backend 'triton' serves head dims up to {MAX_TRITON_DIM}, got {tokens.shape[3]}; use 'torch'"
-        )
 
 
 def _check(tokens: Tensor, clusters: int, iterations: int, centroids: Tensor | None, seed: int) -> None:

@@ -14,7 +14,6 @@ a distribution over the key blocks.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.kernels.backend import torch_or_triton
 from dit_accel.kernels.prepare import TINY, checked_order, key_group, ordered, ordered_mask
 
-try:
-    import triton
-except ImportError:  # Triton has no wheel outside Linux, and the torch backend does without.
-    triton = None
-
-BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_TRITON_DIM = 256
 # Logits that the torch backend holds at once, unless one row of blocks has more.
@@ -393,29 +387,12 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _resolve_backend(backend: str, query: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    dim = query.shape[3]
-    if backend == "auto":
-        able = query.device.type == "cuda" and query.dtype != torch.float64 and dim <= MAX_TRITON_DIM
-        return "triton" if able and triton is not None else "torch"
-    if backend == "triton":
-        if triton is None:
-            raise ValueError(
-                "backend 'triton' needs the package triton, which is missing; use 'torch' or 'auto'"
-            )
-        if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-            raise ValueError(
-                f"backend 'triton' needs tensors on a GPU, got {query.device}; use 'torch' or 'auto', "
-                "or set TRITON_INTERPRET=1 before the first import to debug the kernel"
-            )
-        if query.dtype == torch.float64:
-            raise ValueError("backend 'triton' has no float64; use 'torch' or 'auto'")
-        if dim > MAX_TRITON_DIM:
-            raise ValueError(
-                f"backend 'triton' serves head dims up to {MAX_TRITON_DIM}, got {dim}; use 'torch' or 'auto'"
-            )
-    return backend
+    served, dim = None, query.shape[3]
+    if query.dtype == torch.float64:
+        served = "float16, bfloat16 and float32, got float64"
+    elif dim > MAX_TRITON_DIM:
+        served = f"head dims up to {MAX_TRITON_DIM}, got {dim}"
+    return torch_or_triton(backend, query, served)
 
 
 def _check(

@@ -11,21 +11,17 @@ units of 2⁻³⁹ or less of the row's largest: such a sum does not depend on t
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.backend import torch_or_triton, triton
 from dit_accel.kernels.block_index import BlockIndex
 
-try:
-    import triton
+if triton is not None:
     import triton.language as tl
-except ImportError:  # Triton has no wheel outside Linux, and the torch backend does without.
-    triton = None
 
-BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_COLS = 8192
 # Bits a mass is shifted up by: those of the smaller masses that survive next to the row's largest.
@@ -126,7 +122,12 @@ def select_blocks(
     budget = budget.expand(scores.shape[:3])
 
     select = _select_torch
-    if _resolve_backend(backend, scores) == "triton":
+    many = (
+        f"up to {MAX_TRITON_COLS} key blocks per row, got {cols} (longer blocks are fewer)"
+        if cols > MAX_TRITON_COLS
+        else None
+    )
+    if torch_or_triton(backend, scores, many) == "triton":
         select = _select_triton
     counts, indices = select(scores.detach(), budget, forced, min(min_keep, cols), max_keep)
     offsets = torch.arange(0, counts.numel() * max_keep, max_keep, dtype=torch.int64, device=scores.device)
@@ -345,31 +346,6 @@ def _select_triton(
             **launch_options(cols),
         )
     return counts, indices
-
-
-def _resolve_backend(backend: str, scores: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    cols = scores.shape[3]
-    if backend == "auto":
-        able = triton is not None and scores.device.type == "cuda" and cols <= MAX_TRITON_COLS
-        return "triton" if able else "torch"
-    if backend == "triton":
-        if triton is None:
-            raise ValueError(
-                "backend 'triton' needs the package triton, which is missing; use 'torch' or 'auto'"
-            )
-        if scores.device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-            raise ValueError(
-                f"backend 'triton' needs tensors on a GPU, got {scores.device}; use 'torch' or 'auto', "
-                "or set TRITON_INTERPRET=1 before the first import to debug the kernel"
-            )
-        if cols > MAX_TRITON_COLS:
-            raise ValueError(
-                f"backend 'triton' serves up to {MAX_TRITON_COLS} key blocks per row, got {cols}; "
-                "use larger blocks, 'torch' or 'auto'"
-            )
-    return backend
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

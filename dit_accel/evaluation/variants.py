@@ -5,6 +5,7 @@
 | `dense` | the pipeline as it is |
 | `plan:DIR` | a calibrated plan |
 | `preset:window@0.3` | one family for every head; further options follow: `preset:pooled@0.25:order=space` |
+| `preset:xattention` | a published system, see `dit_accel.presets` |
 | `diffusers:first_block` | diffusers' First Block Cache; `@0.08` sets its threshold |
 
 A new kind of variant is a function from the text after the colon to a `Variant`, entered in `KINDS`.

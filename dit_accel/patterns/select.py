@@ -119,16 +119,18 @@ def _chosen(
     if not space.video_blocks:
         return _finish(space, _everything(space), query.shape[2])
     assert family.choose is not None
+    kept = _kept(space, density)
     mask = family.choose(
         space,
-        _kept(space, density),
+        kept,
         space.reorder(query),
         space.reorder(key),
         scale,
         memory=memory,
         **options,
     )
-    return _finish(space, _with_text(family, space, mask), query.shape[2])
+    longest = space.blocks if grid.text_tokens else kept
+    return _finish(space, _with_text(family, space, mask), query.shape[2], longest)
 
 
 # A grid and all it depends on is in the key; a mask of one head serves all, its lists are shared.
@@ -172,9 +174,12 @@ def _with_text(family: Family, space: BlockSpace, mask: Tensor) -> Tensor:
     return whole
 
 
-def _finish(space: BlockSpace, mask: Tensor, heads: int) -> Selection:
+def _finish(space: BlockSpace, mask: Tensor, heads: int, longest: int | None = None) -> Selection:
+    """longest: of the rows' lists, where a choice is made while a generation runs."""
     tokens = space.grid.total_tokens
-    index = BlockIndex.from_mask(mask, space.block, space.block, tokens, tokens)
+    # Only a GPU runs ahead of the host; on a CPU lists without gaps are faster.
+    room = longest if mask.device.type == "cuda" else None
+    index = BlockIndex.from_mask(mask, space.block, space.block, tokens, tokens, room=room)
     if index.heads != heads:
         counts, offsets = (part.expand(-1, heads, -1).contiguous() for part in (index.counts, index.offsets))
         index = BlockIndex(counts, offsets, index.indices, space.block, space.block, tokens, tokens)

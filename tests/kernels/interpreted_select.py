@@ -61,7 +61,7 @@ def test_most_columns():
     scores = torch.randint(50, (1, 1, 1, MAX_TRITON_COLS)).float()
     check(scores, keep=5000)
     check(scores, top_p=0.9)
-    with pytest.raises(ValueError, match="serves up to 8192 key blocks per row, got 8193; use larger blocks"):
+    with pytest.raises(ValueError, match="serves up to 8192 key blocks per row, got 8193 .longer blocks"):
         choose(torch.zeros(1, 1, 1, MAX_TRITON_COLS + 1), backend="triton", keep=1)
 
 

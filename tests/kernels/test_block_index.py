@@ -29,6 +29,11 @@ def test_lists_say_what_the_mask_says(shape, seed):
     index = BlockIndex.from_mask(mask, block_q, block_k, seq_q, seq_k)
     assert torch.equal(index.to_mask(), mask)
     assert torch.equal(index.counts, mask.sum(-1))
+    longest = int(index.counts.max())
+    roomy = BlockIndex.from_mask(mask, block_q, block_k, seq_q, seq_k, room=longest)
+    assert torch.equal(roomy.to_mask(), mask)
+    assert roomy.indices.numel() == longest * index.counts.numel()
+    assert roomy.density == index.density
     for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in mask.shape[:3])).tolist():
         start, count = index.offsets[b, h, row], index.counts[b, h, row]
         assert index.indices[start : start + count].tolist() == mask[b, h, row].nonzero().flatten().tolist()

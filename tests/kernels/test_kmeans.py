@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_accel.kernels import backend as backend_module
 from dit_accel.kernels import kmeans as module
 from dit_accel.kernels.kmeans import Clusters, kmeans
 
@@ -410,7 +411,7 @@ def test_triton_needs_a_gpu(monkeypatch):
         ValueError, match="needs the package triton|needs tensors on a GPU, got cpu; use 'torch'"
     ):
         kmeans(tokens, 3, backend="triton")
-    monkeypatch.setattr(module, "triton", None)
+    monkeypatch.setattr(backend_module, "triton", None)
     with pytest.raises(ValueError, match="needs the package triton, which is missing; use 'torch' or 'auto'"):
         kmeans(tokens, 3, backend="triton")
     check(tokens, kmeans(tokens, 3))

@@ -509,7 +509,9 @@ def test_triton_refuses_what_it_cannot(monkeypatch):
     ):
         block_mass(Q, K, **options)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(ValueError, match="backend 'triton' has no float64; use 'torch' or 'auto'"):
+    with pytest.raises(
+        ValueError, match="backend 'triton' serves float16, .* got float64; use 'torch' or 'auto'"
+    ):
         lowbit_scores(Q.double(), K.double(), **options)
     with pytest.raises(ValueError, match="serves head dims up to 256, got 264; use 'torch' or 'auto'"):
         block_mass(Q.repeat(1, 1, 1, 33), K.repeat(1, 1, 1, 33), **options)
