@@ -24,10 +24,14 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     # Row-uniform top-k at sparsity .8; searched at steps 10 and 30 of 50. https://arxiv.org/abs/2502.21079
     "adaspa": Preset("searched", 0.2, {"order": "frame", "reuse": 20}, warm_up=0.05),
+    # The eighth of the channels that weighs most. https://arxiv.org/abs/2408.07092
+    "doublesparsity": Preset("channels", 0.25, {"order": "frame"}),
     # Means of 8 x 16 patches of a frame, the best quarter (Wan). https://arxiv.org/abs/2505.14708
     "draft": Preset("pooled", 0.25, {"order": "tile:1x8x16", "parts": 1}, block=128),
     # The tiles on the diagonal and a few reference frames. https://arxiv.org/abs/2502.06155
     "efficient-vdit": Preset("attention_tile", 0.3),
+    # Sorted by a hash of random hyperplanes; the sampled remainder is our means. https://arxiv.org/abs/2310.05869
+    "hyperattention": Preset("hashed", 0.25),
     # Columns and sinks; without calibration all heads are vertical ones. https://arxiv.org/abs/2407.02490
     "minference": Preset("stripes", 0.3),
     # A box around every query. https://arxiv.org/abs/2504.16922

@@ -29,7 +29,9 @@ FAMILY_COLOURS = {
     "antidiagonal": "#b5651d",
     "lowbit": "#7a9e3f",
     "searched": "#3d5a98",
+    "channels": "#a0792c",
     "clustered": "#9d4edd",
+    "hashed": "#6b8f71",
     "radial": "#5fb3b3",
     "attention_tile": "#c28fc2",
 }

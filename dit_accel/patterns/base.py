@@ -154,6 +154,8 @@ class Selection:
     def mask(self) -> Tensor:
         """Return the kept pairs in the model's order, bool `[batch or 1, heads, seq, seq]`."""
         mask = self.index.token_mask()
+        batch = max(len(order) if order.ndim == 3 else 1 for order in (self.query_order, self.key_order))
+        mask = mask.expand(max(batch, len(mask)), -1, -1, -1)
         rows, cols = (
             self.grid.inverse(order).expand(*mask.shape[:2], -1)
             for order in (self.query_order, self.key_order)

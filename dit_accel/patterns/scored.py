@@ -6,6 +6,8 @@
   whole-block means lose against the best possible choice.
 - `antidiagonal`: XAttention (https://arxiv.org/abs/2503.16428), runs of tokens paired along their antidiagonals.
 - `lowbit`: SALE (https://arxiv.org/abs/2505.24179), all tokens with queries and keys in 4 bits.
+- `channels`: DoubleSparsity (https://arxiv.org/abs/2408.07092), all tokens with the few channels that weigh most in
+  their scores, found per head from the call itself where the authors calibrate them.
 - `searched`: AdaSpa (https://arxiv.org/abs/2502.21079), the exact mass of every block. It costs as much as the scores
   of dense attention and pays through `reuse`; from the second search on the first one's log-sum-exp saves a pass.
 
@@ -91,6 +93,19 @@ def _lowbit(
     return lowbit_scores(query, key, block_q=space.block, block_k=space.block, bits=bits, scale=scale)
 
 
+def _channels(
+    space: BlockSpace, query: Tensor, key: Tensor, scale: float, memory: Memory, *, channels: int
+) -> Tensor:
+    if channels < 1:
+        raise ValueError(f"option 'channels' of family 'channels': expected at least 1, got {channels}")
+    # What a channel adds to a score, in size; a share that all keys have adds nothing that a softmax sees.
+    varying = (key - key.mean(1, keepdim=True)).abs().mean(1, dtype=torch.float32)
+    weight = query.abs().mean(1, dtype=torch.float32) * varying
+    best = weight.topk(min(channels, query.shape[3]), dim=-1).indices[:, None]
+    query, key = (x.gather(3, best.expand(*x.shape[:3], -1)) for x in (query, key))
+    return block_mass(query, key, block_q=space.block, block_k=space.block, scale=scale)[0]
+
+
 def _searched(space: BlockSpace, query: Tensor, key: Tensor, scale: float, memory: Memory) -> Tensor:
     block = {"block_q": space.block, "block_k": space.block}
     mass, memory["lse"] = block_mass(query, key, **block, lse=memory.get("lse"), scale=scale)
@@ -100,4 +115,5 @@ def _searched(space: BlockSpace, query: Tensor, key: Tensor, scale: float, memor
 POOLED = _family("pooled", _pooled, parts=4)
 ANTIDIAGONAL = _family("antidiagonal", _antidiagonal, stride=8)
 LOWBIT = _family("lowbit", _lowbit, bits=4)
+CHANNELS = _family("channels", _channels, channels=16)
 SEARCHED = _family("searched", _searched)

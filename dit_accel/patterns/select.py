@@ -14,8 +14,9 @@ from dit_accel.patterns.bands import BANDS
 from dit_accel.patterns.base import BlockSpace, Family, Memory, Option, Selection
 from dit_accel.patterns.clustered import CLUSTERED
 from dit_accel.patterns.dense import DENSE
+from dit_accel.patterns.hashed import HASHED
 from dit_accel.patterns.radial import RADIAL
-from dit_accel.patterns.scored import ANTIDIAGONAL, LOWBIT, POOLED, SEARCHED
+from dit_accel.patterns.scored import ANTIDIAGONAL, CHANNELS, LOWBIT, POOLED, SEARCHED
 from dit_accel.patterns.skip import SKIP
 from dit_accel.patterns.stripes import STRIPES
 from dit_accel.patterns.window import WINDOW
@@ -24,7 +25,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(DENSE, SKIP, WINDOW, BANDS, RADIAL, ATTENTION_TILE),
-        *(STRIPES, POOLED, ANTIDIAGONAL, LOWBIT, SEARCHED, CLUSTERED),
+        *(STRIPES, POOLED, ANTIDIAGONAL, LOWBIT, CHANNELS, SEARCHED, CLUSTERED, HASHED),
     )
 }
 

@@ -12,7 +12,7 @@ from dit_accel.patterns.base import BlockSpace
 from dit_accel.patterns.stripes import _sampled_rows
 
 BLOCK = 16
-SCORED = ["pooled", "antidiagonal", "lowbit", "searched"]
+SCORED = ["pooled", "antidiagonal", "lowbit", "channels", "searched"]
 CHOOSING = ["window", "bands", "radial", "attention_tile", "stripes", *SCORED]
 GRIDS = [
     pytest.param(TokenGrid(7, 13, 11), id="7x13x11"),
@@ -281,6 +281,52 @@ def test_clusters_find_groups_that_lie_anywhere() -> None:
     assert (weights * pooled).sum(-1).mean() < 0.5
 
 
+@pytest.mark.parametrize(
+    "grid", [TokenGrid(4, 7, 9), TokenGrid(4, 7, 9, text_tokens=20)], ids=["video", "text"]
+)
+def test_hashed_rows_are_bands_of_the_sorted_tokens(grid: TokenGrid) -> None:
+    query, key = tokens(grid, heads=2)
+    for density in (0.1, 0.4, 1.0):
+        found = select("hashed", query, key, grid, density=density, block=BLOCK)
+        for order in (found.query_order, found.key_order):
+            assert torch.equal(order.sort(-1).values, torch.arange(grid.total_tokens).expand_as(order))
+            assert torch.equal(
+                order[..., grid.video_tokens :].unique(), torch.arange(*grid.text_slice.indices(999))
+            )
+        blocks = -(-grid.total_tokens // BLOCK)
+        video = grid.video_tokens // BLOCK if grid.text_tokens else blocks
+        counts = found.index.counts[..., :video]
+        assert (counts == max(round(density * blocks), blocks - video + 1)).all()
+        assert (found.index.to_mask()[..., :video, :video].long().diff(dim=-1).abs().sum(-1) <= 2).all()
+    assert found.mask().all()
+
+
+def test_hash_sorts_like_to_like() -> None:
+    grid, groups = TokenGrid(6, 8, 10), 6
+    generator = torch.Generator().manual_seed(3)
+    centres = 6 * torch.nn.functional.normalize(torch.randn(groups, 16, generator=generator), dim=-1)
+    member = torch.randint(groups, (1, grid.video_tokens, 1), generator=generator)
+    noise = 0.3 * torch.randn(2, 1, grid.video_tokens, 1, 16, generator=generator)
+    query, key = centres[member] + noise[0], centres[member] + noise[1]
+    weights = torch.softmax(query[0, :, 0].double() @ key[0, :, 0].double().T, dim=-1)
+    held = {}
+    for name in ("hashed", "bands"):
+        kept = select(name, query, key, grid, density=0.4, block=BLOCK).mask()[0, 0]
+        held[name] = float((weights * kept).sum(-1).mean())
+    assert held["bands"] < 0.5
+    assert held["hashed"] > held["bands"] + 0.3
+
+
+def test_channels_are_those_that_weigh_most() -> None:
+    grid = TokenGrid(4, 7, 9)
+    query, key = tokens(grid, heads=2)
+    query[..., 3:] *= 0.01
+    options = {"density": 0.3, "block": BLOCK}
+    three = select("channels", query, key, grid, channels=3, **options).index.to_mask()
+    exact = select("searched", query[..., :3], key[..., :3], grid, **options, scale=query.shape[3] ** -0.5)
+    assert torch.equal(three, exact.index.to_mask())
+
+
 def test_clusters_go_on_from_the_step_before(monkeypatch) -> None:
     grid, memory, calls = TokenGrid(4, 7, 9), {}, []
     original = clustered.kmeans
@@ -356,6 +402,8 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
             {"key_clusters": 10_000},
             "option 'key_clusters' of family 'clustered': expected 0 to .*, got 10000",
         ),
+        ("hashed", {"planes": 31}, "option 'planes' of family 'hashed': expected 1 to 30, got 31"),
+        ("channels", {"channels": 0}, "option 'channels' of family 'channels': expected at least 1, got 0"),
         ("radial", {"sink": -1}, "option 'sink' of family 'radial': expected at least 0, got -1"),
         ("window", {"aspect": 0.0}, "option 'aspect' of family 'window': expected a number above 0, got 0.0"),
         ("window", {"order": "tiles"}, "expected 'frame', 'space' or 'tile:TxHxW', got 'tiles'"),

@@ -1,0 +1,66 @@
+"""Hashed: tokens are sorted by a hash that similar vectors share, and each query reads the keys next to it.
+
+HyperAttention (https://arxiv.org/abs/2310.05869) with the angular hash of random hyperplanes: bit i says on which side
+of plane i a vector lies. In the order of a Gray code neighbours differ in one bit, that is, lie in cells that touch.
+Queries and keys are sorted apart, each after their mean was taken off, so that planes through the origin divide them.
+Within the sorted sequences attention is a band of blocks. Text is not hashed.
+"""
+
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from dit_accel.grid import TokenGrid
+from dit_accel.kernels import BlockIndex
+from dit_accel.patterns.base import BlockSpace, Family, Memory, Selection
+
+
+def _arrange(
+    grid: TokenGrid,
+    density: float,
+    block: int,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    *,
+    memory: Memory,
+    planes: int,
+    seed: int,
+) -> Selection:
+    """`planes`: bits of the hash, up to 30; `seed`: of the random planes."""
+    if not 1 <= planes <= 30:
+        raise ValueError(f"option 'planes' of family 'hashed': expected 1 to 30, got {planes!r}")
+    space = BlockSpace(grid, "frame", block, query.device)
+    generator = torch.Generator().manual_seed(seed)
+    normals = torch.randn(query.shape[3], planes, generator=generator).to(query.device)
+    orders = [_sorted_by_hash(grid, x[:, grid.video_slice].float(), normals) for x in (query, key)]
+    text_blocks = space.blocks - space.video_blocks
+    kept = min(max(round(density * space.blocks) - text_blocks, 1), max(space.video_blocks, 1))
+    rows = torch.arange(space.blocks, device=query.device)
+    first = (rows - kept // 2).clamp(0, max(space.video_blocks - kept, 0))[:, None]
+    mask = (rows >= first) & (rows < first + kept)
+    mask[space.video_blocks :] = True
+    mask[:, space.video_blocks :] = True
+    seq, shape = grid.total_tokens, (1, query.shape[2], -1, -1)
+    index = BlockIndex.from_mask(mask.expand(shape), block, block, seq, seq, room=space.blocks)
+    return Selection(index, *orders, grid, None)
+
+
+def _sorted_by_hash(grid: TokenGrid, tokens: Tensor, normals: Tensor) -> Tensor:
+    """Order `[batch, heads, seq]` of `[batch, video, heads, dim]`, text behind."""
+    bits = ((tokens - tokens.mean(1, keepdim=True)) @ normals > 0).transpose(1, 2)
+    # The place of a word in the Gray code: every bit is the parity of those from the highest down to it.
+    places = bits.cumsum(-1) % 2
+    powers = 2 ** torch.arange(bits.shape[-1] - 1, -1, -1, device=tokens.device)
+    order = (places * powers).sum(-1).argsort(dim=-1, stable=True) + grid.video_slice.start
+    text = torch.arange(grid.text_tokens, device=tokens.device) + grid.text_slice.start
+    return torch.cat((order, text.expand(*order.shape[:2], -1)), dim=-1)
+
+
+HASHED = Family(
+    "hashed",
+    static=False,
+    arrange=_arrange,
+    options=MappingProxyType({"planes": 12, "seed": 0, "reuse": 1}),
+)
