@@ -192,7 +192,7 @@ class AccelPlan:
         density: float | None = None,
         block: int | None = None,
         precision: str = "native",
-        remainder: bool = False,
+        remainder: bool | None = None,
         warm_up: float | None = None,
         **options: str | int | float,
     ) -> AccelPlan:
@@ -203,7 +203,7 @@ class AccelPlan:
                 all that follows. Names that are both mean the family where a density is given.
             density: kept pairs divided by all pairs.
             block: tokens per block, 64 if nothing says otherwise.
-            precision, remainder: see `Candidate`.
+            precision, remainder: see `Candidate`; no remainder if nothing says otherwise.
             warm_up: progress up to which attention stays dense, 0 if nothing says otherwise.
             options: of the family.
 
@@ -220,6 +220,7 @@ class AccelPlan:
             density = published.density if density is None else density
             block = published.block if block is None else block
             warm_up = published.warm_up if warm_up is None else warm_up
+            remainder = published.remainder if remainder is None else remainder
         if name not in FAMILIES:
             raise ValueError(
                 f"unknown preset {name!r}; families: {', '.join(FAMILIES)}; published systems: {', '.join(PRESETS)}"
@@ -232,7 +233,7 @@ class AccelPlan:
         block, warm_up = 64 if block is None else block, 0.0 if warm_up is None else warm_up
         if not 0.0 <= warm_up < 1.0:
             raise ValueError(f"warm_up: expected a progress from 0 to below 1, got {warm_up!r}")
-        candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder)
+        candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder or False)
         if not warm_up:
             return cls((candidate,), torch.zeros(1, 1, 1, dtype=torch.int16), block=block)
         choice = torch.arange(2, dtype=torch.int16).view(2, 1, 1)

@@ -12,18 +12,21 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Preset:
-    """A family with its density, options, tokens per block and dense beginning (progress from 0 to 1)."""
+    """A family with its density, options, tokens per block, dense beginning (progress from 0 to 1) and remainder."""
 
     family: str
     density: float
     options: dict[str, str | int | float] = field(default_factory=dict)
     block: int = 64
     warm_up: float = 0.0
+    remainder: bool = False
 
 
 PRESETS: dict[str, Preset] = {
     # Row-uniform top-k at sparsity .8; searched at steps 10 and 30 of 50. https://arxiv.org/abs/2502.21079
     "adaspa": Preset("searched", 0.2, {"order": "frame", "reuse": 20}, warm_up=0.05),
+    # A circle around every query of an image. https://arxiv.org/abs/2412.16112
+    "clear": Preset("window", 0.2, {"order": "tile:1x8x8", "shape": "ball"}),
     # The eighth of the channels that weighs most. https://arxiv.org/abs/2408.07092
     "doublesparsity": Preset("channels", 0.25, {"order": "frame"}),
     # Means of 8 x 16 patches of a frame, the best quarter (Wan). https://arxiv.org/abs/2505.14708
@@ -38,6 +41,11 @@ PRESETS: dict[str, Preset] = {
     "natten": Preset("window", 0.3),
     # Decaying neighbourhoods, with the first frame as a sink. https://arxiv.org/abs/2506.19852
     "radial": Preset("radial", 0.3, {"sink": 1}, block=128, warm_up=0.05),
+    # Sorted by a hash, the rest by a low-rank part, which here is the means. https://arxiv.org/abs/2110.15343
+    "scatterbrain": Preset("hashed", 0.25, remainder=True),
+    # Bands, skipped and dense heads, found by calibration; without it all heads are bands.
+    # https://arxiv.org/abs/2506.03065
+    "sparse-vdit": Preset("bands", 0.4),
     # 4-bit estimates. https://arxiv.org/abs/2505.24179
     "sale": Preset("lowbit", 0.3, {"order": "frame"}),
     # k-means, .9 of the estimated mass. https://arxiv.org/abs/2505.18875
@@ -45,6 +53,8 @@ PRESETS: dict[str, Preset] = {
     # Tiles of 6 x 8 x 8 tokens, a window for all heads where the authors calibrate one each.
     # https://arxiv.org/abs/2502.04507
     "sta": Preset("window", 0.3, {"order": "tile:6x8x8", "aspect": 0.75}, block=128, warm_up=0.06),
+    # Clusters with a density per head, found by calibration; without it all heads have one.
+    "svoo": Preset("clustered", 0.3, {"iterations": 50}, block=128),
     # Stride 8 until .95 of the mass, in blocks of 128, five dense steps of 50. https://arxiv.org/abs/2503.16428
     "xattention": Preset(
         "antidiagonal", 1.0, {"order": "frame", "stride": 8, "top_p": 0.95}, block=128, warm_up=0.02

@@ -1,9 +1,9 @@
 """Window: each query reads a box of the grid around itself.
 
 Sliding Tile Attention (https://arxiv.org/abs/2502.04507) and neighbourhood attention
-(https://arxiv.org/abs/2504.16922), for any grid: the box is the set of the nearest blocks by the largest of
-the three axis distances. Their number is the same for every row, so at a border the box grows inwards and no
-query sees less than a central one.
+(https://arxiv.org/abs/2504.16922), for any grid: the box is the set of the nearest blocks by the largest of the three
+axis distances; the shape "ball" takes the straight distance (CLEAR, https://arxiv.org/abs/2412.16112). Their number is
+the same for every row, so at a border the box grows inwards and no query sees less than a central one.
 """
 
 from types import MappingProxyType
@@ -14,21 +14,27 @@ from torch import Tensor
 from dit_accel.patterns.base import BlockSpace, Family
 
 
-def _choose(space: BlockSpace, kept: int, *, aspect: float) -> Tensor:
-    """`aspect`: how many frames the box reaches for each token it reaches up, down or sideways."""
+def _choose(space: BlockSpace, kept: int, *, aspect: float, shape: str) -> Tensor:
+    """`aspect`: how many frames the box reaches for each token it reaches up, down or sideways; `shape`: box, ball."""
+    if shape not in ("box", "ball"):
+        raise ValueError(f"option 'shape' of family 'window': expected 'box' or 'ball', got {shape!r}")
     if aspect <= 0:
         raise ValueError(f"option 'aspect' of family 'window': expected a number above 0, got {aspect!r}")
     places = space.grid.coordinates(space.order.cpu())[: space.chosen_tokens].float()
     centres = space.means(places, 0, space.block)
     centres[:, 0] /= aspect
     apart = (centres[:, None] - centres[None]).abs()
+    straight = apart.square().sum(-1).sqrt()
     # Many blocks are equally far by the largest axis: the straight distance decides among them.
-    distance = apart.amax(-1) + 1e-3 * apart.square().sum(-1).sqrt()
+    distance = straight if shape == "ball" else apart.amax(-1) + 1e-3 * straight
     nearest = distance.argsort(dim=-1, stable=True)[:, :kept]
     mask = torch.zeros(distance.shape, dtype=torch.bool).scatter_(-1, nearest, True)
     return mask.to(space.device)
 
 
 WINDOW = Family(
-    "window", _choose, static=True, options=MappingProxyType({"order": "tile:4x4x4", "aspect": 2.0})
+    "window",
+    _choose,
+    static=True,
+    options=MappingProxyType({"order": "tile:4x4x4", "aspect": 2.0, "shape": "box"}),
 )

@@ -115,6 +115,16 @@ def test_window_is_the_nearest_box_and_grows_inwards_at_borders(aspect: float) -
     assert {key for key, block in at.items() if mask[at[0, 0], block]} == corner
 
 
+def test_a_ball_is_rounder_than_a_box() -> None:
+    grid = TokenGrid(1, 32, 32)
+    centre = (16 * 32 + 16, torch.tensor([[y, x] for y in range(32) for x in range(32)]).float())
+    reach = {}
+    for shape in ("box", "ball"):
+        mask = chosen("window", grid, 0.2, order="tile:1x4x4", shape=shape).mask()[0, 0, centre[0]]
+        reach[shape] = (centre[1][mask] - centre[1][centre[0]]).square().sum(-1).sqrt().max()
+    assert reach["ball"] < 0.9 * reach["box"]
+
+
 def test_aspect_of_a_window_trades_space_for_time() -> None:
     grid = TokenGrid(12, 12, 12)
     places = grid.coordinates().float()
@@ -374,7 +384,11 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
     ("name", "arguments", "message"),
     [
         ("windows", {}, "unknown family 'windows'; known: dense, skip, window, bands, radial"),
-        ("window", {"width": 3}, "family 'window' has no option 'width'; its options are: order, aspect"),
+        (
+            "window",
+            {"width": 3},
+            "family 'window' has no option 'width'; its options are: order, aspect, shape",
+        ),
         ("dense", {"density": 1.0, "order": "frame"}, "'dense' has no option 'order'; its options are: none"),
         ("window", {"aspect": "2"}, "option 'aspect' of family 'window': expected float .*, got '2'"),
         ("stripes", {"sinks": 1.5}, "option 'sinks' of family 'stripes': expected int .*, got 1.5"),
@@ -406,6 +420,11 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
         ("channels", {"channels": 0}, "option 'channels' of family 'channels': expected at least 1, got 0"),
         ("radial", {"sink": -1}, "option 'sink' of family 'radial': expected at least 0, got -1"),
         ("window", {"aspect": 0.0}, "option 'aspect' of family 'window': expected a number above 0, got 0.0"),
+        (
+            "window",
+            {"shape": "cone"},
+            "option 'shape' of family 'window': expected 'box' or 'ball', got 'cone'",
+        ),
         ("window", {"order": "tiles"}, "expected 'frame', 'space' or 'tile:TxHxW', got 'tiles'"),
         ("window", {"density": 1.1}, "density: expected a number from 0 to 1, got 1.1"),
         ("window", {"density": float("nan")}, "density: expected a number from 0 to 1, got nan"),

@@ -398,6 +398,7 @@ def test_published_systems_run_as_published_and_as_changed(name: str) -> None:
         published.block,
     )
     assert dict(sparse.options) == published.options
+    assert sparse.remainder == published.remainder
     assert plan.range_starts == ((0.0, published.warm_up) if published.warm_up else (0.0,))
     assert (plan.candidates[plan.row(0.0, 0)].family == "dense") == bool(published.warm_up)
     assert plan.candidates[plan.row(0.9, 0)] is sparse
@@ -406,6 +407,7 @@ def test_published_systems_run_as_published_and_as_changed(name: str) -> None:
     output, density = attend(query, key, value, grid, plan.candidates, plan.row(0.9, 0), block=plan.block)
     assert output.isfinite().all()
     assert 0 < density <= 1
+    assert AccelPlan.preset(name, remainder=False).candidates[-1] == replace(sparse, remainder=False)
     changed = AccelPlan.preset(name, block=32, warm_up=0.5, remainder=True)
     assert (changed.block, changed.range_starts) == (32, (0.0, 0.5))
     assert changed.candidates[-1] == replace(sparse, remainder=True)
