@@ -368,7 +368,7 @@ def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
     [
         (
             {"name": "spiral", "density": 0.3},
-            "unknown preset 'spiral'; families: dense, .* systems: adaspa, draft",
+            "unknown preset 'spiral'; families: dense, .* systems: adaspa, clear",
         ),
         (
             {"name": "bands", "density": 0.3, "warm_up": 1.0},
