@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument(
         "--calibration", type=Path, required=True, help="a plan directory written by calibrate"
     )
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.15, 0.25, 0.4, 0.55, 0.7])
-    parser.add_argument("--presets", default="preset:pooled@0.4,preset:window@0.4")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.08, 0.15, 0.25, 0.4, 0.6])
+    parser.add_argument("--presets", default="preset:pooled@0.25,preset:pooled@0.25:remainder=true")
     parser.add_argument("--prompts", type=int, default=1, help="held-out prompts to generate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=Path("outputs/curve"))

@@ -123,7 +123,7 @@ def test_a_ball_is_rounder_than_a_box() -> None:
         mask = chosen("window", grid, 0.2, order="tile:1x4x4", shape=shape).mask()[0, 0, centre]
         apart[shape] = (places[mask] - places[centre]).abs()
     assert apart["ball"].square().sum(-1).max() < apart["box"].square().sum(-1).max()
-    assert apart["ball"].max() > apart["box"].max()
+    assert apart["ball"].max() >= apart["box"].max()
 
 
 def test_aspect_of_a_window_trades_space_for_time() -> None:
