@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,10 +61,12 @@ def profile_call(
     """
     batch, seq, heads, dim = query.shape
     scale = dim**-0.5 if scale is None else scale
-    selections = [
-        select(c.family, query, key, grid, density=c.density, block=block, scale=scale, **dict(c.options))
-        for c in candidates
-    ]
+    selections = []
+    for c in candidates:
+        options: dict[str, Any] = dict(c.options)
+        selections.append(
+            select(c.family, query, key, grid, density=c.density, block=block, scale=scale, **options)
+        )
     mass, error, norm = (torch.zeros(heads, len(candidates), dtype=torch.float64) for _ in range(3))
     rows = torch.zeros(len(candidates), dtype=torch.float64)
     for candidate, selection in zip(candidates, selections, strict=True):

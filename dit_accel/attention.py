@@ -125,6 +125,7 @@ def _prepare(
                 x[:, :, : len(members)] if static else x.index_select(2, ids.to(x.device))
                 for x in (query, key)
             )
+        options: dict[str, Any] = dict(candidate.options)
         memory = None if memories is None else memories.setdefault((candidate, tuple(members)), {})
         selection = select(
             candidate.family,
@@ -135,7 +136,7 @@ def _prepare(
             block=block,
             scale=scale,
             memory=memory,
-            **dict(candidate.options),
+            **options,
         )
         chosen.append((selection, ids))
     index = chosen[0][0].index

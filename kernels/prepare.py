@@ -263,7 +263,9 @@ def _means(
 
 def with_remainder(bias: Tensor, remainder: bool | Tensor) -> Tensor:
     """`[batch or 1, heads or 1, cols]`, −inf for the heads that have no remainder."""
-    return bias if remainder is True else bias.masked_fill(~remainder[:, None], -torch.inf)
+    if isinstance(remainder, bool):
+        return bias
+    return bias.masked_fill(~remainder[:, None], -torch.inf)
 
 
 def _block_sums(tokens: Tensor, block: int, starts: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -258,9 +258,17 @@ def lowbit_scores(
         from dit_accel.kernels import scores_triton
 
         return scores_triton.lowbit_mass(
-            *(query, key, mean, valid),
-            **{"block_q": block_q, "block_k": block_k, "group": group, "levels": levels, "scale": scale},
-            **{"query_order": query_order, "key_order": key_order},
+            query,
+            key,
+            mean,
+            valid,
+            block_q=block_q,
+            block_k=block_k,
+            group=group,
+            levels=levels,
+            scale=scale,
+            query_order=query_order,
+            key_order=key_order,
         )
     q, k = ordered(query, query_order).to(mean.dtype), ordered(key, key_order) - mean[:, :, None]
     q, query_scale = quantise(q, 1, levels)
@@ -436,11 +444,12 @@ def _check(
         scale = dim**-0.5
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}; None is dim ** -0.5")
-    orders = (
-        checked_order(name, order, batch, heads, tokens.shape[1], query.device)
-        for name, order, tokens in (("query_order", query_order, query), ("key_order", key_order, key))
+    device = query.device
+    return (
+        scale,
+        checked_order("query_order", query_order, batch, heads, query.shape[1], device),
+        checked_order("key_order", key_order, batch, heads, key.shape[1], device),
     )
-    return scale, *orders
 
 
 def _check_lse(lse: Tensor | None, query: Tensor) -> None:

@@ -181,7 +181,7 @@ def _mass(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
 def _kept(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
     scores = pooled_scores(q, k, block_q=128, block_k=64)
     rule: dict[str, Any] = {"keep": 7} if name == "select_blocks:top-k" else {"top_p": 0.8}
-    sizes = {"block_q": 128, "block_k": 64, "seq_q": q.shape[1], "seq_k": k.shape[1]}
+    sizes: dict[str, Any] = {"block_q": 128, "block_k": 64, "seq_q": q.shape[1], "seq_k": k.shape[1]}
     return select_blocks(scores, **sizes, **rule, backend=backend).to_mask().float()
 
 
@@ -261,7 +261,7 @@ def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -
             key_order=order,
         )
     calls["order"] = partial(ordered, k, order)
-    blocks = {"block_q": index.block_q, "block_k": index.block_k}
+    blocks: dict[str, Any] = {"block_q": index.block_q, "block_k": index.block_k}
     calls["score:pooled"] = partial(pooled_scores, q, k, **blocks)
     calls["score:antidiagonal"] = partial(antidiagonal_scores, q, k, block=index.block_q)
     calls["score:4-bit"] = partial(lowbit_scores, q, k, **blocks)

@@ -34,7 +34,9 @@ def _arrange(
     space = BlockSpace(grid, "frame", block, query.device)
     generator = torch.Generator().manual_seed(seed)
     normals = torch.randn(query.shape[3], planes, generator=generator).to(query.device)
-    orders = [_sorted_by_hash(grid, x[:, grid.video_slice].float(), normals) for x in (query, key)]
+    query_order, key_order = (
+        _sorted_by_hash(grid, x[:, grid.video_slice].float(), normals) for x in (query, key)
+    )
     text_blocks = space.blocks - space.video_blocks
     kept = min(max(round(density * space.blocks) - text_blocks, 1), max(space.video_blocks, 1))
     rows = torch.arange(space.blocks, device=query.device)
@@ -44,7 +46,7 @@ def _arrange(
     mask[:, space.video_blocks :] = True
     seq, shape = grid.total_tokens, (1, query.shape[2], -1, -1)
     index = BlockIndex.from_mask(mask.expand(shape), block, block, seq, seq, room=space.blocks)
-    return Selection(index, *orders, grid, None)
+    return Selection(index, query_order, key_order, grid, None)
 
 
 def _sorted_by_hash(grid: TokenGrid, tokens: Tensor, normals: Tensor) -> Tensor:

@@ -76,8 +76,7 @@ def _pooled(
     space: BlockSpace, query: Tensor, key: Tensor, scale: float, memory: Memory, *, parts: int
 ) -> Tensor:
     _divisor("pooled", "parts", parts, space.block)
-    block = {"block_q": space.block, "block_k": space.block}
-    return pooled_scores(query, key, **block, parts=parts, scale=scale)
+    return pooled_scores(query, key, block_q=space.block, block_k=space.block, parts=parts, scale=scale)
 
 
 def _antidiagonal(
@@ -107,8 +106,10 @@ def _channels(
 
 
 def _searched(space: BlockSpace, query: Tensor, key: Tensor, scale: float, memory: Memory) -> Tensor:
-    block = {"block_q": space.block, "block_k": space.block}
-    mass, memory["lse"] = block_mass(query, key, **block, lse=memory.get("lse"), scale=scale)
+    before = memory.get("lse")
+    mass, memory["lse"] = block_mass(
+        query, key, block_q=space.block, block_k=space.block, lse=before, scale=scale
+    )
     return mass
 
 

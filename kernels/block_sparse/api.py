@@ -153,7 +153,6 @@ def block_sparse_attention(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     _check_backend(backend, query, index, return_lse, remainder is not False)
-    per_head = isinstance(remainder, Tensor)
     run = _op if torch.compiler.is_compiling() else _attend
     output, lse = run(
         query,
@@ -172,8 +171,8 @@ def block_sparse_attention(
         key_mask,
         query_order,
         key_order,
-        remainder if not per_head else True,
-        remainder if per_head else None,
+        remainder is not False,
+        remainder if isinstance(remainder, Tensor) else None,
     )
     return (output, lse) if return_lse else output
 
@@ -199,7 +198,8 @@ def _attend(
     remainder_of: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The call in terms that an operator of torch.library can have; without `return_lse` the second result is empty."""
-    index = BlockIndex(counts, offsets, indices, *sizes, query_starts, key_starts)
+    block_q, block_k, seq_q, seq_k = sizes
+    index = BlockIndex(counts, offsets, indices, block_q, block_k, seq_q, seq_k, query_starts, key_starts)
     rest = remainder_of if remainder_of is not None else remainder
     if backend == "auto":
         backend = resolve_backend(query.device, query.dtype)
