@@ -119,6 +119,7 @@ def test_lowbit_scores(dtype, shape, more, blocks, bits):
 def test_pack(dtype, shape, more, blocks, bits):
     _, k, options = build(dtype, *shape, **more)
     order, key_mask = options.get("key_order"), options.get("key_mask")
+    order = None if order is None else order[None]
     mean, valid = scores._mean_key(k, key_mask), scores._valid(key_mask, order)
     tokens = scores._without(scores.ordered(k, order) - mean[:, :, None], valid)
     levels = 2 ** (bits - 1) - 1
