@@ -265,8 +265,8 @@ def block_sparse_forward(
         p_bias = mean_bias + batch * stride_bias_b + head * stride_bias_h
         p_mean_k = mean_k + o_head * cols * DIM
         p_mean_v = mean_v + o_head * stride_meanh
-        # E4M3 values take partial sums beside the output, which leaves registers for half a tile of scores here.
-        MEANS: tl.constexpr = 32 if FP8_V else TILE_K
+        # Long rows of output, or partial sums beside it, leave registers for half a tile of scores here.
+        MEANS: tl.constexpr = 32 if TILE_K > 32 and (FP8_V or (TILE_D > 64 and not QUANTISED)) else TILE_K
         o_mean = tl.arange(0, MEANS)
         o_mean_k = o_mean[None, :] * DIM + o_d[:, None]
         o_mean_v = o_mean[:, None] * stride_means + o_d[None, :] * stride_meand
