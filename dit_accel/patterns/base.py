@@ -44,6 +44,11 @@ class BlockSpace:
         whole, rest = divmod(self.grid.video_tokens, self.block)
         return whole + bool(rest and not self.grid.text_tokens)
 
+    def kept(self, density: float) -> int:
+        """Video blocks that a row keeps at a density, text blocks counted towards it."""
+        text_blocks = self.blocks - self.video_blocks
+        return min(max(round(density * self.blocks) - text_blocks, 1), self.video_blocks)
+
     @property
     def chosen_tokens(self) -> int:
         """Number of tokens in the video blocks."""
@@ -69,6 +74,10 @@ class BlockSpace:
         return (self.chosen_tokens - starts).clamp(max=run)
 
 
+def _chooses_nothing(*_: object, **__: object) -> Tensor:
+    raise TypeError("this family arranges its tokens itself; call its arrange")
+
+
 @dataclass(frozen=True)
 class Family:
     """A way of choosing key blocks.
@@ -89,7 +98,7 @@ class Family:
     """
 
     name: str
-    choose: Callable[..., Tensor] | None = None
+    choose: Callable[..., Tensor] = _chooses_nothing
     static: bool = True
     arrange: Callable[..., Selection] | None = None
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))

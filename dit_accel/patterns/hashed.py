@@ -37,8 +37,7 @@ def _arrange(
     query_order, key_order = (
         _sorted_by_hash(grid, x[:, grid.video_slice].float(), normals) for x in (query, key)
     )
-    text_blocks = space.blocks - space.video_blocks
-    kept = min(max(round(density * space.blocks) - text_blocks, 1), max(space.video_blocks, 1))
+    kept = space.kept(density)
     rows = torch.arange(space.blocks, device=query.device)
     first = (rows - kept // 2).clamp(0, max(space.video_blocks - kept, 0))[:, None]
     mask = (rows >= first) & (rows < first + kept)

@@ -119,8 +119,7 @@ def _chosen(
     space = BlockSpace(grid, str(options.pop("order")), block, query.device)
     if not space.video_blocks:
         return _finish(space, _everything(space), query.shape[2])
-    assert family.choose is not None
-    kept = _kept(space, density)
+    kept = space.kept(density)
     mask = family.choose(
         space,
         kept,
@@ -150,15 +149,8 @@ def _static_selection(
         space = BlockSpace(grid, str(chosen.pop("order", "frame")), block, device)
         if not space.video_blocks:
             return _finish(space, _everything(space), heads)
-        assert family.choose is not None
-        mask = family.choose(space, _kept(space, density), **chosen)
+        mask = family.choose(space, space.kept(density), **chosen)
         return _finish(space, _with_text(family, space, mask[None, None]), heads)
-
-
-def _kept(space: BlockSpace, density: float) -> int:
-    """Video blocks per row."""
-    text_blocks = space.blocks - space.video_blocks
-    return min(max(round(density * space.blocks) - text_blocks, 1), space.video_blocks)
 
 
 def _everything(space: BlockSpace) -> Tensor:
