@@ -191,16 +191,22 @@ def _paths(
 
 def render(scene: Scene, *, frames: int, height: int, width: int, seed: int) -> Tensor:
     """Draw a scene as float32 video [frames, height, width, 3] in [0, 1]; the seed fixes what words leave open."""
+    return render_owned(scene, frames=frames, height=height, width=width, seed=seed)[0]
+
+
+def render_owned(scene: Scene, *, frames: int, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The video of :func:`render` and whose pixel each is: int64 [frames, height, width], 0 is the background's,
+    i the i-th actor's."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     video = _background(scene.background, rng, generator, height, width).expand(frames, -1, -1, -1).clone()
     largest = min(32.0, 0.23 * min(height, width))
     radii = [rng.uniform(0.8 * largest, largest) for _ in scene.actors]
     travel = rng.uniform(0.9, 1.1) * min(64.0, min(height, width) - 2.4 * largest)
+    owner = torch.zeros(frames, height, width, dtype=torch.int64)
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     progress = torch.linspace(0, 1, frames)[:, None] if frames > 1 else torch.full((1, 1), 0.5)
-    for actor, radius, path in zip(
-        scene.actors, radii, _paths(rng, scene, radii, travel, (height, width)), strict=True
-    ):
+    paths = _paths(rng, scene, radii, travel, (height, width))
+    for number, (actor, radius, path) in enumerate(zip(scene.actors, radii, paths, strict=True), 1):
         centres = path[0] + progress * (path[1] - path[0])
         local_y, local_x = y - centres[:, 0, None, None], x - centres[:, 1, None, None]
         turn = rng.uniform(-0.12, 0.12)
@@ -216,4 +222,5 @@ def render(scene: Scene, *, frames: int, height: int, width: int, seed: int) -> 
         shadow = 1 - 0.5 * torch.sigmoid(-(distance - 1.5) / 2.0)[..., None]
         cover = torch.sigmoid(-distance / 0.6)[..., None]
         video = video * shadow * (1 - cover) + colour * cover
-    return video.clamp(0, 1)
+        owner = owner.masked_fill(distance < 0, number)
+    return video.clamp(0, 1), owner
