@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 _TILE = re.compile(r"tile:([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
+# The axes f(rames), h(eight) and w(idth) from the slowest to the fastest.
+AXIS_ORDERS = ("fhw", "fwh", "hfw", "hwf", "wfh", "whf")
+_ALIASES = {"frame": "fhw", "space": "hwf"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,10 @@ class TokenGrid:
     def order(self, name: str, device: torch.device | str | None = None) -> Tensor:
         """Return a token order, int64 `[total_tokens]`. The tensor is cached: do not write to it.
 
-        Names: `"frame"` is frame-major, as the model has it; `"space"` keeps all frames of one place
-        together; `"tile:TxHxW"` walks through tiles of T frames × H × W tokens, see `_tile_places`.
+        Names: `"fhw"` and the five others of `AXIS_ORDERS` walk along the axes, the last letter fastest: frame,
+        row (h), column (w), see PAROAttention (https://arxiv.org/abs/2506.16054). `"frame"` is `"fhw"`, as the
+        model has it; `"space"` is `"hwf"` and keeps all frames of one place together. `"tile:TxHxW"` walks through
+        tiles of T frames × H × W tokens, see `_tile_places`.
 
         Raises:
             ValueError: an unknown name.
@@ -79,7 +84,7 @@ class TokenGrid:
 
     def is_model_order(self, name: str) -> bool:
         """Whether `order(name)` leaves every token where the model has it."""
-        return name == "frame" and not (self.text_first and self.text_tokens)
+        return _ALIASES.get(name, name) == "fhw" and not (self.text_first and self.text_tokens)
 
     def inverse(self, order: Tensor) -> Tensor:
         """Return the exact inverse of an order `[..., total_tokens]`: the place of each model position."""
@@ -97,20 +102,33 @@ class TokenGrid:
         return torch.stack((frame, place // self.width, place % self.width), dim=-1)
 
 
+def axes_of(name: str) -> str:
+    """Return the axes of an order from the slowest to the fastest, `"fhw"` for tiles.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if _TILE.fullmatch(name):
+        return "fhw"
+    axes = _ALIASES.get(name, name)
+    if axes not in AXIS_ORDERS:
+        known = ", ".join(repr(order) for order in AXIS_ORDERS)
+        raise ValueError(f"token order: expected 'frame', 'space', {known} or 'tile:TxHxW', got {name!r}")
+    return axes
+
+
 # Orders are data of a grid, so the grid is part of the key: two grids in one process never share an entry.
 @functools.lru_cache(maxsize=64)
 def _order(grid: TokenGrid, name: str, device: torch.device) -> Tensor:
     # A tensor born in inference mode could not be used under autograd by a later caller.
     with torch.inference_mode(False):
-        if name == "frame":
-            video = torch.arange(grid.video_tokens)
-        elif name == "space":
-            video = torch.arange(grid.video_tokens).view(grid.frames, -1).T.flatten()
-        elif match := _TILE.fullmatch(name):
+        axes = axes_of(name)
+        if match := _TILE.fullmatch(name):
             frames, height, width = (int(size) for size in match.groups())
             video = torch.argsort(_tile_places(grid, frames, height, width))
         else:
-            raise ValueError(f"token order: expected 'frame', 'space' or 'tile:TxHxW', got {name!r}")
+            video = torch.arange(grid.video_tokens).view(grid.frames, grid.height, grid.width)
+            video = video.permute(*("fhw".index(axis) for axis in axes)).flatten()
         text = torch.arange(grid.text_tokens) + grid.text_slice.start
         return torch.cat((video + grid.video_slice.start, text)).to(device)
 

@@ -2,37 +2,42 @@
 
 Efficient-vDiT (https://arxiv.org/abs/2502.06155): the attention map of a video repeats a tile of frame × frame; those
 on the diagonal are strong, the others nearly equal to each other, so that some can stand for all. The cost grows
-linearly with the frames. Reference frames are spread evenly: each next one is the furthest from all before it.
+linearly with the frames. Reference frames are spread evenly: each next one is the furthest from all before it. In
+another axis order the slices along its slowest axis, rows or columns of the picture, take the place of frames.
 """
+
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from dit_accel.patterns.base import BlockSpace, Family
+from dit_accel.grid import axes_of
+from dit_accel.patterns.base import BlockSpace, Family, first_of
 
 
 def _choose(space: BlockSpace, kept: int) -> Tensor:
-    places = space.grid.coordinates(space.order.cpu())[: space.chosen_tokens].float()
-    frame = space.means(places[:, :1], 0, space.block)[:, 0].round().long()
-    rank = _spread_out(space.grid.frames)[frame].float()
-    blocks = torch.arange(len(frame), dtype=torch.float32)
+    axis = "fhw".index(axes_of(space.order_name)[0])
+    places = space.grid.coordinates(space.order.cpu())[: space.chosen_tokens, axis, None].float()
+    piece = space.means(places, 0, space.block)[:, 0].round().long()
+    rank = _spread_out(int(places.max()) + 1)[piece].float()
+    blocks = torch.arange(len(piece), dtype=torch.float32)
+    same = piece[:, None] == piece
+    inside = (same & (blocks[:, None] > blocks)).sum(1).float()
     # Frames one by one; within a frame, and in a frame of which only a part fits, the nearest blocks in it first.
-    inside = blocks - torch.searchsorted(frame, frame).float()
     order = 1.0 + rank[None] + 0.5 * (inside[:, None] - inside).abs() / len(blocks)
-    order = torch.where(frame[:, None] == frame, (blocks[:, None] - blocks).abs() / len(blocks), order)
-    first = order.argsort(dim=-1, stable=True)[:, :kept]
-    return torch.zeros(order.shape, dtype=torch.bool).scatter_(-1, first, True).to(space.device)
+    order = torch.where(same, (blocks[:, None] - blocks).abs() / len(blocks), order)
+    return first_of(order, kept).to(space.device)
 
 
-def _spread_out(frames: int) -> Tensor:
+def _spread_out(pieces: int) -> Tensor:
     """Rank of each frame when the one furthest from all earlier ones always comes next."""
-    rank = torch.zeros(frames, dtype=torch.int64)
-    gap = torch.arange(frames)
-    for number in range(1, frames):
+    rank = torch.zeros(pieces, dtype=torch.int64)
+    gap = torch.arange(pieces)
+    for number in range(1, pieces):
         chosen = int(gap.argmax())
         rank[chosen] = number
-        gap = torch.minimum(gap, (torch.arange(frames) - chosen).abs())
+        gap = torch.minimum(gap, (torch.arange(pieces) - chosen).abs())
     return rank
 
 
-ATTENTION_TILE = Family("attention_tile", _choose, static=True)
+ATTENTION_TILE = Family("attention_tile", _choose, static=True, options=MappingProxyType({"order": "frame"}))

@@ -177,3 +177,9 @@ def keep_best(scores: Tensor, kept: int) -> Tensor:
     """Return a bool mask of the `kept` highest scores of each row (last axis)."""
     best = scores.topk(kept, dim=-1, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+
+
+def first_of(ranks: Tensor, kept: int) -> Tensor:
+    """Return a bool mask of the `kept` lowest ranks of each row (last axis), equal ones by number."""
+    first = ranks.argsort(dim=-1, stable=True)[..., :kept]
+    return torch.zeros(ranks.shape, dtype=torch.bool, device=ranks.device).scatter_(-1, first, True)

@@ -1,8 +1,11 @@
 """Radial: the further away a frame, the narrower the neighbourhood read in it.
 
-Radial Attention (https://arxiv.org/abs/2506.19852): at a distance of D frames a query reads the places within
-`decay · tokens_per_frame / 2^bit_length(D)` of its own. Here density governs instead of the decay: each pair of blocks
-has the decay at which it would come in, and every row keeps the pairs that come in first.
+Radial Attention (https://arxiv.org/abs/2506.19852): frames at a distance D ≤ 1 are read whole. Further away a query
+reads the places within `decay · l` of its own, l = 2^bit_length(tokens per frame) / 2^bit_length(D), and at least
+those within a block of it; where l is less than a block, only frames with D mod ⌊block / l⌋ = 0. Here density governs
+instead of the decay: each pair of blocks has the decay at which it would come in, and every row keeps the pairs that
+come in first. Where not even those that every decay keeps fit, the ones with the least `apart · 2^bit_length(D)` stay.
+Places are numbered along the two axes of the picture as the token order has them.
 """
 
 from types import MappingProxyType
@@ -10,26 +13,32 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from dit_accel.patterns.base import BlockSpace, Family
+from dit_accel.grid import axes_of
+from dit_accel.patterns.base import BlockSpace, Family, first_of
 
 
 def _choose(space: BlockSpace, kept: int, *, sink: int) -> Tensor:
     """`sink`: first frames that every row reads before all others (Wan needs one, by the authors' account)."""
     if sink < 0:
         raise ValueError(f"option 'sink' of family 'radial': expected at least 0, got {sink!r}")
-    places = space.grid.coordinates(space.order.cpu())[: space.chosen_tokens].float()
-    frame = space.means(places[:, :1], 0, space.block)[:, 0]
-    inside = space.means(places[:, 1:] @ torch.tensor([[float(space.grid.width)], [1.0]]), 0, space.block)[
-        :, 0
-    ]
-    frames_apart = (frame[:, None] - frame).abs().round()
-    halvings = torch.where(frames_apart > 0, frames_apart.log2().floor() + 1, 0.0)  # the bit length
-    decay = (inside[:, None] - inside).abs() * 2.0**halvings
-    decay += 1e-3 * frames_apart  # nearer frames first among equals
-    decay[:, frame < sink] = -1.0
-    decay.fill_diagonal_(-2.0)
-    first = decay.argsort(dim=-1, stable=True)[:, :kept]
-    return torch.zeros(decay.shape, dtype=torch.bool).scatter_(-1, first, True).to(space.device)
+    grid = space.grid
+    places = grid.coordinates(space.order.cpu())[: space.chosen_tokens].double()
+    upright = axes_of(space.order_name).replace("f", "") == "wh"
+    steps = (1.0, float(grid.height)) if upright else (float(grid.width), 1.0)
+    inside = places[:, 1] * steps[0] + places[:, 2] * steps[1]
+    centres = space.means(torch.stack((places[:, 0], inside), dim=1), 0, space.block)
+    frame, place = centres.unbind(1)
+    distance = (frame[:, None] - frame).abs().round()
+    halvings = torch.where(distance > 0, distance.clamp(min=1).log2().floor() + 1, 0.0)  # the bit length
+    apart = (place[:, None] - place).abs()
+    reach = 2.0 ** (grid.height * grid.width).bit_length() / 2.0**halvings
+    read = distance % (space.block / reach).floor().clamp(min=1) == 0
+    # 0: at any decay, 1: from some decay on, 2: at none; then by decay, the nearer frame first among equals.
+    stage = torch.where(read, (apart > space.block).double(), 2.0).masked_fill(distance <= 1, 0.0)
+    rank = stage * 8.0 * grid.video_tokens**2 + apart * 2.0**halvings + 1e-3 * distance
+    rank[:, frame < sink] = -1.0
+    rank.fill_diagonal_(-2.0)
+    return first_of(rank, kept).to(space.device)
 
 
 RADIAL = Family("radial", _choose, static=True, options=MappingProxyType({"order": "frame", "sink": 0}))

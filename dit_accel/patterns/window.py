@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from dit_accel.patterns.base import BlockSpace, Family
+from dit_accel.patterns.base import BlockSpace, Family, first_of
 
 
 def _choose(space: BlockSpace, kept: int, *, aspect: float, shape: str) -> Tensor:
@@ -27,9 +27,7 @@ def _choose(space: BlockSpace, kept: int, *, aspect: float, shape: str) -> Tenso
     straight = apart.square().sum(-1).sqrt()
     # Many blocks are equally far by the largest axis: the straight distance decides among them.
     distance = straight if shape == "ball" else apart.amax(-1) + 1e-3 * straight
-    nearest = distance.argsort(dim=-1, stable=True)[:, :kept]
-    mask = torch.zeros(distance.shape, dtype=torch.bool).scatter_(-1, nearest, True)
-    return mask.to(space.device)
+    return first_of(distance, kept).to(space.device)
 
 
 WINDOW = Family(

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel.grid import TokenGrid
+from dit_accel.grid import AXIS_ORDERS, TokenGrid, axes_of
 
-ORDERS = ["frame", "space", "tile:4x4x4", "tile:2x3x5", "tile:64x1x1"]
+ORDERS = ["frame", "space", "tile:4x4x4", "tile:2x3x5", "tile:64x1x1", *AXIS_ORDERS]
 GRIDS = [
     pytest.param(TokenGrid(7, 13, 11), id="7x13x11"),
     pytest.param(TokenGrid(1, 9, 14), id="one-frame"),
@@ -71,6 +71,25 @@ def test_frame_and_space_orders() -> None:
     assert not TokenGrid(2, 2, 3).is_model_order("space")
 
 
+@pytest.mark.parametrize("name", AXIS_ORDERS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_axis_orders_count_the_last_axis_fastest_and_the_first_slowest(grid: TokenGrid, name: str) -> None:
+    places = [(t, h, w) for t in range(grid.frames) for h in range(grid.height) for w in range(grid.width)]
+    expected = sorted(places, key=lambda place: [place["fhw".index(axis)] for axis in name])
+    found = grid.coordinates(grid.order(name))
+    assert [tuple(place) for place in found.tolist()] == expected
+    assert axes_of(name) == name
+
+
+def test_aliases_and_tiles_have_axes() -> None:
+    grid = TokenGrid(3, 5, 7, text_tokens=2)
+    assert (axes_of("frame"), axes_of("space"), axes_of("tile:2x3x4")) == ("fhw", "hwf", "fhw")
+    assert torch.equal(grid.order("frame"), grid.order("fhw"))
+    assert torch.equal(grid.order("space"), grid.order("hwf"))
+    assert grid.is_model_order("fhw")
+    assert not any(grid.is_model_order(name) for name in (*AXIS_ORDERS[1:], "tile:2x3x4"))
+
+
 def spans(grid: TokenGrid, name: str, block: int) -> torch.Tensor:
     """Tokens per axis that each run of `block` ordered tokens covers, `[runs, 3]`."""
     places = grid.coordinates(grid.order(name))
@@ -101,7 +120,7 @@ def test_neighbours_in_tile_order_are_near() -> None:
 
 def test_grids_with_equal_counts_never_mix() -> None:
     one, other = TokenGrid(2, 3, 4), TokenGrid(4, 3, 2)
-    for name in ORDERS[1:]:
+    for name in [name for name in ORDERS if name not in ("frame", "fhw")]:
         first, second = one.order(name), other.order(name)
         assert not torch.equal(first, second)
         assert torch.equal(one.order(name), first)
@@ -137,7 +156,7 @@ def test_bad_counts_are_refused(arguments: dict, message: str) -> None:
         TokenGrid(**arguments)
 
 
-@pytest.mark.parametrize("name", ["tiles", "tile:4x4", "tile:0x4x4", "tile:4x4x4 ", ""])
+@pytest.mark.parametrize("name", ["tiles", "tile:4x4", "tile:0x4x4", "tile:4x4x4 ", "", "ffw", "fh"])
 def test_unknown_orders_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"expected 'frame', 'space' or 'tile:TxHxW', got "):
+    with pytest.raises(ValueError, match=r"expected 'frame', 'space', 'fhw', .* or 'tile:TxHxW', got "):
         TokenGrid(2, 2, 2).order(name)
