@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
-from dit_accel.patterns import Selection, select
+from dit_accel.patterns import FAMILIES, Selection, select
 from dit_accel.plan import Candidate
 
 _TINY = 1e-30
@@ -25,13 +27,15 @@ class CallProfile:
     Attributes:
         mass: `[heads, candidates]`, softmax mass on kept pairs.
         error: `[heads, candidates]`, squared norm of output - dense output.
+        effect: `[heads, candidates]`, squared products of that error with the gradient of each row; 0 without one.
         norm: `[heads, candidates]`, squared norm of the dense output on the rows that candidate was tried on.
-        rows: `[candidates]`, number of those rows; candidates of one token order share their rows.
+        rows: `[heads, candidates]`, number of those rows; candidates of one token order share their rows.
         density: `[candidates]`, kept pairs / all pairs of the whole call.
     """
 
     mass: Tensor
     error: Tensor
+    effect: Tensor
     norm: Tensor
     rows: Tensor
     density: Tensor
@@ -49,128 +53,221 @@ def profile_call(
     phase: float = 0.0,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    gradient: Tensor | None = None,
 ) -> CallProfile:
     """Profiles every candidate on one call's `[batch, seq, heads, dim]` tensors, computing in float32.
 
-    Memory grows with seq * block, never with seq^2.
+    Memory grows with seq * block, never with seq^2. Where query blocks vary in length, runs of `block` rows of the
+    candidate's order are sampled all the same, and each row reads what its own block keeps.
 
     Args:
         query_blocks: how many query blocks are sampled, evenly over each candidate's token order.
         phase: in [0, 1), shifts the sampled blocks between calls.
         key_mask: bool `[batch, seq]`, True = a real token; padded rows are not counted.
+        gradient: like query, of a number by the dense output of this call; gives `effect`.
     """
     batch, seq, heads, dim = query.shape
     scale = dim**-0.5 if scale is None else scale
-    selections = []
-    for c in candidates:
-        options: dict[str, Any] = dict(c.options)
-        selections.append(
-            select(c.family, query, key, grid, density=c.density, block=block, scale=scale, **options)
-        )
-    mass, error, norm = (torch.zeros(heads, len(candidates), dtype=torch.float64) for _ in range(3))
-    rows = torch.zeros(len(candidates), dtype=torch.float64)
-    for candidate, selection in zip(candidates, selections, strict=True):
-        if selection.index.varies:
-            raise ValueError(
-                f"candidates: {candidate.label} has blocks of varying length, which cannot be profiled"
-            )
+    selections = _selections(query, key, grid, candidates, block, scale)
+    sums = torch.zeros(len(_SUMS), heads, len(candidates), dtype=torch.float64)
     remainder = torch.tensor([c.remainder for c in candidates], device=query.device)
-    picks = _spread(-(-seq // block), query_blocks, phase).to(query.device)
-
-    for members in _by_order(selections):
-        order = selections[members[0]].query_order
-        at = torch.tensor(members)
+    picks = _spread(-(-seq // block), query_blocks, phase).tolist()
+    for members in _by_arrangement(selections):
+        first, at = selections[members[0]], torch.tensor(members)
         for b in range(batch):
-            kept = torch.stack(
-                [_kept_blocks(selections[m].index, b, picks).expand(heads, -1, -1) for m in members]
-            )
+            spans = [_spans(first.index, b, h, picks, block) for h in range(heads)]
+            width = max(len(of_head) for of_head in spans)
+            rows = torch.tensor([[row for *_, row in s] + [0] * (width - len(s)) for s in spans])
+            kept = torch.stack([_kept_blocks(selections[m].index, b, rows.to(query.device)) for m in members])
             for h in range(heads):
-                places = order[h % order.shape[0]]
-                q_h, k_h, v_h = (t[b, :, h].index_select(0, places) for t in (query, key, value))
-                real = None if key_mask is None else key_mask[b, places]
-                sums = _profile_head(
-                    q_h, k_h, v_h, real, picks.tolist(), kept[:, h], remainder[at], block, scale
+                places = _of(first.query_order, b, h)
+                sampled = torch.cat([places[start:stop] for start, stop, _ in spans[h]])
+                tiles = _key_tiles(first, b, h, block)
+                real = None if key_mask is None else key_mask[b]
+                head = _Head(
+                    query[b, sampled, h].float(),
+                    key[b, tiles.tokens, h],
+                    value[b, tiles.tokens, h],
+                    None if gradient is None else gradient[b, sampled, h].float(),
+                    None if real is None else real[sampled],
                 )
-                for total, part in zip((mass, error, norm), sums, strict=True):
-                    total[h, at] += part
-            places = (picks[:, None] * block + torch.arange(block, device=picks.device)).flatten()
-            places = order[0, places[places < seq]]
-            rows[at] += len(places) if key_mask is None else key_mask[b, places].sum().item()
+                hidden = tiles.hidden if real is None else ~real[tiles.tokens] | tiles.hidden
+                lengths = [stop - start for start, stop, _ in spans[h]]
+                found = _profile_head(
+                    head, tiles, hidden, lengths, kept[:, h, : len(lengths)], remainder[at], scale
+                )
+                sums[:, h, at] += found
     density = torch.tensor([s.density for s in selections], dtype=torch.float64)
-    return CallProfile(mass, error, norm, rows, density)
+    return CallProfile(**dict(zip(_SUMS, sums, strict=True)), density=density)
+
+
+_SUMS = ("mass", "error", "effect", "norm", "rows")
+# Key blocks of varying length are cut into tiles of this many tokens, the last one of a block partly empty.
+_VARYING_TILE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """The sampled rows of one head `[rows, dim]`, its keys and values tile by tile `[tiles * tile, dim]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gradient: Tensor | None
+    real: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Tiles:
+    """Key tokens in tiles of equal length.
+
+    tokens: int64 `[tiles * length]`, model position of each; any at places that hold none.
+    hidden: bool like tokens, places that hold none.
+    block: int64 `[tiles]`, key block of each tile; None where they are the blocks.
+    blocks: number of key blocks.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    block: Tensor | None
+    blocks: int
+
+
+def _key_tiles(selection: Selection, b: int, h: int, block: int) -> _Tiles:
+    index, places = selection.index, _of(selection.key_order, b, h)
+    device, seq = places.device, index.seq_k
+    if index.key_starts is None:
+        slots = torch.arange(index.cols * block, device=device)
+        return _Tiles(places[slots.clamp(max=seq - 1)], slots >= seq, None, index.cols)
+    starts = _of(index.key_starts, b, h).long()
+    tiles = (starts.diff() + _VARYING_TILE - 1) // _VARYING_TILE
+    of = torch.arange(index.cols, device=device).repeat_interleave(tiles)
+    within = torch.arange(len(of), device=device) - (tiles.cumsum(0) - tiles)[of]
+    slots = (starts[of] + within * _VARYING_TILE)[:, None] + torch.arange(_VARYING_TILE, device=device)
+    hidden = slots >= starts[of + 1][:, None]
+    return _Tiles(places[slots.clamp(max=seq - 1).flatten()], hidden.flatten(), of, index.cols)
 
 
 def _profile_head(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    real: Tensor | None,
-    picks: Sequence[int],
+    head: _Head,
+    tiles: _Tiles,
+    hidden: Tensor,
+    lengths: Sequence[int],
     kept: Tensor,
     remainder: Tensor,
-    block: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass and error `[candidates]` and norm of a head in one order.
+) -> Tensor:
+    """The sums `_SUMS` of a head in one arrangement, `[5, candidates]`.
 
-    kept is bool `[candidates, picks, cols]`; remainder bool `[candidates]`, whether means stand for the rest.
+    lengths: rows of each run of rows that read the same blocks; kept: bool `[candidates, runs, blocks]`; remainder:
+    bool `[candidates]`, whether means stand for the rest.
     """
-    candidates, _, cols = kept.shape
-    seq, dim = query.shape
-    padding = cols * block - seq
-    keys = F.pad(key.float() * scale, (0, 0, 0, padding)).T
-    values = F.pad(value.float(), (0, 0, 0, padding)).view(cols, block, dim)
-    hidden = None
-    if real is not None or padding:
-        real = torch.ones(seq, dtype=torch.bool, device=query.device) if real is None else real
-        hidden = ~F.pad(real, (0, padding))
+    candidates, _, blocks = kept.shape
+    dim, count = head.query.shape[1], blocks if tiles.block is None else len(tiles.block)
+    keys = head.key.float().mul_(scale).masked_fill_(hidden[:, None], 0).T
+    values = head.value.float().masked_fill_(hidden[:, None], 0).view(count, -1, dim)
+    any_hidden = bool(hidden.any())
     # One more "candidate" that keeps everything gives the dense output from the same sums.
     selected = F.pad(kept.to(torch.float32), (0, 0, 0, 0, 0, 1), value=1.0)
     stands_in = (1 - selected) * F.pad(remainder, (0, 1))[:, None, None]
-    counts = torch.full((cols,), float(block), device=query.device)
-    if hidden is not None:
-        keys.masked_fill_(hidden, 0)
-        counts = (~hidden).view(cols, block).sum(-1, dtype=torch.float32)
-        values = values.masked_fill(hidden.view(cols, block, 1), 0)
-    mean_keys = keys.view(dim, cols, block).sum(-1) / counts.clamp(min=1)
-    mean_values = values.sum(1) / counts.clamp(min=1)[:, None]
-    sums = torch.zeros(3, candidates, dtype=torch.float64, device=query.device)
+    if tiles.block is not None:
+        selected = selected[..., tiles.block]
+    counts = _per_block(tiles, (~hidden).view(count, -1).sum(-1, dtype=torch.float32))
+    mean_keys = _per_block(tiles, keys.reshape(dim, count, -1).sum(-1).T) / counts.clamp(min=1)[:, None]
+    mean_values = _per_block(tiles, values.sum(1)) / counts.clamp(min=1)[:, None]
+    sums = torch.zeros(len(_SUMS), candidates, dtype=torch.float64, device=keys.device)
 
-    # Query block by query block: its scores stay in a CPU's cache.
-    for number, pick in enumerate(picks):
-        start = pick * block
-        rows = query[start : start + block].float()
+    # Run by run: the scores stay in a CPU's cache.
+    stop = 0
+    for number, length in enumerate(lengths):
+        start, stop = stop, stop + length
+        rows = head.query[start:stop]
+        real = None if head.real is None else head.real[start:stop, None]
         scores = rows @ keys
-        if hidden is not None:
+        if any_hidden:
             scores.masked_fill_(hidden, -torch.inf)
         largest = scores.amax(-1, keepdim=True)
         scores.sub_(largest).exp_()
-        if hidden is not None:
-            scores *= ~hidden[start : start + len(rows), None]  # rows of padding count nothing
-        by_block = scores.view(-1, cols, block)
-        # What each key block adds to the output: a candidate's output is one row of a small product.
-        parts = torch.bmm(by_block.transpose(0, 1), values)
-        output = (selected[:, number] @ parts.view(cols, -1)).view(candidates + 1, -1, dim)
-        mass = selected[:, number] @ by_block.sum(-1).T
+        if real is not None:
+            scores *= real  # rows of padding count nothing
+        by_tile = scores.view(length, count, -1)
+        # What each tile adds to the output: a candidate's output is one row of a small product.
+        parts = torch.bmm(by_tile.transpose(0, 1), values)
+        output = (selected[:, number] @ parts.view(count, -1)).view(candidates + 1, -1, dim)
+        mass = selected[:, number] @ by_tile.sum(-1).T
         weight = mass
         if remainder.any():
-            means = (rows @ mean_keys - largest).exp_() * counts
-            if hidden is not None:
-                means *= ~hidden[start : start + len(rows), None]
+            means = (rows @ mean_keys.T - largest).exp_() * counts
+            if real is not None:
+                means *= real
             weight = mass + stands_in[:, number] @ means.T
             output += torch.einsum("cb,rb,bd->crd", stands_in[:, number], means, mean_values)
         output /= weight.clamp(min=_TINY)[..., None]
+        error = output[:-1] - output[-1]
         sums[0] += (mass[:-1] / mass[-1].clamp(min=_TINY)).sum(-1)
-        sums[1] += (output[:-1] - output[-1]).square_().sum((1, 2))
-        sums[2] += output[-1].square().sum()
-    of_mass, of_error, of_norm = sums.cpu()
-    return of_mass, of_error, of_norm
+        sums[1] += error.square().sum((1, 2))
+        if head.gradient is not None:
+            sums[2] += (error * head.gradient[start:stop]).sum(-1).square_().sum(-1)
+        sums[3] += output[-1].square().sum()
+        sums[4] += length if real is None else real.sum()
+    return sums.cpu()
+
+
+def _per_block(tiles: _Tiles, x: Tensor) -> Tensor:
+    """Sums of `[tiles, ...]` over the tiles of each block."""
+    if tiles.block is None:
+        return x
+    return x.new_zeros(tiles.blocks, *x.shape[1:]).index_add_(0, tiles.block, x)
+
+
+def _selections(
+    query: Tensor, key: Tensor, grid: TokenGrid, candidates: Sequence[Candidate], block: int, scale: float
+) -> list[Selection]:
+    """What every candidate keeps. Those that differ in density alone share what their family remembers."""
+    memories: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found = []
+    for c in candidates:
+        options: dict[str, Any] = dict(c.options)
+        chosen = functools.partial(
+            select, c.family, query, key, grid, density=c.density, block=block, scale=scale, **options
+        )
+        if FAMILIES[c.family].arrange is None:
+            found.append(chosen())
+            continue
+        name = (c.family, c.options)
+        if name not in memories:
+            memories[name] = {}
+            chosen(memory=memories[name])
+        # As in the later steps of a generation, which go on from the centroids before but choose anew.
+        kept = {key: value for key, value in memories[name].items() if key not in ("selection", "left")}
+        found.append(chosen(memory=kept))
+    return found
+
+
+def _of(x: Tensor, b: int, h: int) -> Tensor:
+    """One head of `[1 or heads, ...]` or of `[1 or batch, 1 or heads, ...]`."""
+    return x[h % x.shape[0]] if x.ndim == 2 else x[b % x.shape[0], h % x.shape[1]]
+
+
+def _spans(index: BlockIndex, b: int, h: int, picks: Sequence[int], block: int) -> list[tuple[int, int, int]]:
+    """Runs of rows of the sampled stretches that lie in one query block: (start, stop, query block)."""
+    stretches = [(pick * block, min((pick + 1) * block, index.seq_q)) for pick in picks]
+    if index.query_starts is None:
+        return [(start, stop, pick) for (start, stop), pick in zip(stretches, picks, strict=True)]
+    starts = _of(index.query_starts, b, h).tolist()
+    spans = []
+    for start, stop in stretches:
+        while start < stop:
+            row = bisect.bisect_right(starts, start) - 1
+            spans.append((start, min(stop, starts[row + 1]), row))
+            start = spans[-1][1]
+    return spans
 
 
 def _kept_blocks(index: BlockIndex, batch: int, rows: Tensor) -> Tensor:
-    """bool `[heads, rows, cols]`: the kept key blocks of some query blocks, without the whole block mask."""
+    """bool `[heads, rows, cols]`: kept key blocks of query blocks `[heads, rows]`, without the whole mask."""
     b = batch % index.batch
-    counts, offsets = index.counts[b][:, rows], index.offsets[b][:, rows]
+    counts, offsets = (x[b].expand(len(rows), -1).gather(1, rows) for x in (index.counts, index.offsets))
     entry = torch.arange(max(int(counts.max()), 1), device=counts.device)
     valid = entry < counts[..., None]
     kept = torch.zeros(*counts.shape, index.cols + 1, dtype=torch.bool, device=counts.device)
@@ -187,15 +284,27 @@ def _spread(total: int, count: int, phase: float) -> Tensor:
     return ((torch.arange(count, dtype=torch.float64) + phase) * total / count).long().clamp(max=total - 1)
 
 
-def _by_order(selections: Sequence[Selection]) -> list[list[int]]:
-    """Positions of the selections that share one token order."""
+def _by_arrangement(selections: Sequence[Selection]) -> list[list[int]]:
+    """Positions of the selections that share their token orders and their blocks."""
     groups: list[list[int]] = []
     for position, selection in enumerate(selections):
         for group in groups:
-            order, other = selections[group[0]].query_order, selection.query_order
-            if order is other or (order.shape == other.shape and torch.equal(order, other)):
+            if _same_arrangement(selections[group[0]], selection):
                 group.append(position)
                 break
         else:
             groups.append([position])
     return groups
+
+
+def _same_arrangement(a: Selection, b: Selection) -> bool:
+    pairs = (
+        (a.query_order, b.query_order),
+        (a.key_order, b.key_order),
+        (a.index.query_starts, b.index.query_starts),
+        (a.index.key_starts, b.index.key_starts),
+    )
+    return all(
+        x is y or (x is not None and y is not None and x.shape == y.shape and torch.equal(x, y))
+        for x, y in pairs
+    )
