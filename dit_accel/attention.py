@@ -61,8 +61,8 @@ def attend(
     name = (grid, block, query.device, tuple(candidates[number] for number in numbers))
     launch = cache.get(name) if static and cache is not None else None
     if launch is None:
-        memories = None if layer is None or cache is None else cache.setdefault((grid, block, layer), {})
-        launch = _prepare(query, key, grid, heads_of, block, scale, memories)
+        memories = None if layer is None else cache
+        launch = _prepare(query, key, value, grid, heads_of, block, scale, layer or 0, memories)
         if static and cache is not None:
             cache[name] = launch
     return launch.run(query, key, value, scale, key_mask, backend), launch.density
@@ -106,10 +106,12 @@ class _Launch:
 def _prepare(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     grid: TokenGrid,
     heads_of: dict[Candidate, list[int]],
     block: int,
     scale: float | None,
+    layer: int,
     memories: MutableMapping[Any, Any] | None,
 ) -> _Launch:
     """Select for every group of heads and merge the groups."""
@@ -117,16 +119,19 @@ def _prepare(
     chosen: list[tuple[Selection, Tensor]] = []
     for candidate, members in heads_of.items():
         ids = torch.tensor(members)
-        q, k = query, key
+        family = FAMILIES[candidate.family]
+        q, k, v = query, key, value
         if len(members) < heads:
             # A static family looks at shapes alone, so any heads will do for it.
-            static = FAMILIES[candidate.family].static
-            q, k = (
-                x[:, :, : len(members)] if static else x.index_select(2, ids.to(x.device))
-                for x in (query, key)
-            )
+            some, at = slice(len(members)), ids.to(query.device)
+            q, k = (x[:, :, some] if family.static else x.index_select(2, at) for x in (query, key))
+            v = value.index_select(2, at) if family.reads_values else value[:, :, some]
         options: dict[str, Any] = dict(candidate.options)
-        memory = None if memories is None else memories.setdefault((candidate, tuple(members)), {})
+        memory = None
+        if memories is not None:
+            # The layers that share a choice share the memory of the first of them.
+            owner = layer - layer % max(options.get("layers", 1), 1)
+            memory = memories.setdefault((grid, block, owner), {}).setdefault((candidate, tuple(members)), {})
         selection = select(
             candidate.family,
             q,
@@ -135,7 +140,10 @@ def _prepare(
             density=candidate.density,
             block=block,
             scale=scale,
+            value=v,
             memory=memory,
+            heads=members,
+            layer=layer,
             **options,
         )
         chosen.append((selection, ids))

@@ -85,9 +85,9 @@ class Family:
     Attributes:
         name: as plans and presets spell it.
         choose: `choose(space, kept, **options)` of a static family returns a bool mask over the video blocks,
-            `[rows, cols]`; `choose(space, kept, query, key, scale, memory=..., **options)` of a dynamic one, with query
-            and key in the order of the space, returns `[batch, heads, rows, cols]`. `memory` is a dict that it may use
-            from step to step.
+            `[rows, cols]`, or `[heads, rows, cols]` if `per_head`. `choose(space, kept, query, key, scale, memory=...,
+            **options)` of a dynamic one, with query and key in the order of the space, returns `[batch, heads, rows,
+            cols]`. `memory` is a dict that it may use from step to step.
         arrange: instead of `choose`, of a dynamic family that puts the tokens into orders of its own:
             `arrange(grid, density, block, query, key, scale, memory=..., **options)` gets query and key in the model's
             order and returns a Selection.
@@ -95,6 +95,8 @@ class Family:
         options: names and default values.
         density: the only density the family has, if there is but one.
         reads_text: whether video rows read the text columns.
+        per_head: whether heads differ by their number alone; `choose` then gets `heads`, the tuple of these numbers.
+        reads_values: whether `arrange` also gets `value`.
     """
 
     name: str
@@ -104,6 +106,8 @@ class Family:
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
     density: float | None = None
     reads_text: bool = True
+    per_head: bool = False
+    reads_values: bool = False
 
     def with_defaults(self, options: Mapping[str, Option]) -> dict[str, Option]:
         """Return the options completed with the defaults.
@@ -171,6 +175,36 @@ class Selection:
         )
         mask = mask.gather(2, rows[..., None].expand_as(mask))
         return mask.gather(3, cols[:, :, None].expand_as(mask))
+
+
+def everything(space: BlockSpace) -> Tensor:
+    """Return the mask of all pairs of blocks, bool `[1, 1, blocks, blocks]`."""
+    return torch.ones(1, 1, space.blocks, space.blocks, dtype=torch.bool, device=space.device)
+
+
+def with_text(space: BlockSpace, mask: Tensor, reads_text: bool = True) -> Tensor:
+    """Extend a mask over video blocks by the rows and columns of the blocks that hold text."""
+    if space.video_blocks == space.blocks:
+        return mask
+    whole = mask.new_ones(*mask.shape[:2], space.blocks, space.blocks)
+    whole[:, :, : space.video_blocks] = reads_text
+    whole[:, :, : space.video_blocks, : space.video_blocks] = mask
+    return whole
+
+
+def lists_of(space: BlockSpace, mask: Tensor, heads: int, longest: int | None = None) -> BlockIndex:
+    """Turn a mask `[batch or 1, heads or 1, blocks, blocks]` into lists; those of one head serve all.
+
+    longest: of the rows' lists, where a choice is made while a generation runs.
+    """
+    tokens = space.grid.total_tokens
+    # Only a GPU runs ahead of the host; on a CPU lists without gaps are faster.
+    room = longest if mask.device.type == "cuda" else None
+    index = BlockIndex.from_mask(mask, space.block, space.block, tokens, tokens, room=room)
+    if index.heads == heads:
+        return index
+    counts, offsets = (part.expand(-1, heads, -1).contiguous() for part in (index.counts, index.offsets))
+    return BlockIndex(counts, offsets, index.indices, space.block, space.block, tokens, tokens)
 
 
 def keep_best(scores: Tensor, kept: int) -> Tensor:

@@ -5,10 +5,11 @@ of varying length whose tokens resemble each other, so that the score of two cen
 step to step the centroids are kept, and two iterations bring them up to date.
 
 A row keeps the clusters of keys with the highest scores as long as their tokens stay within the density asked for; one
-is kept in any case. With `top_p` it stops earlier, once its clusters hold that share of the estimated mass
-`|K_j| · exp(q̄_i·k̄_j·scale)`, the published rule. Text is not clustered.
+is kept in any case. With `top_p` it ranks them by the estimated mass `|K_j| · exp(q̄_i·k̄_j·scale)` and stops earlier,
+once they hold that share of it, but not before `least` of the clusters: the published rule. Text is not clustered.
 """
 
+import math
 from types import MappingProxyType
 
 import torch
@@ -38,18 +39,23 @@ def _arrange(
     key_clusters: int,
     iterations: int,
     top_p: float,
+    least: float,
 ) -> Selection:
-    """`*_clusters`: their number, 0 for the published tokens per cluster; `iterations`: of the first step."""
+    """`*_clusters`: their number, 0 for the published tokens per cluster; `iterations`: of the first step.
+
+    `top_p`, `least`: shares of the mass and of the clusters of keys.
+    """
     tokens = grid.video_tokens
-    for name, value, least, most in (
+    for name, value, low, high in (
         ("query_clusters", query_clusters, 0, tokens),
         ("key_clusters", key_clusters, 0, tokens),
         ("iterations", iterations, 1, 1000),
         ("top_p", top_p, 0.0, 1.0),
+        ("least", least, 0.0, 1.0),
     ):
-        if not least <= value <= most:
+        if not low <= value <= high:
             raise ValueError(
-                f"option {name!r} of family 'clustered': expected {least} to {most}, got {value!r}"
+                f"option {name!r} of family 'clustered': expected {low} to {high}, got {value!r}"
             )
     query_clusters = query_clusters or max(1, round(tokens / _QUERIES_EACH))
     key_clusters = key_clusters or max(1, round(tokens / _KEYS_EACH))
@@ -57,13 +63,16 @@ def _arrange(
     k = _clusters(key[:, grid.video_slice], key_clusters, iterations, memory, "keys")
 
     scores = q.centroids @ k.centroids.transpose(2, 3) * scale
+    if top_p:
+        scores += k.sizes.log()[:, :, None]
     best, ranked = scores.sort(dim=-1, descending=True, stable=True)
     sizes = k.sizes[:, :, None].expand_as(scores).gather(-1, ranked)
     budget = density * grid.total_tokens - grid.text_tokens
     keep = (sizes.cumsum(-1) <= budget).sum(-1)
     if top_p:
-        mass = (best + sizes.log()).softmax(-1)
-        keep = torch.minimum(keep, (mass.cumsum(-1) - mass < top_p).sum(-1))
+        mass = best.softmax(-1)
+        enough = (mass.cumsum(-1) - mass < top_p).sum(-1).clamp(min=math.ceil(least * key_clusters))
+        keep = torch.minimum(keep, enough)
     keep = keep.clamp(min=1)
 
     text = -(-grid.text_tokens // block)
@@ -111,6 +120,14 @@ CLUSTERED = Family(
     static=False,
     arrange=_arrange,
     options=MappingProxyType(
-        {"query_clusters": 0, "key_clusters": 0, "iterations": 10, "top_p": 0.0, "reuse": 1}
+        {
+            "query_clusters": 0,
+            "key_clusters": 0,
+            "iterations": 10,
+            "top_p": 0.0,
+            "least": 0.0,
+            "reuse": 1,
+            "layers": 1,
+        }
     ),
 )

@@ -63,5 +63,5 @@ HASHED = Family(
     "hashed",
     static=False,
     arrange=_arrange,
-    options=MappingProxyType({"planes": 12, "seed": 0, "reuse": 1}),
+    options=MappingProxyType({"planes": 12, "seed": 0, "reuse": 1, "layers": 1}),
 )

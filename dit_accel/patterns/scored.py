@@ -11,22 +11,37 @@
 - `searched`: AdaSpa (https://arxiv.org/abs/2502.21079), the exact mass of every block. It costs as much as the scores
   of dense attention and pays through `reuse`; from the second search on the first one's log-sum-exp saves a pass.
 
+`pooled` has two more options. `guard` > 0 is that of SpargeAttn (https://arxiv.org/abs/2502.18137): where the mean
+cosine between the tokens of a block is lower, its mean says little; then all queries read that block of keys, or that
+block of queries reads all keys. Such blocks come on top of the density. `coarse` = n > 1 chooses in two steps (HiP,
+https://arxiv.org/abs/2406.09827; BiFormer, https://arxiv.org/abs/2303.08810): first squares of n × n blocks by their
+means, twice as many as needed, then blocks within these.
+
 As in AdaSpa every row keeps equally many blocks, so no part of the picture starves, and a row always keeps its own
 block. `top_p` > 0 lets a row stop earlier, once its blocks hold that share of the mass (XAttention, ZipVL
-https://arxiv.org/abs/2410.08584). `reuse` = n makes a choice serve n steps (AdaSpa, TidalDecode
-https://arxiv.org/abs/2410.05076).
+https://arxiv.org/abs/2410.08584). `segment` > 0 sorts the keys first, see `sorted_keys.py`. `reuse` = n makes a choice
+serve n steps (AdaSpa), `layers` = n as many layers (TidalDecode, https://arxiv.org/abs/2410.05076): those from a
+multiple of n on, among the heads that all have in common.
 """
 
 from collections.abc import Callable
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.scores import antidiagonal_scores, block_mass, lowbit_scores, pooled_scores
+from dit_accel.kernels.prepare import TINY
+from dit_accel.kernels.scores import (
+    STEP_LOGITS,
+    antidiagonal_scores,
+    block_mass,
+    lowbit_scores,
+    pooled_scores,
+)
 from dit_accel.patterns.base import BlockSpace, Family, Memory, Option, keep_best
 
-# score(space, query, key, scale, memory, **options) -> mass [batch, heads, rows, cols] of the video blocks
+# score(space, kept, query, key, scale, memory, **options) -> mass [batch, heads, rows, cols] of the video blocks
 Score = Callable[..., Tensor]
 
 
@@ -46,11 +61,21 @@ def _family(name: str, score: Score, **options: Option) -> Family:
             raise ValueError(
                 f"option 'top_p' of family {name!r}: expected a number from 0 to 1, got {top_p!r}"
             )
-        tokens = space.chosen_tokens
-        mass = score(space, query[:, :tokens], key[:, :tokens], scale, memory, **given)
-        return _best(mass, kept, top_p)
+        query, key = (x[:, : space.chosen_tokens] for x in (query, key))
+        guard = float(given.pop("guard", 0.0))
+        if not 0.0 <= guard <= 1.0:
+            raise ValueError(
+                f"option 'guard' of family {name!r}: expected a number from 0 to 1, got {guard!r}"
+            )
+        mass = score(space, kept, query, key, scale, memory, **given)
+        if not guard:
+            return _best(mass, kept, top_p)
+        trusted_q, trusted_k = (_self_similarity(space, x) >= guard for x in (query, key))
+        mass *= trusted_k[:, :, None]
+        mass /= mass.sum(-1, keepdim=True).clamp(min=TINY)
+        return _best(mass, kept, top_p) | ~trusted_k[:, :, None] | ~trusted_q[..., None]
 
-    defaults = {"order": "tile:4x4x4", "top_p": 0.0, "reuse": 1, **options}
+    defaults = {"order": "tile:4x4x4", "top_p": 0.0, "segment": 0, "reuse": 1, "layers": 1, **options}
     return Family(name, choose, static=False, options=MappingProxyType(defaults))
 
 
@@ -65,6 +90,13 @@ def _best(mass: Tensor, kept: int, top_p: float) -> Tensor:
     return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, before < top_p)
 
 
+def _self_similarity(space: BlockSpace, tokens: Tensor) -> Tensor:
+    """Mean cosine over all pairs of tokens of each block, float32 `[batch, heads, blocks]`."""
+    # It is the squared length of the mean of the tokens' directions.
+    means = space.means(F.normalize(tokens.float(), dim=-1), 1, space.block)
+    return means.square().sum(-1).transpose(1, 2)
+
+
 def _divisor(name: str, option: str, value: int, block: int) -> None:
     if value < 1 or block % value:
         raise ValueError(
@@ -73,27 +105,75 @@ def _divisor(name: str, option: str, value: int, block: int) -> None:
 
 
 def _pooled(
-    space: BlockSpace, query: Tensor, key: Tensor, scale: float, memory: Memory, *, parts: int
+    space: BlockSpace,
+    kept: int,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    memory: Memory,
+    *,
+    parts: int,
+    coarse: int,
 ) -> Tensor:
     _divisor("pooled", "parts", parts, space.block)
+    if coarse < 0:
+        raise ValueError(f"option 'coarse' of family 'pooled': expected at least 0, got {coarse}")
+    if coarse > 1:
+        return _coarse_then_fine(space, kept, query, key, scale, parts, coarse)
     return pooled_scores(query, key, block_q=space.block, block_k=space.block, parts=parts, scale=scale)
 
 
+def _coarse_then_fine(
+    space: BlockSpace, kept: int, query: Tensor, key: Tensor, scale: float, parts: int, coarse: int
+) -> Tensor:
+    """Mass like `pooled_scores` over the blocks in the best squares of `coarse` × `coarse` blocks, -1 in others."""
+    side, blocks = coarse * space.block, space.video_blocks
+    squares = pooled_scores(query, key, block_q=side, block_k=side, scale=scale)
+    rows = squares.shape[-1]
+    squares.diagonal(dim1=-2, dim2=-1).add_(2.0)
+    looked_at = min(rows, -(-2 * kept // coarse) + 1)
+    best = squares.topk(looked_at, dim=-1).indices
+
+    run = space.block // parts
+    sizes = space.run_sizes(run)
+    missing = rows * coarse * parts - len(sizes)
+    sizes = F.pad(sizes, (0, missing))
+    q, k = (space.means(x.transpose(1, 2).float(), 2, run) for x in (query, key))
+    q, k = (F.pad(x, (0, 0, 0, missing)).unflatten(2, (rows, -1)) for x in (q, k))
+    weights, counts = sizes.view(rows, coarse, parts), sizes.view(rows, -1).log()
+    shares = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+    batch, heads, _, runs, dim = k.shape
+    mass = query.new_full((batch, heads, rows, coarse, rows * coarse), -1.0, dtype=torch.float32)
+    step = max(1, STEP_LOGITS // (batch * heads * looked_at * runs * max(runs, dim)))
+    for first in range(0, rows, step):
+        near = best[:, :, first : first + step]
+        taken = near.flatten(2)[..., None, None].expand(-1, -1, -1, runs, dim)
+        keys = k.gather(2, taken).view(*near.shape[:3], looked_at * runs, dim)
+        logits = q[:, :, first : first + step] @ keys.transpose(3, 4) * scale
+        p = (logits + counts[near].flatten(3)[:, :, :, None]).softmax(-1)
+        p = p.view(*near.shape[:3], coarse, parts, looked_at * coarse, parts).sum(-1)
+        p = (p * shares[first : first + step, :, :, None]).sum(-2)
+        columns = near[..., None] * coarse + torch.arange(coarse, device=near.device)
+        columns = columns.flatten(3)[:, :, :, None].expand_as(p)
+        mass[:, :, first : first + step].scatter_(4, columns, p)
+    return mass.flatten(2, 3)[:, :, :blocks, :blocks].contiguous()
+
+
 def _antidiagonal(
-    space: BlockSpace, query: Tensor, key: Tensor, scale: float, memory: Memory, *, stride: int
+    space: BlockSpace, kept: int, query: Tensor, key: Tensor, scale: float, memory: Memory, *, stride: int
 ) -> Tensor:
     _divisor("antidiagonal", "stride", stride, space.block)
     return antidiagonal_scores(query, key, block=space.block, stride=stride, scale=scale)
 
 
 def _lowbit(
-    space: BlockSpace, query: Tensor, key: Tensor, scale: float, memory: Memory, *, bits: int
+    space: BlockSpace, kept: int, query: Tensor, key: Tensor, scale: float, memory: Memory, *, bits: int
 ) -> Tensor:
     return lowbit_scores(query, key, block_q=space.block, block_k=space.block, bits=bits, scale=scale)
 
 
 def _channels(
-    space: BlockSpace, query: Tensor, key: Tensor, scale: float, memory: Memory, *, channels: int
+    space: BlockSpace, kept: int, query: Tensor, key: Tensor, scale: float, memory: Memory, *, channels: int
 ) -> Tensor:
     if channels < 1:
         raise ValueError(f"option 'channels' of family 'channels': expected at least 1, got {channels}")
@@ -105,7 +185,9 @@ def _channels(
     return block_mass(query, key, block_q=space.block, block_k=space.block, scale=scale)[0]
 
 
-def _searched(space: BlockSpace, query: Tensor, key: Tensor, scale: float, memory: Memory) -> Tensor:
+def _searched(
+    space: BlockSpace, kept: int, query: Tensor, key: Tensor, scale: float, memory: Memory
+) -> Tensor:
     before = memory.get("lse")
     mass, memory["lse"] = block_mass(
         query, key, block_q=space.block, block_k=space.block, lse=before, scale=scale
@@ -113,7 +195,7 @@ def _searched(space: BlockSpace, query: Tensor, key: Tensor, scale: float, memor
     return mass
 
 
-POOLED = _family("pooled", _pooled, parts=4)
+POOLED = _family("pooled", _pooled, parts=4, guard=0.0, coarse=0)
 ANTIDIAGONAL = _family("antidiagonal", _antidiagonal, stride=8)
 LOWBIT = _family("lowbit", _lowbit, bits=4)
 CHANNELS = _family("channels", _channels, channels=16)

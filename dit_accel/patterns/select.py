@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
-from dit_accel.kernels import BlockIndex
 from dit_accel.patterns.attention_tile import ATTENTION_TILE
 from dit_accel.patterns.bands import BANDS
-from dit_accel.patterns.base import BlockSpace, Family, Memory, Option, Selection
+from dit_accel.patterns.base import (
+    BlockSpace,
+    Family,
+    Memory,
+    Option,
+    Selection,
+    everything,
+    lists_of,
+    with_text,
+)
 from dit_accel.patterns.clustered import CLUSTERED
 from dit_accel.patterns.dense import DENSE
 from dit_accel.patterns.hashed import HASHED
+from dit_accel.patterns.profiled import PROFILED
 from dit_accel.patterns.radial import RADIAL
 from dit_accel.patterns.scored import ANTIDIAGONAL, CHANNELS, LOWBIT, POOLED, SEARCHED
+from dit_accel.patterns.sharded import SHARDED
 from dit_accel.patterns.skip import SKIP
+from dit_accel.patterns.sorted_keys import sorted_keys
 from dit_accel.patterns.stripes import STRIPES
 from dit_accel.patterns.window import WINDOW
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        *(DENSE, SKIP, WINDOW, BANDS, RADIAL, ATTENTION_TILE),
-        *(STRIPES, POOLED, ANTIDIAGONAL, LOWBIT, CHANNELS, SEARCHED, CLUSTERED, HASHED),
+        *(DENSE, SKIP, WINDOW, BANDS, RADIAL, ATTENTION_TILE, SHARDED),
+        *(STRIPES, POOLED, ANTIDIAGONAL, LOWBIT, CHANNELS, SEARCHED, CLUSTERED, HASHED, PROFILED),
     )
 }
 
@@ -50,7 +62,10 @@ def select(
     density: float,
     block: int = 64,
     scale: float | None = None,
+    value: Tensor | None = None,
     memory: Memory | None = None,
+    heads: Sequence[int] | None = None,
+    layer: int = 0,
     **options: Option,
 ) -> Selection:
     """Choose key blocks for every head of `query`.
@@ -66,8 +81,13 @@ def select(
         density: kept pairs divided by all pairs, 0 to 1.
         block: tokens per block.
         scale: softmax scale, 1/√dim if None.
+        value: like `key`, for families that compare outputs (`profiled`).
         memory: of a dynamic family, between the steps of one layer and guidance branch: what it keeps for the next
-            choice, and the choice itself for the option `reuse`. Empty at the start of a generation.
+            choice, and the choice itself for the options `reuse` and `layers`. Layers may share one for the latter.
+            Empty at the start of a generation.
+        heads: numbers of the heads in their layer, by which `sharded` tells them apart; 0, 1, 2 ... if None.
+        layer: number of the layer. Within a step layers come in ascending order: with a memory that layers share, a
+            number that is not above the one before begins a new step.
         options: of the family, see `FAMILIES[name].options`.
 
     Raises:
@@ -84,13 +104,29 @@ def select(
             )
     if block < 1:
         raise ValueError(f"block: expected at least 1 token, got {block!r}")
-    heads = query.shape[2]
+    numbers = tuple(range(query.shape[2])) if heads is None else tuple(heads)
+    if len(numbers) != query.shape[2]:
+        raise ValueError(f"heads: expected {query.shape[2]} numbers, one for each head, got {len(numbers)}")
     if family.static:
-        return _static_selection(name, tuple(chosen.items()), grid, density, block, heads, query.device)
+        which = numbers if family.per_head else len(numbers)
+        return _static_selection(name, tuple(chosen.items()), grid, density, block, which, query.device)
+    if family.reads_values:
+        if value is None or value.shape[:3] != key.shape[:3]:
+            got = None if value is None else tuple(value.shape)
+            raise ValueError(
+                f"value: expected [{', '.join(map(str, key.shape[:3]))}, dim] like key, since family {name!r} compares "
+                f"outputs, got {got}; pass the values"
+            )
+        chosen["value"] = value  # type: ignore[assignment]
     memory = {} if memory is None else memory
-    reuse = int(chosen.pop("reuse"))
-    if reuse < 1:
-        raise ValueError(f"option 'reuse' of family {name!r}: expected at least 1 step, got {reuse}")
+    reuse, layers = int(chosen.pop("reuse")), int(chosen.pop("layers"))
+    for option, least, unit in (("reuse", reuse, "step"), ("layers", layers, "layer")):
+        if least < 1:
+            raise ValueError(f"option {option!r} of family {name!r}: expected at least 1 {unit}, got {least}")
+    later_layer = layer > memory.get("layer", layer)
+    memory["layer"] = layer
+    if later_layer:
+        return memory["selection"]
     if memory.get("left", 0) > 0:
         memory["left"] -= 1
         return memory["selection"]
@@ -99,7 +135,7 @@ def select(
         selection = family.arrange(grid, density, block, query, key, scale, memory=memory, **chosen)
     else:
         selection = _chosen(family, grid, density, block, query, key, scale, memory, chosen)
-    if reuse > 1:
+    if reuse > 1 or layers > 1:
         memory["selection"], memory["left"] = selection, reuse - 1
     return selection
 
@@ -117,20 +153,23 @@ def _chosen(
 ) -> Selection:
     """The choice of a dynamic family among the blocks of an order of the grid."""
     space = BlockSpace(grid, str(options.pop("order")), block, query.device)
+    order, heads = space.order[None], query.shape[2]
+    segment = int(options.pop("segment", 0))
+    if segment < 0:
+        raise ValueError(f"option 'segment' of family {family.name!r}: expected at least 0, got {segment}")
     if not space.video_blocks:
-        return _finish(space, _everything(space), query.shape[2])
+        return Selection(lists_of(space, everything(space), heads), order, order, grid, space.order_name)
     kept = space.kept(density)
-    mask = family.choose(
-        space,
-        kept,
-        space.reorder(query),
-        space.reorder(key),
-        scale,
-        memory=memory,
-        **options,
-    )
-    longest = space.blocks if grid.text_tokens else kept
-    return _finish(space, _with_text(family, space, mask), query.shape[2], longest)
+    query, key = space.reorder(query), space.reorder(key)
+    key_order, order_name = order, space.order_name
+    if segment:
+        places = sorted_keys(space, query, key, scale, segment)
+        key = key.gather(1, places.transpose(1, 2)[..., None].expand_as(key))
+        key_order, order_name = order[0][places], None
+    mask = family.choose(space, kept, query, key, scale, memory=memory, **options)
+    longest = space.blocks if grid.text_tokens or options.get("guard") else kept
+    index = lists_of(space, with_text(space, mask, family.reads_text), heads, longest)
+    return Selection(index, order, key_order, grid, order_name)
 
 
 # A grid and all it depends on is in the key; a mask of one head serves all, its lists are shared.
@@ -141,40 +180,19 @@ def _static_selection(
     grid: TokenGrid,
     density: float,
     block: int,
-    heads: int,
+    heads: int | tuple[int, ...],
     device: torch.device,
 ) -> Selection:
+    """`heads`: how many, or their numbers if the family's choice depends on them."""
     family, chosen = FAMILIES[name], dict(options)
     with torch.inference_mode(False):
         space = BlockSpace(grid, str(chosen.pop("order", "frame")), block, device)
-        if not space.video_blocks:
-            return _finish(space, _everything(space), heads)
-        mask = family.choose(space, space.kept(density), **chosen)
-        return _finish(space, _with_text(family, space, mask[None, None]), heads)
-
-
-def _everything(space: BlockSpace) -> Tensor:
-    return torch.ones(1, 1, space.blocks, space.blocks, dtype=torch.bool, device=space.device)
-
-
-def _with_text(family: Family, space: BlockSpace, mask: Tensor) -> Tensor:
-    """Extend a mask over video blocks by the rows and columns of the blocks that hold text."""
-    if space.video_blocks == space.blocks:
-        return mask
-    whole = mask.new_ones(*mask.shape[:2], space.blocks, space.blocks)
-    whole[:, :, : space.video_blocks] = family.reads_text
-    whole[:, :, : space.video_blocks, : space.video_blocks] = mask
-    return whole
-
-
-def _finish(space: BlockSpace, mask: Tensor, heads: int, longest: int | None = None) -> Selection:
-    """longest: of the rows' lists, where a choice is made while a generation runs."""
-    tokens = space.grid.total_tokens
-    # Only a GPU runs ahead of the host; on a CPU lists without gaps are faster.
-    room = longest if mask.device.type == "cuda" else None
-    index = BlockIndex.from_mask(mask, space.block, space.block, tokens, tokens, room=room)
-    if index.heads != heads:
-        counts, offsets = (part.expand(-1, heads, -1).contiguous() for part in (index.counts, index.offsets))
-        index = BlockIndex(counts, offsets, index.indices, space.block, space.block, tokens, tokens)
-    order = space.order[None]
-    return Selection(index, order, order, space.grid, space.order_name)
+        mask = everything(space)
+        numbers = {}
+        if isinstance(heads, tuple):
+            numbers, heads = {"heads": heads}, len(heads)
+        if space.video_blocks:
+            mask = family.choose(space, space.kept(density), **numbers, **chosen)
+            mask = with_text(space, mask[(None,) * (4 - mask.ndim)], family.reads_text)
+        order = space.order[None]
+        return Selection(lists_of(space, mask, heads), order, order, grid, space.order_name)

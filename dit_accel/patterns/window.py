@@ -8,7 +8,6 @@ the same for every row, so at a border the box grows inwards and no query sees l
 
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
 from dit_accel.patterns.base import BlockSpace, Family, first_of

@@ -9,7 +9,7 @@ from torch import Tensor
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns import FAMILIES, Selection, clustered, scored, select
 from dit_accel.patterns.base import BlockSpace
-from dit_accel.patterns.stripes import _sampled_rows
+from dit_accel.patterns.samples import sampled_rows
 
 BLOCK = 16
 SCORED = ["pooled", "antidiagonal", "lowbit", "channels", "searched"]
@@ -35,7 +35,8 @@ def tokens(grid: TokenGrid, heads: int = 2, batch: int = 2, dim: int = 8) -> tup
 
 
 def chosen(name: str, grid: TokenGrid, density: float, **options: str | int | float) -> Selection:
-    return select(name, *tokens(grid), grid, density=density, block=BLOCK, **options)
+    query, key = tokens(grid)
+    return select(name, query, key, grid, density=density, block=BLOCK, value=key.flip(1), **options)
 
 
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.62, 1.0])
@@ -374,7 +375,7 @@ def test_static_families_are_made_once_per_grid_options_and_heads(name: str) -> 
 def test_sampled_rows_meet_every_column_of_the_picture() -> None:
     # stripes sample 64 rows: with a fixed stride they would all lie in one image column here
     grid = TokenGrid(4, 16, 64)
-    rows = _sampled_rows(BlockSpace(grid, "frame", 64, torch.device("cpu")), 64)
+    rows = sampled_rows(BlockSpace(grid, "frame", 64, torch.device("cpu")), 64)
     assert rows.unique().numel() == 64
     assert rows.min() >= 0
     assert rows.max() < grid.video_tokens

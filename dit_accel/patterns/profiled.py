@@ -1,0 +1,81 @@
+"""Profiled: every head reads a band, in the token order in which a band costs it least.
+
+Sparse VideoGen (https://arxiv.org/abs/2502.01776): at run time some query rows are computed in full and with the band
+of each order; the order with the smallest squared error of their output is the head's. The two orders of the authors
+are frame-major (their spatial heads) and space-major (temporal heads). With the six axis orders it is the choice that
+PAROAttention (https://arxiv.org/abs/2506.16054) makes per head, from the call itself where the authors calibrate.
+"""
+
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from dit_accel.grid import AXIS_ORDERS, TokenGrid
+from dit_accel.patterns.bands import BANDS
+from dit_accel.patterns.base import BlockSpace, Family, Memory, Selection, everything, lists_of, with_text
+from dit_accel.patterns.samples import sampled_rows
+
+
+def _arrange(
+    grid: TokenGrid,
+    density: float,
+    block: int,
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    *,
+    value: Tensor,
+    memory: Memory,
+    orders: str,
+    samples: int,
+) -> Selection:
+    """`orders`: their names with a plus between; `samples`: rows."""
+    if samples < 1:
+        raise ValueError(f"option 'samples' of family 'profiled': expected at least 1, got {samples!r}")
+    names = order_names(orders)
+    device, heads = query.device, query.shape[2]
+    space = BlockSpace(grid, names[0], block, device)
+    kept = space.kept(density)
+    mask = everything(space)
+    if space.video_blocks:
+        mask = with_text(space, BANDS.choose(space, kept, sinks=0)[None, None])
+    index = lists_of(space, mask, heads, space.blocks if grid.text_tokens else kept)
+    places = torch.stack([grid.order(name, device) for name in names])
+    if len(names) == 1 or not space.video_blocks:
+        return Selection(index, places[:1], places[:1], grid, names[0])
+
+    rows = places[0, sampled_rows(space, samples)]
+    queries, keys, values = (x.transpose(1, 2) for x in (query.index_select(1, rows), key, value))
+    values = values.float()
+    weights = torch.softmax((queries * scale) @ keys.transpose(2, 3), dim=-1, dtype=torch.float32)
+    full = weights @ values
+    errors = []
+    for order in places:
+        number = grid.inverse(order) // block
+        read = weights * mask[0, 0][number[rows]][:, number]
+        output = (read @ values) / read.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        errors.append((output - full).square().mean((2, 3)))
+    choice = torch.stack(errors, dim=-1).argmin(-1)
+    order = places[choice]
+    return Selection(index, order, order, grid, None)
+
+
+def order_names(orders: str) -> list[str]:
+    """Split the option `orders`."""
+    names = orders.split("+")
+    known = (*AXIS_ORDERS, "frame", "space")
+    if not all(name in known for name in names):
+        raise ValueError(
+            f"option 'orders' of family 'profiled': expected names of {', '.join(known)} with + between, got {orders!r}"
+        )
+    return names
+
+
+PROFILED = Family(
+    "profiled",
+    static=False,
+    arrange=_arrange,
+    reads_values=True,
+    options=MappingProxyType({"orders": "fhw+hwf", "samples": 64, "reuse": 1, "layers": 1}),
+)
