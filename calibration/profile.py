@@ -68,7 +68,7 @@ def profile_call(
     """
     batch, seq, heads, dim = query.shape
     scale = dim**-0.5 if scale is None else scale
-    selections = _selections(query, key, grid, candidates, block, scale)
+    selections = _selections(query, key, value, grid, candidates, block, scale)
     sums = torch.zeros(len(_SUMS), heads, len(candidates), dtype=torch.float64)
     remainder = torch.tensor([c.remainder for c in candidates], device=query.device)
     picks = _spread(-(-seq // block), query_blocks, phase).tolist()
@@ -221,7 +221,13 @@ def _per_block(tiles: _Tiles, x: Tensor) -> Tensor:
 
 
 def _selections(
-    query: Tensor, key: Tensor, grid: TokenGrid, candidates: Sequence[Candidate], block: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: TokenGrid,
+    candidates: Sequence[Candidate],
+    block: int,
+    scale: float,
 ) -> list[Selection]:
     """What every candidate keeps. Those that differ in density alone share what their family remembers."""
     memories: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -229,7 +235,16 @@ def _selections(
     for c in candidates:
         options: dict[str, Any] = dict(c.options)
         chosen = functools.partial(
-            select, c.family, query, key, grid, density=c.density, block=block, scale=scale, **options
+            select,
+            c.family,
+            query,
+            key,
+            grid,
+            density=c.density,
+            block=block,
+            scale=scale,
+            value=value,
+            **options,
         )
         if FAMILIES[c.family].arrange is None:
             found.append(chosen())
@@ -239,7 +254,7 @@ def _selections(
             memories[name] = {}
             chosen(memory=memories[name])
         # As in the later steps of a generation, which go on from the centroids before but choose anew.
-        kept = {key: value for key, value in memories[name].items() if key not in ("selection", "left")}
+        kept = {part: x for part, x in memories[name].items() if part not in ("selection", "left")}
         found.append(chosen(memory=kept))
     return found
 
