@@ -125,12 +125,79 @@ def _gpu_attention(report: dict[str, Any]) -> str:
     )
 
 
+def _preset_heads(report: dict[str, Any]) -> str:
+    """One line per system: recall and rel L2 without and with remainder at each density, and a selection's time."""
+    heads = report["heads"]
+    densities = list(dict.fromkeys(row["asked"] for row in heads["rows"]))
+    lines: dict[str, list[str]] = {}
+    for row in heads["rows"]:
+        cells = [f"{row[name]:.3f}" for name in ("recall", "rel_l2", "rel_l2_remainder")]
+        lines.setdefault(row["preset"], []).extend([*cells, f"{row['selection_ms']:.0f}"])
+    names = ("recall", "rel L2", "+ means", "ms")
+    head = ["preset", *(f"{name} @{density:g}" for density in densities for name in names)]
+    return "\n".join(
+        [
+            _rows(head, [[f"`{preset}`", *cells] for preset, cells in lines.items()]),
+            "",
+            f"{_presets_caption(report, heads)}; steps {', '.join(map(str, heads['steps']))}, all heads; "
+            "+ means: rel L2 with the remainder; ms: of one selection for a layer.",
+        ]
+    )
+
+
+def _preset_generations(report: dict[str, Any]) -> str:
+    """One line per system, cells without / with remainder, and one for dense."""
+    part = report["generations"]
+    lines: dict[str, dict[bool, dict[str, Any]]] = {}
+    for row in part["rows"]:
+        lines.setdefault(row["preset"], {})[row["remainder"]] = row
+    columns = (
+        ("density", "density", ".2f"),
+        ("PSNR mean", "psnr_mean", ".1f"),
+        ("PSNR min", "psnr_min", ".1f"),
+        ("SSIM", "ssim", ".3f"),
+        ("semantic", "semantic", ".2f"),
+        ("selection s", "selection_seconds", ".1f"),
+        ("attention s", "attention_seconds", ".1f"),
+        ("whole s", "seconds", ".1f"),
+        ("speed-up", "speedup", ".2f"),
+    )
+    rows = []
+    if dense := part["dense"]:
+        of_dense = {"density": 1.0, "speedup": 1.0, **dense}
+        cells = [format(of_dense[key], form) if key in of_dense else "–" for _, key, form in columns]
+        rows.append(["dense", *cells])
+    for preset, ways in lines.items():
+        cells = [
+            " / ".join(format(ways[way][key], form) if way in ways else "–" for way in (False, True))
+            for _, key, form in columns
+        ]
+        rows.append([f"`{preset}`", *cells])
+    head = ["preset", *(heading for heading, _, _ in columns)]
+    caption = f"{_presets_caption(report, part)}; density {part['asked']:g}; cells: without / with remainder"
+    return "\n".join([_rows(head, rows), "", f"{caption}; dense: {report['dense_backend']}."])
+
+
+def _presets_caption(report: dict[str, Any], part: dict[str, Any]) -> str:
+    settings, prompts = report["settings"], len(report["prompts"])
+    unfinished = (
+        "" if part["done"] == part["of"] else f" ({part['done']} of {part['of']} measurements so far)"
+    )
+    return (
+        f"Demo, {prompts} held-out prompts{unfinished}, {settings['num_frames']} frames of "
+        f"{settings['width']}×{settings['height']}, {settings['num_inference_steps']} steps; "
+        f"{_where(report['machine'])}"
+    )
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("demo_evaluation.json",), markdown_table),
     "curve": (("demo_curve.json",), markdown_table),
     "cpu": (("cpu_attention.json",), _cpu_attention),
     "gate": (("compile_gate.json",), _compile_gate),
     "gpu": (("gpu_attention.json",), _gpu_attention),
+    "preset_heads": (("presets.json",), _preset_heads),
+    "preset_generations": (("presets.json",), _preset_generations),
     "card": (("demo_card.json", "demo_evaluation.json"), _demo_card),
 }
 
