@@ -9,13 +9,15 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_accel.caching.config import CacheConfig
+from dit_accel.caching.presets import CACHES, cache_preset
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns import FAMILIES, family_named
 from dit_accel.plan_files import (
@@ -41,6 +43,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "config_hash": (str, type(None)),
     "grid": (dict, type(None)),
     "block": (int,),
+    "cache": (dict, type(None)),
     "objective": (dict,),
     "validated": (dict,),
 }
@@ -122,6 +125,7 @@ class AccelPlan:
         config_hash: `config_hash_of` the transformer; None for a preset.
         grid: the token grid of the calibration.
         block: tokens per block.
+        cache: which steps are computed and what bridges the others; None computes all.
         recall, rel_l2: float32 like choice, measured at calibration; shares without unit.
         latency_ms: float32 like choice, measured milliseconds of each head's attention.
         objective: what was asked of the calibration (JSON values).
@@ -139,6 +143,7 @@ class AccelPlan:
     config_hash: str | None = None
     grid: TokenGrid | None = None
     block: int = 64
+    cache: CacheConfig | None = None
     recall: Tensor | None = None
     rel_l2: Tensor | None = None
     latency_ms: Tensor | None = None
@@ -172,6 +177,8 @@ class AccelPlan:
             raise PlanError(
                 "plan", "choice", f"numbers from 0 to {len(self.candidates) - 1}", f"{low} to {high}"
             )
+        if self.cache is not None and not isinstance(self.cache, CacheConfig):
+            raise PlanError("plan", "cache", "a CacheConfig", type(self.cache).__name__)
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
             raise PlanError("plan", "block", "a positive integer", repr(self.block))
         for name in MEASURES:
@@ -194,26 +201,39 @@ class AccelPlan:
         precision: str = "native",
         remainder: bool | None = None,
         warm_up: float | None = None,
-        **options: str | int | float,
+        cache: str | CacheConfig | None = None,
+        **options: Any,
     ) -> AccelPlan:
-        """Return an uncalibrated plan that runs one family on every head of any model.
+        """Return an uncalibrated plan that runs one family on every head of any model, or caches its steps, or both.
 
         Args:
             name: a family, or a published system (`dit_accel.presets.PRESETS`), whose settings then are the defaults of
-                all that follows. Names that are both mean the family where a density is given.
+                all that follows. Names that are both mean the family where a density is given. A cache
+                (`dit_accel.caching.CACHES`) leaves attention dense, and takes the fields of `CacheConfig` as options.
             density: kept pairs divided by all pairs.
             block: tokens per block, 64 if nothing says otherwise.
             precision, remainder: see `Candidate`; no remainder if nothing says otherwise.
             warm_up: progress up to which attention stays dense, 0 if nothing says otherwise.
+            cache: name of a cache with the settings of its authors, or a configuration.
             options: of the family.
 
         Example:
             >>> plan = AccelPlan.preset("window", density=0.3)
+            >>> plan = AccelPlan.preset("cg-taylor", threshold=0.1)
             >>> plan = AccelPlan.preset("xattention")
 
         Raises:
             ValueError: an unknown name or option, or no density for a family that needs one.
         """
+        if name in CACHES:
+            if (density, block, remainder, cache) != (None,) * 4 or precision != "native":
+                raise ValueError(
+                    f"preset {name!r} is a cache: expected the fields of CacheConfig, got others"
+                )
+            steps = options if warm_up is None else {**options, "warm_up": warm_up}
+            return replace(cls.preset("dense"), cache=cache_preset(name, **steps))
+        if isinstance(cache, str):
+            cache = cache_preset(cache)
         if name in PRESETS and (density is None or name not in FAMILIES):
             published = PRESETS[name]
             name, options = published.family, {**published.options, **options}
@@ -223,7 +243,8 @@ class AccelPlan:
             remainder = published.remainder if remainder is None else remainder
         if name not in FAMILIES:
             raise ValueError(
-                f"unknown preset {name!r}; families: {', '.join(FAMILIES)}; published systems: {', '.join(PRESETS)}"
+                f"unknown preset {name!r}; families: {', '.join(FAMILIES)}; published systems: {', '.join(PRESETS)}; "
+                f"caches: {', '.join(CACHES)}"
             )
         family = FAMILIES[name]
         if density is None:
@@ -235,9 +256,9 @@ class AccelPlan:
             raise ValueError(f"warm_up: expected a progress from 0 to below 1, got {warm_up!r}")
         candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder or False)
         if not warm_up:
-            return cls((candidate,), torch.zeros(1, 1, 1, dtype=torch.int16), block=block)
+            return cls((candidate,), torch.zeros(1, 1, 1, dtype=torch.int16), block=block, cache=cache)
         choice = torch.arange(2, dtype=torch.int16).view(2, 1, 1)
-        return cls((Candidate("dense", 1.0), candidate), choice, (0.0, warm_up), block=block)
+        return cls((Candidate("dense", 1.0), candidate), choice, (0.0, warm_up), block=block, cache=cache)
 
     def range_at(self, progress: float) -> int:
         """Return the number of the range that holds a progress from 0 (pure noise) to 1."""
@@ -282,6 +303,7 @@ class AccelPlan:
         fields = {name: getattr(self, name) for name in _FIELDS}
         fields["candidates"] = [candidate.to_dict() for candidate in self.candidates]
         fields["grid"] = None if self.grid is None else dataclasses.asdict(self.grid)
+        fields["cache"] = None if self.cache is None else self.cache.to_dict()
         present = {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
         write_files(Path(directory), fields, present)
 
@@ -302,6 +324,11 @@ class AccelPlan:
         )
         values["grid"] = (
             None if values["grid"] is None else _parsed(file, "grid", _grid_from_dict, values["grid"])
+        )
+        values["cache"] = (
+            None
+            if values["cache"] is None
+            else _parsed(file, "cache", CacheConfig.from_dict, values["cache"])
         )
         values["range_starts"] = tuple(values["range_starts"])
         values["layers"] = None if values["layers"] is None else tuple(values["layers"])

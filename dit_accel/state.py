@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
+from dit_accel.caching import StepCache
 from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import ModelFamily
 from dit_accel.plan import AccelPlan, Candidate
@@ -28,6 +29,7 @@ class BranchState:
 
     first_progress: float
     progress: float
+    forwards: int = 0
     cache: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -61,6 +63,7 @@ class AccelState:
         branch: diffusers' `cache_context` name, or "" outside one (then guidance comes batched).
         running: whether a forward is under way.
         stats: counts of the generation that runs, or ran last.
+        memory: what its branches of guidance share.
         capture: optional callback on every swapped attention call, before the attention is computed.
     """
 
@@ -74,11 +77,17 @@ class AccelState:
         self.branch = ""
         self.running = False
         self.stats = Stats()
+        self.memory: dict[str, Any] = {}
         self._branches: dict[str, BranchState] = {}
         self._finished = False
         self._rows: dict[tuple[int, int], tuple[Tensor, bool]] = {}
         self._dense = [_is_dense(candidate) for candidate in plan.candidates]
         self.all_dense = all(self._dense[choice] for choice in plan.choice.unique().tolist())
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the running branch in this generation, the running one included."""
+        return self._branches[self.branch].forwards
 
     @property
     def cache(self) -> dict[Any, Any]:
@@ -92,6 +101,7 @@ class AccelState:
         self.grid, self.progress, self.branch = grid, progress, branch
         position = self._branches.setdefault(branch, BranchState(progress, progress))
         position.progress = progress
+        position.forwards += 1
         self.running = True
 
     def end(self) -> None:
@@ -105,6 +115,7 @@ class AccelState:
     def reset(self) -> None:
         """Forget the generation."""
         self._branches.clear()
+        self.memory = {}
         self.stats = Stats()
         self.running = self._finished = False
 
@@ -153,10 +164,18 @@ class AccelHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, state: AccelState, restore: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        state: AccelState,
+        restore: Callable[[], None],
+        steps: StepCache | None = None,
+        schedule: Callable[[], Sequence[float]] | None = None,
+    ) -> None:
         super().__init__()
         self.state = state
         self.restore = restore
+        self.steps = steps
+        self._schedule = schedule
         self.tracker = _BranchTracker()
         self._handles: list[Any] = []
 
@@ -193,10 +212,32 @@ class AccelHook(ModelHook):
             None if state.all_dense and state.capture is None else state.family.read_grid(module, arguments)
         )
         state.begin(grid, state.family.progress(arguments), self.tracker.branch)
+        if self.steps is not None:
+            if getattr(module, "is_cache_enabled", False):
+                raise RuntimeError(
+                    f"{type(module).__name__}: expected no cache of diffusers beside the plan's own, got "
+                    f"{type(cast(Any, module)._cache_config).__name__}; call disable_cache() or use a plan without one"
+                )
+            step, steps = self._place()
+            self.steps.begin(arguments["hidden_states"], step, steps, state.branch, state.memory)
 
     @torch.compiler.disable
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self.state.end()
+        return None if self.steps is None else self.steps.end(output)
+
+    def _place(self) -> tuple[int, int]:
+        """Number of the denoising step, and how many the generation has.
+
+        Two experts share one generation, so steps are counted from where this transformer came in.
+        """
+        assert self._schedule is not None
+        progress = self._schedule()
+        state = self.state
+        if state.forwards == 1:
+            distance = [abs(p - state.progress) for p in progress]
+            state.cache["first_step"] = distance.index(min(distance))
+        return state.cache["first_step"] + state.forwards - 1, len(progress)
 
 
 def hook_of(transformer: nn.Module) -> AccelHook | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from diffusers.hooks import HookRegistry
 from torch import nn
 
+from dit_accel.caching import StepCache
 from dit_accel.kernels.block_sparse.api import BACKENDS
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, config_hash_of
@@ -16,14 +20,15 @@ from dit_accel.state import HOOK_NAME, AccelHook, AccelState, Stats, hook_of
 
 
 def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
-    """Run the attention of a pipeline by a plan.
+    """Run a pipeline by a plan: its attention, and where the plan has a cache also which steps are computed.
 
     Only self-attention and joint attention over the video tokens changes; where the plan is dense, the
     model's own attention runs with its own backend. A pipeline with two experts (Wan 2.2) gets the plan on
-    both.
+    both, each with a cache of its own.
 
     Args:
-        pipe: a diffusers pipeline or one of its transformers. Compile it afterwards, not before.
+        pipe: a diffusers pipeline or one of its transformers; a plan with a cache needs the pipeline. Compile it
+            afterwards, not before, and block by block (`compile_repeated_blocks`) if there is a cache.
         plan: a calibrated plan or a preset.
         backend: what runs the sparse attention, see `dit_accel.kernels.block_sparse_attention`.
 
@@ -32,7 +37,7 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
 
     Raises:
         PlanError: the plan belongs to another model.
-        ValueError: a model that is not supported, is compiled already or has a plan already.
+        ValueError: a model that is not supported, is compiled already, or has a plan or another cache already.
 
     Example:
         >>> pipe = dit_accel.enable(pipe, dit_accel.AccelPlan.preset("window", density=0.3))
@@ -40,8 +45,10 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
     transformers = _transformers(pipe)
     for transformer in transformers:
         _check(transformer, plan, backend)
-    for transformer in transformers:
-        cast(Any, transformer).set_attn_processor(_install(transformer, plan, backend))
+    caches = [_step_cache(pipe, transformer, plan) for transformer in transformers]
+    for transformer, steps in zip(transformers, caches, strict=True):
+        processors = _install(transformer, plan, backend, steps, lambda: _step_progress(pipe))
+        cast(Any, transformer).set_attn_processor(processors)
     return pipe
 
 
@@ -57,6 +64,7 @@ def attn_processors(transformer: nn.Module, plan: AccelPlan, *, backend: str = "
         ValueError: a model that is not supported, is compiled already or has a plan already.
     """
     _check(transformer, plan, backend)
+    _step_cache(transformer, transformer, plan)
     return _install(transformer, plan, backend)
 
 
@@ -75,20 +83,32 @@ def stats(pipe: Any) -> dict[str, float]:
     """Report the attention calls of the last generation.
 
     Returns:
-        `density_mean` (query-key pairs kept ÷ all pairs, dense calls included), and the numbers of calls
-        `sparse_calls` and `dense_calls`.
+        `density_mean` (query-key pairs kept ÷ all pairs of the calls that were made, dense ones included), the numbers
+        of calls `sparse_calls` and `dense_calls`, and where the plan has a cache `computed_forwards`,
+        `skipped_forwards`, `computed_blocks`, `skipped_blocks` and `cache_bytes`.
 
     Raises:
         ValueError: there is no plan on the pipeline, or nothing was generated yet.
     """
-    total = sum((hook.state.stats for hook in _hooks(pipe)), Stats())
+    hooks = _hooks(pipe)
+    total = sum((hook.state.stats for hook in hooks), Stats())
     if not total.total_pairs:
         raise ValueError("stats: expected a generation since enable(), got none; run the pipeline first")
     return {
         "density_mean": float(total.kept_pairs) / total.total_pairs,
         "sparse_calls": total.sparse_calls,
         "dense_calls": total.dense_calls,
+        **_cache_stats(hooks),
     }
+
+
+def _cache_stats(hooks: list[AccelHook]) -> dict[str, float]:
+    found: Counter[str] = Counter()
+    for hook in hooks:
+        if hook.steps is not None:
+            found.update(dataclasses.asdict(hook.steps.counts(hook.state.memory)))
+            found["cache_bytes"] += hook.steps.bytes(hook.state.memory)
+    return dict(found)
 
 
 def states(pipe: Any) -> list[AccelState]:
@@ -146,7 +166,41 @@ def _is_compiled(transformer: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in transformer.modules())
 
 
-def _install(transformer: nn.Module, plan: AccelPlan, backend: str) -> dict[str, Any]:
+def _step_cache(pipe: Any, transformer: nn.Module, plan: AccelPlan) -> StepCache | None:
+    """The cache that a plan asks for, for one transformer of a pipeline."""
+    if plan.cache is None:
+        return None
+    if isinstance(pipe, nn.Module):
+        raise ValueError(
+            f"pipe: expected a pipeline, since the plan's cache needs its step schedule, got {type(pipe).__name__}; "
+            "call enable(pipe, plan), or use dataclasses.replace(plan, cache=None)"
+        )
+    other = "cache-dit" if hasattr(transformer, "_is_cached") else None
+    if getattr(transformer, "is_cache_enabled", False):
+        other = f"diffusers' {type(cast(Any, transformer)._cache_config).__name__}"
+    if other is not None:
+        raise ValueError(
+            f"transformer: expected no cache beside the plan's own, got {other}; disable it, or use "
+            "dataclasses.replace(plan, cache=None)"
+        )
+    return StepCache(transformer, family_of(transformer), plan.cache)
+
+
+def _step_progress(pipe: Any) -> list[float]:
+    """Progress of every step of the running generation, see `ModelFamily.progress`."""
+    scheduler = pipe.scheduler
+    steps = getattr(pipe, "num_timesteps", None) or len(scheduler.timesteps)
+    timesteps = torch.as_tensor(scheduler.timesteps)[-steps:]
+    return (1.0 - timesteps.double() / scheduler.config.num_train_timesteps).tolist()
+
+
+def _install(
+    transformer: nn.Module,
+    plan: AccelPlan,
+    backend: str,
+    steps: StepCache | None = None,
+    schedule: Callable[[], Sequence[float]] | None = None,
+) -> dict[str, Any]:
     """Hook a transformer that passed `_check`; return all its processors, those of the plan swapped."""
     family = family_of(transformer)
     state = AccelState(plan, family, backend)
@@ -162,10 +216,13 @@ def _install(transformer: nn.Module, plan: AccelPlan, backend: str) -> dict[str,
             classes[cls] = swapped_class(cls, family.attention_function, state, cursor)
         processors[f"{name}.processor"] = swapped_processor(processor, classes[cls])
     unwatch = cursor.watch(list(modules.values()))
+    uninstall = None if steps is None else steps.install()
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
 
     def restore() -> None:
         unwatch()
+        if uninstall is not None:
+            uninstall()
         # Removing a diffusers hook puts `forward` back to what it was before, without what came on top since.
         forward = transformer.forward
         registry.remove_hook(HOOK_NAME, recurse=False)
@@ -176,6 +233,6 @@ def _install(transformer: nn.Module, plan: AccelPlan, backend: str) -> dict[str,
             if type(module.processor) in classes.values():
                 cast(Any, module).set_processor(originals[f"{name}.processor"])
 
-    registry.register_hook(AccelHook(state, restore), HOOK_NAME)
+    registry.register_hook(AccelHook(state, restore, steps, schedule), HOOK_NAME)
     hooked_forward = transformer.forward
     return processors

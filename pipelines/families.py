@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_accel.grid import TokenGrid
 
@@ -29,6 +29,9 @@ class ModelFamily:
             `[batch, seq, heads, dim]`, or "F.scaled_dot_product_attention" with `[batch, heads, seq, dim]`.
         read_grid: token grid of a forward call.
         noise_timestep: what `timestep` is at pure noise.
+        block_returns: what a block returns, in order; its arguments have the same names and come first.
+        modulated: the first block's modulated input, from the block and its arguments by name; what changes in it from
+            step to step tells TeaCache how much the output will change.
     """
 
     name: str
@@ -37,6 +40,8 @@ class ModelFamily:
     attention_function: str
     read_grid: Callable[[Any, Arguments], TokenGrid]
     noise_timestep: float
+    block_returns: tuple[str, ...]
+    modulated: Callable[[Any, Arguments], Tensor]
 
     def attention_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Attention modules that can be swapped, by name, in forward order."""
@@ -126,6 +131,27 @@ def _packed(model: str, source: str, sizes: tuple[int, ...], tokens: int, text_t
     return TokenGrid(frames, height, width, text_tokens, text_first=text_tokens > 0)
 
 
+def _normalised(block: Any, arguments: Arguments) -> Tensor:
+    return block.norm1(arguments["hidden_states"], emb=arguments["temb"])[0]
+
+
+def _cogvideox_normalised(block: Any, arguments: Arguments) -> Tensor:
+    names = ("hidden_states", "encoder_hidden_states", "temb")
+    return block.norm1(*(arguments[name] for name in names))[0]
+
+
+def _ltx_normalised(block: Any, arguments: Arguments) -> Tensor:
+    hidden, embedding = arguments["hidden_states"], arguments["temb"]
+    table = block.scale_shift_table
+    ada = table[None, None] + embedding.reshape(hidden.shape[0], embedding.shape[1], table.shape[0], -1)
+    return block.norm1(hidden) * (1 + ada[:, :, 1]) + ada[:, :, 0]
+
+
+def _wan_time(block: Any, arguments: Arguments) -> Tensor:
+    # As the authors of TeaCache do for Wan: the embedding of the timestep, the same for every prompt.
+    return arguments["temb"]
+
+
 _FAMILIES = {
     family.transformer_class: family
     for family in (
@@ -136,6 +162,8 @@ _FAMILIES = {
             attention_function="dispatch_attention_fn",
             read_grid=_wan_grid,
             noise_timestep=1000.0,
+            block_returns=("hidden_states",),
+            modulated=_wan_time,
         ),
         ModelFamily(
             name="hunyuan_video",
@@ -144,6 +172,8 @@ _FAMILIES = {
             attention_function="dispatch_attention_fn",
             read_grid=_hunyuan_video_grid,
             noise_timestep=1000.0,
+            block_returns=("hidden_states", "encoder_hidden_states"),
+            modulated=_normalised,
         ),
         ModelFamily(
             name="cogvideox",
@@ -152,6 +182,8 @@ _FAMILIES = {
             attention_function="F.scaled_dot_product_attention",
             read_grid=_cogvideox_grid,
             noise_timestep=1000.0,
+            block_returns=("hidden_states", "encoder_hidden_states"),
+            modulated=_cogvideox_normalised,
         ),
         ModelFamily(
             name="ltx",
@@ -160,6 +192,8 @@ _FAMILIES = {
             attention_function="dispatch_attention_fn",
             read_grid=_ltx_grid,
             noise_timestep=1000.0,
+            block_returns=("hidden_states",),
+            modulated=_ltx_normalised,
         ),
         ModelFamily(
             name="flux",
@@ -168,6 +202,8 @@ _FAMILIES = {
             attention_function="dispatch_attention_fn",
             read_grid=_flux_grid,
             noise_timestep=1.0,
+            block_returns=("encoder_hidden_states", "hidden_states"),
+            modulated=_normalised,
         ),
     )
 }

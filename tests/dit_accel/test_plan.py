@@ -84,7 +84,7 @@ def test_saving_again_replaces_the_plan_and_nothing_else(tmp_path: Path) -> None
 def test_config_is_plain_json_with_versions(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
-    assert config["format_version"] == 2
+    assert config["format_version"] == 3
     assert config["library_versions"]["torch"] == torch.__version__
     assert set(config["library_versions"]) == {"dit-accel", "torch", "diffusers"}
     assert config["candidates"][3] == {
@@ -106,7 +106,7 @@ def change(directory: Path, **fields) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 3}, "format_version: expected at most 2, got 3; upgrade dit-accel to read it"),
+        ({"format_version": 4}, "format_version: expected at most 3, got 4; upgrade dit-accel to read it"),
         ({"format_version": "1"}, "format_version: expected a positive integer, got '1'"),
         ({"format_version": "REMOVED"}, "format_version: expected a positive integer, got None"),
         ({"block": "REMOVED"}, "block: expected int, got no such field"),

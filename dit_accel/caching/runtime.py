@@ -1,0 +1,346 @@
+"""Skips blocks of a running transformer, and puts a forecast in the place of what they would have computed.
+
+A transformer of diffusers runs `for block in self.blocks`. While a cache is on, those module lists hand out their
+blocks one at a time and stop where the rest is to be skipped. Blocks are never replaced, so they can be compiled and
+offloaded as ever, and what decides runs between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.caching.config import GATES, CacheConfig
+from dit_accel.caching.forecast import History, weighted_sum
+from dit_accel.caching.gates import Gate, gate_of
+from dit_accel.pipelines import ModelFamily
+
+__all__ = ["Counts", "StepCache"]
+
+
+@dataclass
+class Counts:
+    """Forwards and blocks of one generation that were computed and skipped."""
+
+    computed_forwards: int = 0
+    skipped_forwards: int = 0
+    computed_blocks: int = 0
+    skipped_blocks: int = 0
+
+
+@dataclass
+class _Generation:
+    """What one generation remembers for all branches of guidance."""
+
+    gate: Gate
+    counts: Counts = field(default_factory=Counts)
+    decisions: dict[int, bool] = field(default_factory=dict)
+    deciders: dict[int, str] = field(default_factory=dict)
+    skips_in_a_row: int = 0
+    outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    histories: dict[str, History] = field(default_factory=dict)
+
+
+@dataclass
+class _Forward:
+    """The running forward: where it is, and what it has seen."""
+
+    step: int
+    steps: int
+    branch: str
+    latents: Tensor
+    generation: _Generation
+    skip: bool | None  # None until the gate has seen its signal
+    signal: Tensor | None = None
+    start: tuple[Tensor, Tensor | None] | None = None  # input of the part that may be skipped
+    head_input: Tensor | None = None
+    jumped: bool = False
+    blocks: int = 0
+
+
+class StepCache:
+    """The cache of one transformer.
+
+    Args:
+        transformer: it must have no cache of its own.
+        family: of the transformer.
+        config: what to skip.
+
+    Raises:
+        ValueError: the configuration does not fit the transformer's blocks.
+    """
+
+    def __init__(self, transformer: nn.Module, family: ModelFamily, config: CacheConfig) -> None:
+        self.config = config
+        self.family = family
+        self._forward: _Forward | None = None
+        self._lists: list[nn.ModuleList] = [getattr(transformer, name) for name, _ in family.blocks]
+        total = sum(len(blocks) for blocks in self._lists)
+        self._first, self._end = config.first_blocks, total - config.last_blocks
+        self._total = total
+        if self._first >= self._end:
+            raise ValueError(
+                f"cache: expected first_blocks + last_blocks below the {total} blocks of {type(transformer).__name__}, "
+                f"got {config.first_blocks} + {config.last_blocks}; nothing would be left to skip"
+            )
+
+    def install(self) -> Callable[[], None]:
+        """Let the transformer's block lists ask this cache; return a function that undoes it."""
+        before, offset = [type(blocks) for blocks in self._lists], 0
+        for blocks in self._lists:
+            hand_out = functools.partial(self._hand_out, offset)
+            blocks.__class__ = type(type(blocks).__name__, (type(blocks),), {"__iter__": _asking(hand_out)})
+            offset += len(blocks)
+
+        def remove() -> None:
+            for blocks, cls in zip(self._lists, before, strict=True):
+                blocks.__class__ = cls
+
+        return remove
+
+    def begin(
+        self, latents: Tensor, step: int, steps: int, branch: str, memory: MutableMapping[str, Any]
+    ) -> None:
+        """Enter a forward.
+
+        Args:
+            latents: the transformer's input.
+            step, steps: number of the denoising step, and how many there are.
+            branch: of guidance.
+            memory: kept for one generation, shared by its branches.
+        """
+        generation = memory.get("cache")
+        if generation is None:
+            generation = memory["cache"] = _Generation(gate_of(self.config))
+        forward = _Forward(step, steps, branch, latents, generation, skip=None)
+        generation.deciders.setdefault(step, branch)
+        if self.config.schedule is not None:
+            forward.skip = self._allowed(forward) and self.config.schedule.skips(branch, step, steps)
+        elif not self._has_history(forward):
+            forward.skip = False
+        elif step in generation.decisions:
+            forward.skip = generation.decisions[step]
+        elif not self._allowed(forward):
+            forward.skip = False
+        elif GATES[self.config.gate] in ("step", "latents"):
+            forward.signal = latents
+            forward.skip = generation.gate.skip(step, steps, latents)
+        if GATES[self.config.gate] == "latents":
+            forward.signal = latents
+        self._forward = forward
+
+    def end(self, output: Any) -> Any:
+        """Leave the forward; returns what replaces the transformer's output, None where it stays."""
+        forward, self._forward = self._forward, None
+        assert forward is not None
+        generation, counts = forward.generation, forward.generation.counts
+        sample = output[0]
+        counts.computed_blocks += forward.blocks
+        counts.skipped_blocks += self._total - forward.blocks
+        if forward.generation.deciders[forward.step] == forward.branch:
+            generation.decisions[forward.step] = bool(forward.skip)
+            generation.skips_in_a_row = generation.skips_in_a_row + 1 if forward.skip else 0
+            if not forward.skip:
+                generation.gate.computed(forward.step, forward.steps, forward.signal, sample)
+        if not forward.skip:
+            counts.computed_forwards += 1
+            if self.config.target == "output":
+                self._remember_output(forward, sample)
+            return None
+        counts.skipped_forwards += 1
+        if self.config.target != "output":
+            return None
+        return _with_sample(output, self._forecast_output(forward, sample))
+
+    def counts(self, memory: MutableMapping[str, Any]) -> Counts:
+        """What the generation that owns the memory has computed and skipped."""
+        generation = memory.get("cache")
+        return Counts() if generation is None else generation.counts
+
+    def bytes(self, memory: MutableMapping[str, Any]) -> int:
+        """Memory that forecasts take in a generation, without what the gate keeps."""
+        generation = memory.get("cache")
+        if generation is None:
+            return 0
+        outputs = sum(output.numel() * output.element_size() for output in generation.outputs.values())
+        return outputs + sum(history.bytes for history in generation.histories.values())
+
+    def _allowed(self, forward: _Forward) -> bool:
+        """Whether the plan's limits leave the gate a choice at this step."""
+        config = self.config
+        if forward.steps < config.min_steps:
+            return False
+        if config.schedule is not None:
+            return self._has_history(forward)
+        return (
+            config.warm_up <= forward.step < forward.steps - config.cool_down
+            and forward.generation.skips_in_a_row < config.max_skips
+        )
+
+    def _has_history(self, forward: _Forward) -> bool:
+        schedule = self.config.schedule
+        if schedule is not None and forward.steps == schedule.steps:
+            terms = schedule.forecasts.get(forward.branch, {}).get(forward.step, ())
+            stored = forward.generation.outputs
+            return all(term.branch == "latents" or (term.branch, term.step) in stored for term in terms)
+        return bool(self._history(forward).steps)
+
+    def _history(self, forward: _Forward) -> History:
+        order = 1 if self.config.schedule is not None else self.config.order
+        return forward.generation.histories.setdefault(forward.branch, History(order + 1))
+
+    # A compiler cannot trace what changes from step to step; the blocks themselves may be compiled.
+    @torch.compiler.disable(recursive=False)
+    def _hand_out(self, offset: int, blocks: nn.ModuleList) -> Iterator[Callable[..., Any]]:
+        forward = self._forward
+        if forward is None:  # somebody looks through the blocks, no forward is running
+            yield from nn.ModuleList.__iter__(blocks)
+            return
+        here = range(offset, offset + len(blocks))
+        for number, block in zip(here, nn.ModuleList.__iter__(blocks), strict=True):
+            if forward.skip and self._begins_skip(forward, number) <= number < self._end:
+                if number == self._end - 1 and not forward.jumped:
+                    yield functools.partial(self._jump, block)
+                continue
+            yield functools.partial(self._call, number, block)
+
+    def _begins_skip(self, forward: _Forward, number: int) -> int:
+        """First block that a skipped forward leaves out: the head runs where its output is needed."""
+        needed = self.config.residual and self.config.target == "blocks"
+        decided_late = GATES[self.config.gate] == "head" and forward.signal is not None
+        return self._first if needed or decided_late else 0
+
+    def _call(self, number: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = self._forward
+        assert forward is not None
+        hidden, encoder = self._inputs(args, kwargs)
+        looks_at = GATES[self.config.gate]
+        if number == 0:
+            forward.head_input = hidden
+            if looks_at == "input":
+                forward.signal = self.family.modulated(block, _named(block, args, kwargs))
+                if forward.skip is None:
+                    forward.skip = forward.generation.gate.skip(forward.step, forward.steps, forward.signal)
+                if forward.skip and self._first == 0:
+                    return (
+                        self._jump(block, *args, **kwargs) if self._end == 1 else self._pass(hidden, encoder)
+                    )
+        if number == self._first:
+            forward.start = hidden, encoder
+        forward.blocks += 1
+        output = block(*args, **kwargs)
+        if number == self._first - 1 and looks_at == "head":
+            after = self._outputs(output)[0]
+            assert forward.head_input is not None
+            forward.signal = after - forward.head_input if self.config.gate == "first-block" else after
+            if forward.skip is None:
+                forward.skip = forward.generation.gate.skip(forward.step, forward.steps, forward.signal)
+        if number == self._end - 1 and not forward.skip and self.config.target == "blocks":
+            self._remember_blocks(forward, self._outputs(output))
+        return output
+
+    def _jump(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for all skipped blocks: their last one's output, as forecast."""
+        forward = self._forward
+        assert forward is not None
+        forward.jumped = True
+        hidden, encoder = self._inputs(args, kwargs)
+        if self.config.target == "output":
+            return self._pass(hidden, encoder)
+        values = self._history(forward).forecast(forward.step)
+        if self.config.residual:
+            values = tuple(
+                v + now for v, now in zip(values, (hidden, encoder), strict=False) if now is not None
+            )
+        return self._pass(values[0], values[1] if len(values) > 1 else encoder)
+
+    def _pass(self, hidden: Tensor, encoder: Tensor | None) -> Any:
+        """What a block of the family returns for these hidden states."""
+        by_name = {"hidden_states": hidden, "encoder_hidden_states": encoder}
+        parts = tuple(by_name[name] for name in self.family.block_returns)
+        return parts if len(parts) > 1 else parts[0]
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and text of a block's arguments, which all families name alike and take first."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if "encoder_hidden_states" not in self.family.block_returns:
+            return hidden, None
+        return hidden, kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+
+    def _outputs(self, output: Any) -> tuple[Tensor, Tensor | None]:
+        """Hidden states and text of what a block returned."""
+        parts = output if isinstance(output, tuple) else (output,)
+        by_name = dict(zip(self.family.block_returns, parts, strict=True))
+        return by_name["hidden_states"], by_name.get("encoder_hidden_states")
+
+    def _remember_blocks(self, forward: _Forward, output: tuple[Tensor, Tensor | None]) -> None:
+        assert forward.start is not None
+        values: list[Tensor] = []
+        for value, before in zip(output, forward.start, strict=True):
+            # Text that no later block reads need not be kept.
+            if value is not None and (not values or self.config.last_blocks):
+                values.append(value - before if self.config.residual and before is not None else value)
+        self._history(forward).push(forward.step, tuple(values))
+
+    def _remember_output(self, forward: _Forward, sample: Tensor) -> None:
+        schedule = self.config.schedule
+        if schedule is not None and forward.steps == schedule.steps:
+            key = forward.branch, forward.step
+            if key in schedule.needed:
+                forward.generation.outputs[key] = sample
+            return
+        value = sample - _like(forward.latents, sample) if self.config.residual else sample
+        self._history(forward).push(forward.step, (value,))
+
+    def _forecast_output(self, forward: _Forward, sample: Tensor) -> Tensor:
+        schedule = self.config.schedule
+        latents = _like(forward.latents, sample)
+        if schedule is not None and forward.steps == schedule.steps:
+            terms = schedule.forecasts[forward.branch][forward.step]
+            outputs = forward.generation.outputs
+            values = [latents if t.branch == "latents" else outputs[t.branch, t.step] for t in terms]
+            return weighted_sum([v.to(sample.dtype) for v in values], [term.weight for term in terms])
+        value = self._history(forward).forecast(forward.step)[0]
+        return value + latents if self.config.residual else value
+
+
+def _asking(hand_out: Callable[[nn.ModuleList], Iterator[Any]]) -> Callable[[nn.ModuleList], Iterator[Any]]:
+    def __iter__(self: nn.ModuleList) -> Iterator[Any]:
+        return hand_out(self)
+
+    return __iter__
+
+
+def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a block by name."""
+    return dict(zip(_parameter_names(type(block).forward), args, strict=False)) | kwargs
+
+
+@functools.cache
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _like(latents: Tensor, sample: Tensor) -> Tensor:
+    """The part of the transformer's input that its output speaks of: image-to-video appends channels to it."""
+    part = latents[tuple(slice(size) for size in sample.shape)]
+    if latents.ndim != sample.ndim or part.shape != sample.shape:
+        raise ValueError(
+            f"cache: expected latents of at least the output's shape {tuple(sample.shape)}, got "
+            f"{tuple(latents.shape)}; this model cannot use a forecast that reads the latents"
+        )
+    return part
+
+
+def _with_sample(output: Any, sample: Tensor) -> Any:
+    """A transformer's output, tuple or dataclass, with its first value replaced."""
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    return dataclasses.replace(output, sample=sample)

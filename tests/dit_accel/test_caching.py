@@ -1,0 +1,563 @@
+"""Feature caching: nothing changes at threshold 0, forecasts are exact where they can be, and skips are real."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, MagCacheConfig
+
+from dit_accel import AccelPlan, disable, enable, stats
+from dit_accel.caching import CACHES, CacheConfig, Schedule, StepCache, Term, cache_preset
+from dit_accel.caching.config import GATES
+from dit_accel.caching.forecast import History, polynomial_weights, weighted_sum
+from dit_accel.caching.gates import polynomial_fit
+from dit_accel.pipelines import family_of
+from dit_accel.switch import attn_processors
+
+STEPS = 12
+# Every gate, at a size that fits two blocks and few steps.
+SMALL = {
+    "cg-taylor": {"warm_up": 2},
+    "dbcache": {"warm_up": 2, "first_blocks": 1},
+    "easycache": {"warm_up": 2},
+    "first-block": {},
+    "magcache": {"warm_up": 2, "curve": tuple(1.0 - 0.01 * i for i in range(STEPS))},
+    "taylorseer": {"warm_up": 2, "max_skips": 2},
+    "teacache": {},
+}
+
+
+def cached(name, **fields):
+    config = cache_preset(name, **{**SMALL[name], **fields})
+    return dataclasses.replace(AccelPlan.preset("dense"), cache=config)
+
+
+def count_blocks(transformer):
+    """Counts blocks that really ran: a list with one number per block, kept up to date."""
+    # Caches of diffusers skip inside a block's forward, so what a block calls is counted.
+    blocks = family_of(transformer).attention_modules(transformer).values()
+    calls = [0] * len(blocks)
+
+    def hook(number):
+        def count(*_):
+            calls[number] += 1
+
+        return count
+
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(hook(number))
+    return calls
+
+
+def drive(tiny, config, *, steps=STEPS, vary=True):
+    """Runs a bare transformer step by step under a cache; returns outputs and the decisions' counts."""
+    cache = StepCache(tiny.transformer, family_of(tiny.transformer), config)
+    memory, outputs = {}, []
+    remove = cache.install()
+    try:
+        for step in range(steps):
+            inputs = tiny.inputs(timestep=1000.0 - 50.0 * step if vary else 500.0)
+            cache.begin(inputs["hidden_states"], step, steps, "", memory)
+            with torch.no_grad():
+                output = tiny.transformer(**inputs, return_dict=False)
+            replaced = cache.end(output)
+            outputs.append((output if replaced is None else replaced)[0])
+    finally:
+        remove()
+    return outputs, cache.counts(memory)
+
+
+class TestForecast:
+    @pytest.mark.parametrize("order", range(4))
+    def test_polynomials_of_the_order_are_continued_exactly(self, order):
+        generator = torch.Generator().manual_seed(order)
+        coefficients = torch.randn(order + 1, 3, 5, generator=generator, dtype=torch.float64)
+
+        def value(step):
+            return sum(c * (step / 10) ** power for power, c in enumerate(coefficients))
+
+        history = History(order + 1)
+        for step in (0, 1, 4, 5, 9):  # uneven on purpose
+            history.push(step, (value(step), 2 * value(step)))
+        one, two = history.forecast(12)
+        torch.testing.assert_close(one, value(12), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(two, 2 * value(12), rtol=1e-9, atol=1e-9)
+        assert len(history.steps) == order + 1
+        assert history.bytes == (order + 1) * 2 * 15 * 8
+
+    def test_weights_are_lagranges(self):
+        steps = [2, 5, 6]
+        expected = np.polyval(np.polyfit(steps, [1.0, -2.0, 4.0], 2), 9)
+        weights = polynomial_weights(steps, 9)
+        assert np.isclose(np.dot(weights, [1.0, -2.0, 4.0]), expected)
+        assert np.isclose(sum(weights), 1.0)
+
+    def test_sums_are_made_in_float32(self):
+        values = [torch.full((3,), 256.0, dtype=torch.bfloat16), torch.full((3,), 1.0, dtype=torch.bfloat16)]
+        # 256 + 1 - 256 is 0 in bfloat16
+        total = weighted_sum([*values, values[0]], [1.0, 1.0, -1.0])
+        assert total.dtype == torch.bfloat16
+        assert total.tolist() == [1.0] * 3
+
+    def test_one_value_is_returned_as_it_is(self):
+        value = torch.randn(4)
+        history = History(1)
+        history.push(3, (value,))
+        assert history.forecast(7)[0] is value
+
+    def test_polynomial_fit_finds_a_polynomial(self):
+        changes = [0.1 * i for i in range(12)]
+        outcomes = [0.5 * c**3 - c + 0.25 for c in changes]
+        assert np.allclose(polynomial_fit(changes, outcomes, degree=3), (0.5, 0.0, -1.0, 0.25), atol=1e-9)
+
+
+class TestExactness:
+    @pytest.mark.parametrize("name", [name for name in CACHES if name != "taylorseer"])
+    def test_threshold_zero_is_bit_identical(self, wan_pipeline, name):
+        pipe = wan_pipeline()
+        expected = pipe.latents(steps=STEPS)
+        enable(pipe, cached(name, threshold=0.0))
+        assert torch.equal(pipe.latents(steps=STEPS), expected)
+        report = stats(pipe)
+        assert report["skipped_forwards"] == report["skipped_blocks"] == 0
+        assert report["computed_forwards"] == 2 * STEPS
+        disable(pipe)
+        assert torch.equal(pipe.latents(steps=STEPS), expected)
+
+    def test_all_compute_schedule_is_bit_identical(self, wan_pipeline):
+        pipe = wan_pipeline()
+        expected = pipe.latents(steps=STEPS)
+        config = CacheConfig("schedule", target="output", schedule=Schedule(STEPS, {}))
+        enable(pipe, dataclasses.replace(AccelPlan.preset("dense"), cache=config))
+        assert torch.equal(pipe.latents(steps=STEPS), expected)
+
+    @pytest.mark.parametrize("name", CACHES)
+    def test_few_steps_are_left_alone(self, wan_pipeline, name):
+        pipe = wan_pipeline()
+        expected = pipe.latents(steps=8)
+        enable(pipe, cached(name, threshold=1e6))
+        assert torch.equal(pipe.latents(steps=8), expected)
+        disable(pipe)
+        enable(pipe, cached(name, threshold=1e6, min_steps=5))
+        assert not torch.equal(pipe.latents(steps=8), expected)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            CacheConfig("always"),
+            CacheConfig("always", order=2, residual=True),
+            CacheConfig("always", first_blocks=1, residual=True),
+            CacheConfig("always", last_blocks=1, order=1),
+            CacheConfig("always", target="output", residual=True),
+            CacheConfig("always", target="output", order=1, first_blocks=1),
+            CacheConfig("cg-taylor", threshold=9.0, first_blocks=1, order=1, warm_up=3),
+            CacheConfig("first-block", threshold=9.0, first_blocks=1, residual=True),
+            CacheConfig("teacache", threshold=9.0, residual=True, polynomial=(1.0, 0.0)),
+            CacheConfig("easycache", threshold=9.0, residual=True, target="output", warm_up=3),
+        ],
+        ids=lambda config: (
+            f"{config.gate}-{config.target}-{config.first_blocks}{config.last_blocks}{config.residual}"
+        ),
+    )
+    def test_equal_steps_are_forecast_exactly(self, any_tiny, config):
+        """Where nothing changes from step to step, every forecast is right, whatever it is made of."""
+        plain = any_tiny.run(timestep=500.0)
+        outputs, counts = drive(any_tiny, config, vary=False)
+        assert counts.skipped_forwards >= 6
+        band = 64 * torch.finfo(torch.float32).eps * plain.abs().max()
+        for output in outputs:
+            assert (output - plain).abs().max() <= band
+
+    def test_a_residual_is_added_once(self, tiny):
+        """One block left out: the output is that of the head, plus what the block added at the last computed step."""
+        model = tiny("wan")
+        config = CacheConfig("always", first_blocks=1, residual=True, max_skips=1, min_steps=2)
+        seen = []
+        handle = model.transformer.norm_out.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].clone())
+        )
+        drive(model, config, steps=4)
+        handle.remove()
+        blocks = model.transformer.blocks
+        ins, outs = [], []
+        blocks[1].register_forward_pre_hook(lambda _, args: ins.append(args[0].clone()))
+        blocks[1].register_forward_hook(lambda *a: outs.append(a[2].clone()))
+        for step in range(4):
+            model.run(timestep=1000.0 - 50.0 * step)
+        # steps 0, 2 and 3 are computed (3 is the last), 1 is not
+        torch.testing.assert_close(seen[1], ins[1] + (outs[0] - ins[0]))
+        torch.testing.assert_close(seen[2], outs[2])
+        torch.testing.assert_close(seen[3], outs[3])
+
+
+class TestSkips:
+    @pytest.mark.parametrize("max_skips", [1, 2, 3])
+    def test_counts_are_those_of_the_blocks(self, any_tiny, max_skips):
+        calls = count_blocks(any_tiny.transformer)
+        config = CacheConfig("always", max_skips=max_skips, warm_up=3, cool_down=2)
+        _, counts = drive(any_tiny, config)
+        expected = [
+            step < 3 or step >= STEPS - 2 or (step - 3) % (max_skips + 1) == max_skips
+            for step in range(STEPS)
+        ]
+        assert calls == [sum(expected)] * len(calls)
+        assert counts.computed_forwards == sum(expected)
+        assert counts.computed_blocks == sum(calls)
+        assert counts.computed_blocks + counts.skipped_blocks == STEPS * len(calls)
+
+    def test_head_and_tail_always_run(self, tiny):
+        for name in ("wan", "flux", "hunyuan_video"):
+            model = tiny(name, layers=4)
+            calls = count_blocks(model.transformer)
+            drive(model, CacheConfig("always", first_blocks=1, last_blocks=1, residual=True))
+            assert calls[0] == calls[-1] == STEPS
+            assert set(calls[1:-1]) == {4}
+
+    def test_both_branches_follow_one_decision(self, wan_pipeline):
+        pipe = wan_pipeline()
+        calls = count_blocks(pipe.transformer)
+        enable(pipe, cached("cg-taylor", threshold=0.5))
+        pipe.latents(steps=STEPS)
+        report = stats(pipe)
+        assert report["skipped_forwards"] > 0
+        assert report["skipped_forwards"] % 2 == 0
+        assert sum(calls) == report["computed_blocks"]
+        # the head runs for the branch that decides, and nowhere else in a skipped step
+        assert calls[0] - calls[1] == report["skipped_forwards"] // 2
+
+    def test_order_of_the_branches_changes_nothing(self, wan_pipeline):
+        """A schedule keeps the branches apart: swap the prompts and the forecasts, and the latents are the same."""
+        forecasts = {
+            "cond": {4: (Term("cond", 3, 1.5), Term("cond", 2, -0.5)), 6: (Term("cond", 5, 1.0),)},
+            "uncond": {6: (Term("uncond", 5, 0.9), Term("latents", 6, 0.1))},
+        }
+        swapped = {
+            "cond": {6: (Term("cond", 5, 0.9), Term("latents", 6, 0.1))},
+            "uncond": {4: (Term("uncond", 3, 1.5), Term("uncond", 2, -0.5)), 6: (Term("uncond", 5, 1.0),)},
+        }
+        latents = []
+        for scale, table in ((4.0, forecasts), (-3.0, swapped)):
+            pipe = wan_pipeline()
+            enable(pipe, scheduled(table))
+            generator = torch.Generator().manual_seed(1)
+            prompt, negative = torch.randn(2, 1, 5, 12, generator=generator)
+            prompts = (prompt, negative) if scale > 0 else (negative, prompt)
+            latents.append(raw(pipe, *prompts, scale))
+            assert stats(pipe)["skipped_forwards"] == 3
+        # uncond + 4 (cond - uncond) = cond - 3 (uncond - cond)
+        torch.testing.assert_close(latents[0], latents[1], rtol=1e-4, atol=1e-4)
+
+    def test_forecasts_of_a_schedule_are_the_sums_it_says(self, wan_pipeline):
+        pipe = wan_pipeline()
+        terms = (Term("cond", 4, 1.25), Term("cond", 2, -0.5), Term("latents", 5, 0.125))
+        enable(
+            pipe,
+            scheduled({"cond": {5: terms}, "uncond": {5: (Term("cond", 4, 0.5), Term("uncond", 4, 0.5))}}),
+        )
+        seen = []
+        pipe.transformer.register_forward_hook(
+            lambda _, args, kwargs, out: seen.append((kwargs["hidden_states"].clone(), out[0].clone())),
+            with_kwargs=True,
+        )
+        pipe.latents(steps=STEPS)
+        cond, uncond = seen[0::2], seen[1::2]
+        expected = 1.25 * cond[4][1] - 0.5 * cond[2][1] + 0.125 * cond[5][0]
+        torch.testing.assert_close(cond[5][1], expected)
+        torch.testing.assert_close(uncond[5][1], 0.5 * cond[4][1] + 0.5 * uncond[4][1])
+        # three outputs are kept: cond 2, cond 4 and uncond 4
+        assert stats(pipe)["cache_bytes"] == 3 * cond[4][1].numel() * 4
+
+    def test_uncond_may_read_cond_of_the_same_step(self, wan_pipeline):
+        pipe = wan_pipeline()
+        enable(pipe, scheduled({"uncond": {s: (Term("cond", s, 1.0),) for s in range(3, 9)}}))
+        pipe.latents(steps=STEPS)
+        assert stats(pipe)["skipped_forwards"] == 6
+
+    @pytest.mark.parametrize("steps", [18, 36, 40])
+    def test_a_schedule_serves_other_step_counts(self, wan_pipeline, steps):
+        schedule = Schedule(
+            18, {b: {s: (Term(b, s - 1, 1.0),) for s in (6, 9, 12)} for b in ("cond", "uncond")}
+        )
+        assert [s for s in range(18) if schedule.skips("cond", s, 18)] == [6, 9, 12]
+        pipe = wan_pipeline()
+        enable(pipe, dataclasses.replace(AccelPlan.preset("dense"), cache=CacheConfig(
+            "schedule", target="output", schedule=schedule)))  # fmt: skip
+        assert bool(pipe.latents(steps=steps).isfinite().all())
+        share = stats(pipe)["skipped_forwards"] / (2 * steps)
+        assert abs(share - 3 / 18) < 0.03
+
+    def test_two_experts_have_a_cache_each(self, wan_pipeline):
+        pipe = wan_pipeline(experts=2)
+        calls = count_blocks(pipe.transformer), count_blocks(pipe.transformer_2)
+        enable(pipe, cached("taylorseer", max_skips=1, warm_up=1))
+        pipe.latents(steps=16)
+        first, second = (found[0] // 2 for found in calls)
+        experts = [count for count in (first, second) if count]
+        assert len(experts) == 2
+        report = stats(pipe)
+        assert report["computed_forwards"] + report["skipped_forwards"] == 32
+        assert report["computed_forwards"] == 2 * (first + second)
+        # the second expert has no history when it takes over, so its first step is computed
+        assert second >= 2
+
+
+def scheduled(table, steps=STEPS):
+    config = CacheConfig("schedule", target="output", schedule=Schedule(steps, table))
+    return dataclasses.replace(AccelPlan.preset("dense"), cache=config)
+
+
+def raw(pipe, prompt, negative, scale):
+    """Latents of a guided generation with any guidance scale; pipelines switch guidance off at 1 and below."""
+    pipe.scheduler.set_timesteps(STEPS)
+    pipe._num_timesteps = STEPS
+    latents = torch.randn(1, 4, 3, 10, 14, generator=torch.Generator().manual_seed(5))
+    pipe.transformer._reset_stateful_cache()
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            outputs = {}
+            for branch, text in (("cond", prompt), ("uncond", negative)):
+                with pipe.transformer.cache_context(branch):
+                    outputs[branch] = pipe.transformer(
+                        latents, t.expand(1), text[None] if text.ndim == 2 else text, return_dict=False
+                    )[0]
+            guided = outputs["uncond"] + scale * (outputs["cond"] - outputs["uncond"])
+            latents = pipe.scheduler.step(guided, t, latents, return_dict=False)[0]
+    return latents
+
+
+FIRST_BLOCK = (0.4, 0.7, 1.0)
+
+
+class TestPublished:
+    """The same generation by diffusers' own caches, which know no warm-up, cool-down or limit."""
+
+    def theirs(self, wan_pipeline, config):
+        pipe = wan_pipeline(layers=3)
+        calls = count_blocks(pipe.transformer)
+        pipe.transformer.enable_cache(config)
+        return pipe.latents(steps=STEPS, guidance_scale=1.0), calls
+
+    def ours(self, wan_pipeline, config):
+        pipe = wan_pipeline(layers=3)
+        calls = count_blocks(pipe.transformer)
+        enable(pipe, dataclasses.replace(AccelPlan.preset("dense"), cache=config))
+        return pipe.latents(steps=STEPS, guidance_scale=1.0), calls
+
+    @pytest.mark.parametrize("threshold", FIRST_BLOCK)
+    def test_first_block(self, wan_pipeline, threshold):
+        expected, their_calls = self.theirs(wan_pipeline, FirstBlockCacheConfig(threshold=threshold))
+        latents, calls = self.ours(
+            wan_pipeline,
+            CacheConfig("first-block", threshold, residual=True, first_blocks=1, max_skips=99),
+        )
+        skipped_last = their_calls[-1] != calls[-1]  # we compute the last step whatever the gate says
+        assert their_calls[0] == calls[0] == STEPS
+        assert calls[-1] - their_calls[-1] in (0, 1)
+        if not skipped_last:
+            torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+    def test_first_block_thresholds_cover_both_cases(self, wan_pipeline):
+        counts = [self.theirs(wan_pipeline, FirstBlockCacheConfig(threshold=t))[1][-1] for t in FIRST_BLOCK]
+        assert STEPS == counts[0] > counts[1] > counts[2]
+
+    def test_magcache(self, wan_pipeline):
+        curve = [1.0, 0.99, 0.98, 0.97, 0.99, 0.95, 0.97, 0.96, 0.95, 0.97, 0.9, 0.7]
+        theirs = MagCacheConfig(
+            threshold=0.1, max_skip_steps=2, retention_ratio=0.2, num_inference_steps=STEPS, mag_ratios=curve
+        )
+        expected, their_calls = self.theirs(wan_pipeline, theirs)
+        latents, calls = self.ours(
+            wan_pipeline,
+            CacheConfig("magcache", 0.1, residual=True, warm_up=2, max_skips=2, curve=tuple(curve)),
+        )
+        assert calls[-1] == their_calls[-1] < STEPS
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+class TestState:
+    @pytest.mark.parametrize("name", CACHES)
+    def test_a_second_generation_equals_a_fresh_one(self, wan_pipeline, name):
+        pipe, fresh = wan_pipeline(), wan_pipeline()
+        for one in (pipe, fresh):
+            enable(one, cached(name, threshold=0.3))
+        pipe.latents(steps=STEPS + 5)
+        again = pipe.latents(steps=STEPS)
+        assert torch.equal(again, fresh.latents(steps=STEPS))
+        assert stats(pipe) == stats(fresh)
+
+    def test_after_an_interruption(self, wan_pipeline):
+        pipe, fresh = wan_pipeline(), wan_pipeline()
+        for one in (pipe, fresh):
+            enable(one, cached("cg-taylor", threshold=0.3))
+
+        class Stop(Exception):
+            pass
+
+        def stop(_pipe, step, _timestep, tensors):
+            if step == 6:
+                raise Stop
+            return {}
+
+        with pytest.raises(Stop):
+            pipe.latents(steps=STEPS, callback_on_step_end=stop)
+        assert torch.equal(pipe.latents(steps=STEPS), fresh.latents(steps=STEPS))
+
+    def test_after_an_error_inside_a_block(self, wan_pipeline):
+        pipe, fresh = wan_pipeline(), wan_pipeline()
+        for one in (pipe, fresh):
+            enable(one, cached("taylorseer"))
+        calls = itertools.count()
+
+        def fail(*_):
+            if next(calls) == 5:
+                raise RuntimeError("out of luck")
+
+        handle = pipe.transformer.blocks[1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            pipe.latents(steps=STEPS)
+        handle.remove()
+        assert torch.equal(pipe.latents(steps=STEPS), fresh.latents(steps=STEPS))
+
+    def test_disable_gives_the_lists_back(self, wan_pipeline):
+        pipe = wan_pipeline()
+        before = type(pipe.transformer.blocks)
+        enable(pipe, cached("taylorseer"))
+        assert isinstance(pipe.transformer.blocks, before)
+        assert list(pipe.transformer.blocks) == [pipe.transformer.blocks[0], pipe.transformer.blocks[1]]
+        disable(pipe)
+        assert type(pipe.transformer.blocks) is before
+
+    def test_with_sparse_attention(self, wan_pipeline):
+        pipe = wan_pipeline()
+        enable(
+            pipe,
+            AccelPlan.preset("window", density=0.3, cache=cache_preset("taylorseer", **SMALL["taylorseer"])),
+        )
+        assert bool(pipe.latents(steps=STEPS).isfinite().all())
+        report = stats(pipe)
+        assert report["sparse_calls"] == 2 * report["computed_forwards"]
+        assert report["skipped_forwards"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled_blocks_give_the_same(wan_pipeline):
+    torch._dynamo.reset()
+    pipe = wan_pipeline()
+    enable(pipe, cached("cg-taylor", threshold=0.3))
+    expected = pipe.latents(steps=STEPS)
+    report = stats(pipe)
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        latents = pipe.latents(steps=STEPS)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    assert stats(pipe) == report
+    torch._dynamo.reset()
+
+
+class TestPlans:
+    @pytest.mark.parametrize("name", CACHES)
+    def test_saved_and_read(self, tmp_path, name):
+        plan = cached(name, threshold=0.25)
+        plan.save_pretrained(tmp_path / "plan")
+        assert AccelPlan.from_pretrained(tmp_path / "plan").cache == plan.cache
+
+    def test_schedules_are_saved(self, tmp_path):
+        plan = scheduled({"cond": {4: (Term("cond", 3, 1.5), Term("latents", 4, 0.1))}, "uncond": {}})
+        plan.save_pretrained(tmp_path / "plan")
+        assert AccelPlan.from_pretrained(tmp_path / "plan").cache == plan.cache
+
+    def test_presets(self):
+        plan = AccelPlan.preset("cg-taylor", threshold=0.3, warm_up=7)
+        assert plan.cache.gate == "cg-taylor"
+        assert (plan.cache.threshold, plan.cache.warm_up) == (0.3, 7)
+        assert [c.family for c in plan.candidates] == ["dense"]
+        assert {config["gate"] for config in CACHES.values()} == set(GATES) - {"schedule"}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"gate": "luck"}, "gate: expected one of schedule, always, .* got 'luck'"),
+            ({"gate": "always", "order": 4}, "order: expected an integer from 0 to 3, got 4"),
+            ({"gate": "always", "warm_up": 0}, "warm_up: expected an integer from 1, got 0"),
+            ({"gate": "always", "threshold": -1.0}, "threshold: expected a number from 0, got -1.0"),
+            ({"gate": "always", "target": "sky"}, "target: expected one of blocks, output, got 'sky'"),
+            ({"gate": "cg-taylor"}, "first_blocks: expected at least 1 for gate 'cg-taylor'"),
+            ({"gate": "magcache"}, r"curve: expected numbers for gate 'magcache', got \(\); .*measure_cache"),
+            ({"gate": "always", "curve": (1.0,)}, "curve: expected none for gate 'always'"),
+            ({"gate": "schedule"}, "schedule: expected a Schedule for gate 'schedule', got None"),
+            (
+                {"gate": "always", "target": "output", "last_blocks": 1},
+                "last_blocks: expected 0 for the target",
+            ),
+            ({"gate": "always", "residual": 1}, "residual: expected true or false, got 1"),
+        ],
+    )
+    def test_configurations(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            CacheConfig(**fields)
+
+    @pytest.mark.parametrize(
+        ("forecasts", "message"),
+        [
+            ({"cond": {12: (Term("cond", 3, 1.0),)}}, "expected a step from 0 to 11"),
+            ({"cond": {4: ()}}, "expected at least one term"),
+            (
+                {"cond": {4: (Term("cond", 4, 1.0),)}},
+                "terms of computed forwards up to that step, got 'cond' at step 4",
+            ),
+            ({"cond": {4: (Term("uncond", 5, 1.0),)}}, "got 'uncond' at step 5"),
+        ],
+    )
+    def test_schedules(self, forecasts, message):
+        with pytest.raises(ValueError, match=message):
+            Schedule(STEPS, forecasts)
+
+    def test_unknown_fields_and_names(self):
+        with pytest.raises(ValueError, match="cache 'cg-taylor' has no field treshold"):
+            AccelPlan.preset("cg-taylor", treshold=0.1)
+        with pytest.raises(ValueError, match="unknown cache 'none'; caches: cg-taylor"):
+            AccelPlan.preset("window", density=0.3, cache="none")
+        with pytest.raises(ValueError, match="preset 'cg-taylor' is a cache"):
+            AccelPlan.preset("cg-taylor", density=0.3)
+        with pytest.raises(ValueError, match="caches: cg-taylor"):
+            AccelPlan.preset("nothing")
+
+    def test_nothing_left_to_skip(self, wan_pipeline):
+        pipe = wan_pipeline()
+        with pytest.raises(ValueError, match=r"below the 2 blocks of WanTransformer3DModel, got 8 \+ 0"):
+            enable(pipe, AccelPlan.preset("dbcache"))
+        assert torch.equal(pipe.latents(), pipe.latents())
+
+    def test_bare_transformers(self, tiny):
+        transformer = tiny("wan").transformer
+        for call in (enable, attn_processors):
+            with pytest.raises(
+                ValueError, match="expected a pipeline, since the plan's cache needs its step schedule"
+            ):
+                call(transformer, cached("taylorseer"))
+
+    def test_beside_a_cache_of_diffusers(self, wan_pipeline):
+        pipe = wan_pipeline()
+        pipe.transformer.enable_cache(FirstBlockCacheConfig())
+        with pytest.raises(
+            ValueError, match="no cache beside the plan's own, got diffusers' FirstBlockCacheConfig"
+        ):
+            enable(pipe, cached("taylorseer"))
+        pipe.transformer.disable_cache()
+        enable(pipe, cached("taylorseer"))
+        pipe.transformer.enable_cache(FirstBlockCacheConfig())
+        with pytest.raises(RuntimeError, match=r"got FirstBlockCacheConfig; call disable_cache\(\)"):
+            pipe.latents()
+
+    def test_sparse_attention_alone_composes_with_diffusers(self, wan_pipeline):
+        pipe = wan_pipeline()
+        enable(pipe, AccelPlan.preset("window", density=0.3))
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+        assert bool(pipe.latents(steps=STEPS).isfinite().all())
+        assert stats(pipe)["sparse_calls"] < 2 * 2 * STEPS
