@@ -161,7 +161,8 @@ def _chosen(
         return Selection(lists_of(space, everything(space), heads), order, order, grid, space.order_name)
     kept = space.kept(density)
     query, key = space.reorder(query), space.reorder(key)
-    key_order, order_name = order, space.order_name
+    key_order: Tensor = order
+    order_name: str | None = space.order_name
     if segment:
         places = sorted_keys(space, query, key, scale, segment)
         key = key.gather(1, places.transpose(1, 2)[..., None].expand_as(key))
