@@ -1,5 +1,6 @@
 """Calibration: measure every attention head once, then choose what each may skip."""
 
+from dit_accel.calibration.heads import HeadScore, choose, profile_heads
 from dit_accel.calibration.run import calibrate
 
-__all__ = ["calibrate"]
+__all__ = ["HeadScore", "calibrate", "choose", "profile_heads"]

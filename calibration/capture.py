@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dit_accel.calibration.downstream import Downstream
 from dit_accel.calibration.profile import profile_call
 from dit_accel.calibration.tables import ProfileSums
 from dit_accel.evaluation.timing import now
@@ -21,7 +23,7 @@ FirstCall = Callable[[AccelState, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
 class Recorder:
-    """Profiles what the `capture` of every `AccelState` of a pipeline sees during one dense generation.
+    """Profiles what the attention calls of a pipeline's transformers see during one dense generation.
 
     Attributes:
         sums: profiles by guidance branch.
@@ -36,6 +38,8 @@ class Recorder:
         layers: int,
         *,
         first_call: FirstCall | None = None,
+        downstream: bool = True,
+        seed: int = 0,
     ) -> None:
         self.sums: dict[str, ProfileSums] = {}
         self.progress: list[float] = []
@@ -44,11 +48,33 @@ class Recorder:
         self._sampled = sampled
         self._layers = layers
         self._first_call = first_call
+        self._downstream = downstream
+        self._seed = seed
         self._calls = 0
 
-    def attach(self, state: AccelState) -> None:
-        """Listens to the calls of a transformer. A pipeline's experts share one recorder."""
+    @contextmanager
+    def attached(self, state: AccelState, transformer: nn.Module) -> Iterator[None]:
+        """Listens to the calls of a transformer. A pipeline's experts share one recorder.
+
+        With `downstream` the calls are profiled on the way back of a backward pass, when the gradient is known too.
+        """
         state.capture = functools.partial(self._call, state)
+        if not self._downstream:
+            yield
+            return
+        probe = Downstream(state, self._layers, self._is_sampled, self._profile, self._seed)
+        with probe.watching(transformer):
+            yield
+        self.seconds += probe.seconds
+
+    def _is_sampled(self, state: AccelState) -> bool:
+        return self._range(state) is not None
+
+    def _range(self, state: AccelState) -> int | None:
+        """The range that the running forward is profiled for."""
+        if not self.progress or self.progress[-1] != state.progress:
+            self.progress.append(state.progress)
+        return self._sampled.get(len(self.progress) - 1)
 
     def _call(
         self,
@@ -63,22 +89,19 @@ class Recorder:
         if self._first_call is not None:
             self._first_call(state, query, key, value, key_mask)
             self._first_call = None
-        if not self.progress or self.progress[-1] != state.progress:
-            self.progress.append(state.progress)
-        number = self._sampled.get(len(self.progress) - 1)
-        if number is not None:
-            self._profile(number, state, layer, query, key, value, key_mask)
+        if self._range(state) is not None and not self._downstream:
+            self._profile(state, layer, query, key, value, key_mask, None)
         self.seconds += now(query.device) - start
 
     def _profile(
         self,
-        number: int,
         state: AccelState,
         layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         key_mask: Tensor | None,
+        gradient: Tensor | None,
     ) -> None:
         if state.grid is None:
             raise RuntimeError(
@@ -99,6 +122,7 @@ class Recorder:
                 block=state.plan.block,
                 phase=self._calls * _GOLDEN % 1.0,
                 key_mask=key_mask,
+                gradient=gradient,
             )
         self._calls += 1
-        self.sums[state.branch].add_call(number, layer, call)
+        self.sums[state.branch].add_call(self._sampled[len(self.progress) - 1], layer, call, gradient)

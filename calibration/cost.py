@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -43,9 +43,10 @@ def measure_latency(
     """Times one attention call of `[batch, seq, heads, dim]` with all heads on each candidate, selection
     included.
 
-    Every few calls the original attention is timed too, and candidates are taken relative to it, so that a
-    machine that slows down half-way does not favour the candidates measured first. Median of three rounds
-    after one warm-up.
+    Dynamic families find what a step before left them, as in the middle of a generation, and choose anew: what the
+    option `reuse` saves is not counted. Every few calls the original attention is timed too, and candidates are taken
+    relative to it, so that a machine that slows down half-way does not favour the candidates measured first. Median
+    of three rounds after one warm-up.
 
     Args:
         original: the attention that an all-dense layer runs.
@@ -64,15 +65,17 @@ def measure_latency(
             key,
             value,
             grid,
-            candidates,
+            fresh,
             [number],
             block=block,
             key_mask=key_mask,
             backend=backend,
-            cache=cache,
+            layer=0,
+            cache=caches[number],
         )
 
-    cache: dict[Any, Any] = {}  # of the lists that do not depend on the data, as a generation keeps them
+    fresh = [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in candidates]
+    caches: list[dict[Any, Any]] = [{} for _ in candidates]  # what a generation keeps from step to step
     relative: list[list[float]] = [[] for _ in candidates]
     references: list[float] = []
     for round_number in range(_ROUNDS + 1):

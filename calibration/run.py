@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from dit_accel.calibration.candidates import default_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
-from dit_accel.calibration.choose import choose_density
+from dit_accel.calibration.goals import Goal, the_goal
+from dit_accel.calibration.knapsack import choose_density
 from dit_accel.calibration.schedule import range_bounds, range_starts, sampled_steps
 from dit_accel.calibration.stages import LATENCY_STEPS, Stages
 from dit_accel.calibration.tables import build_profile
 from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
 from dit_accel.evaluation.generate import quiet
-from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import machine, weights_digest
 from dit_accel.pipelines import family_of
@@ -38,7 +38,11 @@ def calibrate(
     num_inference_steps: int,
     guidance_scale: float,
     target_psnr: float | None = None,
+    target_ssim: float | None = None,
+    target_latent_rel_l2: float | None = None,
     density: float | None = None,
+    speedup: float | None = None,
+    downstream: bool = True,
     output_dir: str | Path | None = None,
     seed: int = 0,
     held_out_prompts: Sequence[str] | None = None,
@@ -47,9 +51,9 @@ def calibrate(
     """Measure a pipeline's attention heads and return the fastest plan at the quality asked for.
 
     Prompt i is generated densely once, with the seed `seed + i`, while its attention is profiled and the
-    latency of every candidate is measured; then each step range, layer and head gets a candidate. With
-    `target_psnr` up to five accelerated generations of the first two prompts steer the choice. Two prompts
-    are enough; more cost a dense generation each.
+    latency of every candidate is measured; then each step range, layer and head gets a candidate. With a target
+    up to five accelerated generations of the first two prompts steer the choice. Two prompts are enough; more
+    cost a dense generation each. Exactly one of the targets, `density` and `speedup` is given.
 
     Args:
         pipe: a diffusers pipeline with a supported transformer, without a plan on it; it is left as it was.
@@ -57,16 +61,23 @@ def calibrate(
         height, width: pixels.
         num_frames: frames of the video; image pipelines do not read it.
         target_psnr: mean PSNR in dB against the dense runs that the plan should reach.
+        target_ssim: mean SSIM against the dense runs, above 0 and below 1. The mean is one of log(1 - SSIM).
+        target_latent_rel_l2: `‖latents − dense‖ / ‖dense‖` of the final latents, above 0 and below 1; its mean is
+            geometric.
         density: mean density over all attention calls that the plan should have, instead of a PSNR; the plan
             of least error at that density, however long its candidates take.
+        speedup: of whole generations over dense ones; the plan of least error that is as fast, corrected by up to
+            three generations of the first prompt.
+        downstream: weigh errors by how far they move the model's prediction, which takes a backward pass through the
+            transformer at the profiled steps. Otherwise all layers count alike.
         output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
             any moment and called again with the same arguments, it continues and ends with the same plan.
             Called with another target_psnr or density, it keeps what was measured and only chooses anew.
         held_out_prompts: further prompts on which PSNR and speed-up are measured, see `plan.validated`.
 
     Raises:
-        ValueError: not exactly one of target_psnr and density, no prompts, an unsupported pipeline or one
-            with a plan, or an output_dir that holds a calibration of other prompts, settings, weights or of
+        ValueError: not exactly one goal, no prompts, an unsupported pipeline or one with a plan, a transformer that
+            no gradient can pass, or an output_dir that holds a calibration of other prompts, settings, weights or of
             another machine.
 
     Example:
@@ -76,7 +87,14 @@ def calibrate(
     prompts, held_out = _texts("prompts", prompts), _texts("held_out_prompts", held_out_prompts or [])
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
-    _check_goal(target_psnr, density)
+    asked = {
+        "target_psnr": target_psnr,
+        "target_ssim": target_ssim,
+        "target_latent_rel_l2": target_latent_rel_l2,
+        "density": density,
+        "speedup": speedup,
+    }
+    goal = the_goal(**asked)
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
     conditions: dict[str, Any] = {"seed": seed, **settings.to_dict()}
     candidates = default_candidates()
@@ -84,15 +102,16 @@ def calibrate(
         "prompts": prompts,
         "held_out_prompts": held_out,
         **conditions,
+        "downstream": downstream,
         "candidates": [candidate.label for candidate in candidates],
         **_describe(pipe),
     }
     checkpoint = Checkpoint(None if output_dir is None else Path(output_dir) / "calibration", fingerprint)
-    generations = generations_needed(len(prompts), len(held_out), searching=target_psnr is not None)
+    generations = generations_needed(len(prompts), len(held_out), goal)
     steps = generations * num_inference_steps + (0 if checkpoint.load("latency") else LATENCY_STEPS)
     bounds = range_bounds(num_inference_steps)
     with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar:
-        stages = Stages(pipe, settings, candidates, checkpoint, bar)
+        stages = Stages(pipe, settings, candidates, checkpoint, bar, downstream=downstream)
         runs = [
             stages.profiled(f"dense_{i}", prompt, seed + i, sampled_steps(bounds, i, len(prompts)))
             for i, prompt in enumerate(prompts)
@@ -104,6 +123,7 @@ def calibrate(
             bounds=bounds,
             progress=runs[0].progress,
             guidance_scale=guidance_scale,
+            downstream=downstream,
         )
         draft = AccelPlan(
             candidates=candidates,
@@ -113,22 +133,18 @@ def calibrate(
             model_class=family_of(pipe.transformer).transformer_class,
             config_hash=config_hash_of(pipe.transformer),
             grid=runs[0].grid,
-            objective={"target_psnr": target_psnr, "density": density, **conditions},
+            objective={**asked, "downstream": downstream, **conditions},
         )
-        validation = Validation(stages, draft, profile.tables, runs, prompts, held_out, seed)
-        if density is not None:
-            choice = choose_density(profile.tables, density)
-        elif target_psnr is not None:
-            choice = validation.meet(target_psnr)
-        validated = validation.report(choice)
+        validation = Validation(stages, draft, profile.tables, runs, prompts, held_out, seed, goal)
+        if goal.quality is not None:
+            choice = validation.meet_quality()
+        elif goal.name == "speedup":
+            choice = validation.meet_speedup()
+        else:
+            choice = choose_density(profile.tables, goal.value)
+        validated = validation.report(choice) | profile.sensitivities()
     plan = replace(draft, choice=choice, validated=validated, **profile.measures(choice))
-    if target_psnr is not None and (choice == profile.tables.dense).all():
-        tqdm.write(f"target_psnr {target_psnr:g} dB: only dense attention reaches it, nothing will be faster")
-    if not validated.get("target_met", True):
-        tqdm.write(
-            f"target_psnr {target_psnr:g} dB was not reached in {MAX_TRIALS} generations; the plan is the "
-            f"most faithful that was tried, {validated['psnr_calibration']:.2f} dB on the calibration prompts"
-        )
+    _say(goal, validated, all_dense=bool((choice == profile.tables.dense).all()))
     if output_dir is not None:
         plan.save_pretrained(output_dir)
     return plan
@@ -140,18 +156,26 @@ def _texts(name: str, prompts: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
-def _check_goal(target_psnr: float | None, density: float | None) -> None:
-    if (target_psnr is None) == (density is None):
-        raise ValueError(
-            "expected exactly one of target_psnr and density, "
-            f"got target_psnr={target_psnr!r}, density={density!r}"
+def _say(goal: Goal, validated: dict[str, Any], *, all_dense: bool) -> None:
+    """What the user has to know of a plan that is not what was asked for, in one line."""
+    unit = " dB" if goal.name == "target_psnr" else ""
+    if goal.quality is not None and all_dense:
+        tqdm.write(
+            f"{goal.name} {goal.value:g}{unit}: only dense attention reaches it, nothing will be faster"
         )
-    if density is not None and not 0.0 < density <= 1.0:
-        raise ValueError(f"density: expected a number above 0 and up to 1, got {density!r}")
-    if target_psnr is not None and not 0.0 < target_psnr < PSNR_CEILING_DB:
-        raise ValueError(
-            f"target_psnr: expected dB above 0 and below {PSNR_CEILING_DB:g}, got {target_psnr!r}"
+    if validated.get("target_met", True):
+        return
+    if goal.quality is None:
+        tqdm.write(
+            f"speedup {goal.value:g} was not reached; the plan is the fastest that was tried, "
+            f"{validated['speedup']:.2f} times as fast as dense"
         )
+        return
+    found = validated[f"{goal.quality.metric}_calibration"]
+    tqdm.write(
+        f"{goal.name} {goal.value:g}{unit} was not reached in {MAX_TRIALS} generations; the plan is the most faithful "
+        f"that was tried, {found:.4g}{unit} on the calibration prompts"
+    )
 
 
 def _describe(pipe: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Finds the plan that meets a PSNR target with few generations.
+"""Finds the plan that meets a quality target with few generations.
 
-Over the useful range PSNR falls almost linearly with the logarithm of the plan's predicted error, at a slope
-that all prompts share and a height that differs between them. Each generation adds one point to that line,
-whatever its prompt.
+Qualities are in dB, see `goals`. Over the useful range they fall almost linearly with the logarithm of the plan's
+predicted error, at a slope that all prompts share and a height that differs between them. Each generation adds
+one point to that line, whatever its prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from statistics import fmean
 import numpy as np
 from torch import Tensor
 
-from dit_accel.calibration.choose import choose, most_faithful_multiplier, multiplier_for_error, total_error
+from dit_accel.calibration.knapsack import choose, most_faithful_multiplier, multiplier_for_error, total_error
 from dit_accel.calibration.tables import Tables
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 
@@ -39,11 +39,11 @@ class Trial:
     plan: str
     prompt: int
     log_error: float
-    psnr: float
+    quality: float
 
 
 class Line:
-    """The line fitted to trials: `psnr(prompt, log_error)`, by least squares with the prior beliefs above."""
+    """The line fitted to trials: `quality(prompt, log_error)`, by least squares with the prior beliefs above."""
 
     def __init__(self, trials: Sequence[Trial], prompts: int, target: float) -> None:
         unknowns = 2 + prompts
@@ -60,19 +60,19 @@ class Line:
         for prompt in range(prompts):
             observe({2 + prompt: 1.0}, *_PROMPT_DB)
         for trial in trials:
-            misfit = _MISFIT_DB + _MISFIT_PER_DB * abs(trial.psnr - target)
-            observe({0: 1.0, 1: -trial.log_error, 2 + trial.prompt: 1.0}, trial.psnr, misfit)
+            misfit = _MISFIT_DB + _MISFIT_PER_DB * abs(trial.quality - target)
+            observe({0: 1.0, 1: -trial.log_error, 2 + trial.prompt: 1.0}, trial.quality, misfit)
         solution = np.linalg.lstsq(np.stack(rows), np.array(values), rcond=None)[0]
         self._height, self._slope = float(solution[0]), max(float(solution[1]), 1.0)
         self._offsets = [float(offset) for offset in solution[2:]]
 
-    def psnr(self, prompt: int, log_error: float) -> float:
-        """Expected PSNR of one prompt in dB."""
+    def quality(self, prompt: int, log_error: float) -> float:
+        """Expected quality of one prompt in dB."""
         return self._height + self._offsets[prompt] - self._slope * log_error
 
-    def log_error(self, psnr: float) -> float:
-        """The log10 error at which the mean over the prompts is expected to have this PSNR."""
-        return (self._height + float(np.mean(self._offsets)) - psnr) / self._slope
+    def log_error(self, quality: float) -> float:
+        """The log10 error at which the mean over the prompts is expected to have this quality."""
+        return (self._height + float(np.mean(self._offsets)) - quality) / self._slope
 
 
 def next_log_error(trials: Sequence[Trial], prompts: int, target: float) -> float:
@@ -86,13 +86,13 @@ def next_log_error(trials: Sequence[Trial], prompts: int, target: float) -> floa
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found: the plan's multiplier, its mean PSNR in dB, and whether that meets the target.
+    """What a search found: the plan's multiplier, its mean quality in dB, and whether that meets the target.
 
     `trials` are all that were run and `plan` names the one chosen among them; None is the all-dense plan.
     """
 
     multiplier: float
-    psnr: float
+    quality: float
     met: bool
     plan: str | None
     trials: tuple[Trial, ...]
@@ -101,14 +101,14 @@ class Outcome:
 def search(
     tables: Tables, prompts: int, target: float, measure: Callable[[Tensor, int], float], max_trials: int
 ) -> Outcome:
-    """Looks for the fastest plan whose mean PSNR over the prompts is at least `target`.
+    """Looks for the fastest plan whose mean quality over the prompts is at least `target`.
 
     Prompts take turns while the error is moved; a plan that should be right is then measured on the others
     too. Ends when a plan measured on every prompt lies in [target, target + TOLERANCE_DB], or after
     `max_trials` generations.
 
     Args:
-        measure: `measure(choice, prompt)` generates and returns the PSNR in dB.
+        measure: `measure(choice, prompt)` generates and returns the quality in dB.
     """
     trials: list[Trial] = []
     multipliers: dict[str, float] = {}
@@ -130,14 +130,13 @@ def search(
         error = total_error(tables, choice)
         if error == 0.0:
             return Outcome(multipliers[name], PSNR_CEILING_DB, True, None, tuple(trials))
-        psnr = measure(choice, prompt)
-        trials.append(Trial(name, prompt, math.log10(error), psnr))
+        trials.append(Trial(name, prompt, math.log10(error), measure(choice, prompt)))
         values = _measured(trials, name)
         if len(values) == prompts and target <= fmean(values.values()) <= target + TOLERANCE_DB:
             break
     name = _best(trials, prompts, target)
-    psnr = _expected(trials, name, prompts, target)
-    return Outcome(multipliers[name], psnr, psnr >= target, name, tuple(trials))
+    quality = _expected(trials, name, prompts, target)
+    return Outcome(multipliers[name], quality, quality >= target, name, tuple(trials))
 
 
 def plan_name(choice: Tensor) -> str:
@@ -155,14 +154,14 @@ def _best(trials: Sequence[Trial], prompts: int, target: float) -> str:
 
 
 def _measured(trials: Sequence[Trial], plan: str) -> dict[int, float]:
-    return {trial.prompt: trial.psnr for trial in trials if trial.plan == plan}
+    return {trial.prompt: trial.quality for trial in trials if trial.plan == plan}
 
 
 def _expected(trials: Sequence[Trial], plan: str, prompts: int, target: float) -> float:
-    """Mean PSNR of a plan; prompts it was not tried on are read off the line."""
+    """Mean quality of a plan; prompts it was not tried on are read off the line."""
     line = Line(trials, prompts, target)
     log_error = next(trial.log_error for trial in trials if trial.plan == plan)
-    values = {prompt: line.psnr(prompt, log_error) for prompt in range(prompts)} | _measured(trials, plan)
+    values = {prompt: line.quality(prompt, log_error) for prompt in range(prompts)} | _measured(trials, plan)
     return fmean(values.values())
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dit_accel.calibration.capture import Recorder
@@ -17,7 +17,7 @@ from dit_accel.calibration.checkpoint import Checkpoint, Stage
 from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
 from dit_accel.calibration.tables import ProfileSums
 from dit_accel.evaluation.generate import Generation, generate
-from dit_accel.evaluation.metrics import psnr
+from dit_accel.evaluation.metrics import latent_rel_l2, psnr, ssim
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import now
 from dit_accel.grid import TokenGrid
@@ -34,13 +34,14 @@ LATENCY_STEPS = 5
 class DenseRun:
     """A dense generation, and what was measured during it if it was profiled.
 
-    frames: `[frames, height, width, 3]`, float in [0, 1].
+    frames: `[frames, height, width, 3]`, float in [0, 1]; latents: what the last denoising step left.
     seconds: of the generation alone; profile_seconds come on top.
     sums: by guidance branch.
     progress: of each step.
     """
 
     frames: Tensor
+    latents: Tensor
     seconds: float
     profile_seconds: float
     sums: dict[str, ProfileSums]
@@ -50,9 +51,11 @@ class DenseRun:
 
 @dataclass(frozen=True)
 class AcceleratedRun:
-    """A generation with a plan: PSNR in dB against the dense one."""
+    """A generation with a plan, compared with the dense one as `evaluation.metrics` does."""
 
     psnr: float
+    ssim: float
+    latent_rel_l2: float
     seconds: float
 
 
@@ -66,7 +69,10 @@ class Stages:
         candidates: Sequence[Candidate],
         checkpoint: Checkpoint,
         bar: tqdm,
+        *,
+        downstream: bool = True,
     ) -> None:
+        self._downstream = downstream
         self._pipe = pipe
         self._settings = settings
         self._candidates = candidates
@@ -89,10 +95,12 @@ class Stages:
                 sampled,
                 len(self._attention),
                 first_call=None if timed else self._measure_latency,
+                downstream=self._downstream,
+                seed=seed,
             )
-            with self._enabled(AccelPlan.preset("dense")) as all_states:
-                for state in all_states:
-                    recorder.attach(state)
+            with self._enabled(AccelPlan.preset("dense")) as all_states, ExitStack() as listening:
+                for state, transformer in zip(all_states, self._transformers(), strict=True):
+                    listening.enter_context(recorder.attached(state, transformer))
                 made = self._generate(name, prompt, seed)
                 grid = next(state.grid for state in all_states if state.grid is not None)
             steps = self._settings.num_inference_steps
@@ -101,7 +109,7 @@ class Stages:
                     f"scheduler: expected {steps} steps with different timesteps, "
                     f"got {len(recorder.progress)}; give the pipeline another scheduler"
                 )
-            tensors = {"frames": made.frames}
+            tensors = {"frames": made.frames, "latents": made.latents}
             for branch, profiled in recorder.sums.items():
                 tensors |= {f"{key}.{branch}": tensor for key, tensor in profiled.tensors().items()}
             values: dict[str, Any] = {
@@ -119,6 +127,7 @@ class Stages:
         }
         return DenseRun(
             tensors["frames"],
+            tensors["latents"],
             values["seconds"],
             values["profile_seconds"],
             sums,
@@ -135,23 +144,29 @@ class Stages:
             )
         return Latency(stage[0]["candidates"], stage[1]["plain"])
 
-    def dense(self, name: str, prompt: str, seed: int) -> tuple[Tensor, float]:
-        """Frames and seconds of a plain dense generation."""
+    def dense(self, name: str, prompt: str, seed: int) -> Generation:
+        """A plain dense generation."""
         stage = self._load(name)
         if stage is None:
             made = self._generate(name, prompt, seed)
-            stage = self._checkpoint.save(name, {"frames": made.frames}, {"seconds": made.seconds})
-        return stage[0]["frames"], stage[1]["seconds"]
+            tensors = {"frames": made.frames, "latents": made.latents}
+            stage = self._checkpoint.save(name, tensors, {"seconds": made.seconds})
+        return Generation(stage[0]["frames"], stage[0]["latents"], stage[1]["seconds"])
 
     def accelerated(
-        self, name: str, plan: AccelPlan, prompt: str, seed: int, dense: Tensor
+        self, name: str, plan: AccelPlan, prompt: str, seed: int, dense: DenseRun | Generation
     ) -> AcceleratedRun:
-        """Generates with a plan and compares with the dense frames."""
+        """Generates with a plan and compares with the dense generation."""
         stage = self._load(name)
         if stage is None:
             with self._enabled(plan):
                 made = self._generate(name, prompt, seed)
-            values = {"psnr": psnr(made.frames, dense), "seconds": made.seconds}
+            values = {
+                "psnr": psnr(made.frames, dense.frames),
+                "ssim": ssim(made.frames, dense.frames),
+                "latent_rel_l2": latent_rel_l2(made.latents, dense.latents),
+                "seconds": made.seconds,
+            }
             stage = self._checkpoint.save(name, {"choice": plan.choice}, values)
         return AcceleratedRun(**stage[1])
 
@@ -169,6 +184,10 @@ class Stages:
     def _generate(self, name: str, prompt: str, seed: int) -> Generation:
         self._bar.set_description(name.replace("_", " "))
         return generate(self._pipe, prompt, self._settings, seed=seed, on_step=self._bar.update)
+
+    def _transformers(self) -> list[nn.Module]:
+        found = [getattr(self._pipe, name, None) for name in ("transformer", "transformer_2")]
+        return [module for module in found if isinstance(module, nn.Module)]
 
     @contextmanager
     def _enabled(self, plan: AccelPlan) -> Iterator[list[AccelState]]:

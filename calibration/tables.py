@@ -7,7 +7,7 @@ import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -60,14 +60,15 @@ class Tables:
 class ProfileSums:
     """Sums of call profiles, kept by step range and layer, for one guidance branch.
 
-    `mass`, `error`, `norm`: float64 `[ranges, layers, heads, candidates]`; `rows`, `density`: `[ranges,
-    layers, candidates]`; `calls`: `[ranges, layers]`.
+    `mass`, `error`, `norm`, `rows`, `effect`: float64 `[ranges, layers, heads, candidates]`; `gain`: `[ranges, layers,
+    heads]`; `density`: `[ranges, layers, candidates]`; `calls`: `[ranges, layers]`. `effect` and `gain` are squared
+    changes of the model's prediction relative to it, see `downstream`; 0 where they were not measured.
     """
 
-    NAMES = ("mass", "error", "norm", "rows", "density", "calls")
+    NAMES = ("mass", "error", "norm", "rows", "effect", "gain", "density", "calls")
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.mass, self.error, self.norm, self.rows, self.density, self.calls = (
+        self.mass, self.error, self.norm, self.rows, self.effect, self.gain, self.density, self.calls = (
             tensors[n] for n in self.NAMES
         )
 
@@ -75,14 +76,20 @@ class ProfileSums:
     def zeros(cls, ranges: int, layers: int, heads: int, candidates: int) -> ProfileSums:
         """Nothing profiled yet."""
         per_head, per_layer = (ranges, layers, heads, candidates), (ranges, layers, candidates)
-        shapes = (per_head, per_head, per_head, per_layer, per_layer, (ranges, layers))
+        shapes = (*(per_head,) * 5, (ranges, layers, heads), per_layer, (ranges, layers))
         return cls({n: torch.zeros(s, dtype=torch.float64) for n, s in zip(cls.NAMES, shapes, strict=True)})
 
-    def add_call(self, number: int, layer: int, call: CallProfile) -> None:
-        """Adds one call of a layer in range `number`."""
+    def add_call(self, number: int, layer: int, call: CallProfile, gradient: Tensor | None = None) -> None:
+        """Adds one call of a layer in range `number`; gradient: that of `downstream`, `[batch, seq, heads, dim]`."""
         for name in ("mass", "error", "norm", "rows", "density"):
             getattr(self, name)[number, layer] += getattr(call, name)
         self.calls[number, layer] += 1
+        if gradient is not None:
+            tokens, width = gradient.shape[0] * gradient.shape[1], gradient.shape[3]
+            self.effect[number, layer] += call.effect * tokens / call.rows.clamp(min=1)
+            # An error as large as the output and alike in all directions: |g|²/entries times the output's |o|².
+            squares = gradient.float().square().sum((0, 1, 3), dtype=torch.float64).cpu()
+            self.gain[number, layer] += squares / width * call.norm[:, 0] / call.rows[:, 0].clamp(min=1)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, as the constructor takes them."""
@@ -102,12 +109,21 @@ class Measures(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Recall and rel_l2 over all branches, float64 `[ranges, layers, heads, candidates]`, and more."""
+    """Recall and rel_l2 over all branches, float64 `[ranges, layers, heads, candidates]`, and more.
+
+    sensitivity: float64 `[ranges, layers, heads]`, relative change of the prediction if the output of a head is wrong
+        by as much as its own size, in no particular direction; None where it was not measured.
+    """
 
     recall: Tensor
     rel_l2: Tensor
+    sensitivity: Tensor | None
     latency: Latency
     tables: Tables
+
+    def sensitivities(self) -> dict[str, Any]:
+        """`sensitivity` as nested lists `[ranges, layers, heads]`, by that name; nothing if it was not measured."""
+        return {} if self.sensitivity is None else {"sensitivity": self.sensitivity.tolist()}
 
     def measures(self, choice: Tensor) -> Measures:
         """Recall, error and latency of the chosen candidates, float32 `[ranges, layers, heads]`."""
@@ -129,35 +145,46 @@ def build_profile(
     bounds: Sequence[int],
     progress: Sequence[float],
     guidance_scale: float,
+    downstream: bool = True,
 ) -> Profile:
     """Combines branches, ranges and latencies.
 
-    A head's error enters relative to the norm of its whole layer's output: what the layer's projection
-    receives. Classifier- free guidance predicts g * cond - (g - 1) * uncond, so squared errors of the
-    branches are averaged with g^2 and (g - 1)^2; ranges are weighted by `range_weights`, layers equally.
+    Classifier-free guidance predicts g * cond - (g - 1) * uncond, so squared errors of the branches are averaged with
+    g^2 and (g - 1)^2; ranges are weighted by `range_weights`.
 
     Args:
         runs: of each prompt the sums by branch name; "cond" and "uncond" are the guided pair, other branches
             count alike.
         bounds, progress: see `schedule`.
+        downstream: errors are the measured relative squared changes of the prediction. Otherwise a head's error enters
+            relative to the norm of its whole layer's output, which the layer's projection receives, and all layers
+            count alike.
     """
     branches = list(runs[0])
     sums = {branch: functools.reduce(operator.add, (run[branch] for run in runs)) for branch in branches}
     guided = {"cond": guidance_scale**2, "uncond": (guidance_scale - 1) ** 2}
     weights = [guided.get(branch, 1.0) if set(guided) <= set(branches) else 1.0 for branch in branches]
     relative = torch.zeros_like(sums[branches[0]].error)
+    gain = torch.zeros_like(sums[branches[0]].gain)
     for weight, branch in zip(weights, branches, strict=True):
-        layer_norm = sums[branch].norm.sum(2, keepdim=True).clamp(min=1e-30)
-        relative += weight / sum(weights) * sums[branch].error / layer_norm
+        share, of_branch = weight / sum(weights), sums[branch]
+        calls = of_branch.calls.clamp(min=1)
+        gain += share * of_branch.gain / calls[:, :, None]
+        if downstream:
+            relative += share * of_branch.effect / calls[:, :, None, None]
+        else:
+            layer_norm = of_branch.norm.sum(2, keepdim=True).clamp(min=1e-30)
+            relative += share * of_branch.error / layer_norm / of_branch.error.shape[1]
     both = functools.reduce(operator.add, sums.values())
     lengths = torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=torch.float64)
     calls = lengths * len(branches)
     in_range = torch.tensor(range_weights(bounds, progress), dtype=torch.float64)
-    error = in_range.view(-1, 1, 1, 1) * relative / relative.shape[1]
+    error = in_range.view(-1, 1, 1, 1) * relative
     error[..., dense] = 0.0  # not even rounding: nothing is more faithful than dense
     return Profile(
-        recall=both.mass / both.rows[:, :, None].clamp(min=1),
+        recall=both.mass / both.rows.clamp(min=1),
         rel_l2=(both.error / both.norm.clamp(min=1e-30)).sqrt(),
+        sensitivity=gain.sqrt() if downstream else None,
         latency=latency,
         tables=Tables(
             error=error,

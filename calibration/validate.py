@@ -1,15 +1,27 @@
-"""What a plan does to whole generations: the closed loop to a PSNR target, and the final report."""
+"""What a plan does to whole generations: the closed loop to a target, and the final report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dit_accel.calibration.choose import choose, dense_cost, mean_density, total_cost
+from dit_accel.calibration.goals import QUALITIES, Goal
+from dit_accel.calibration.knapsack import (
+    choose,
+    dense_cost,
+    frontier,
+    mean_density,
+    multiplier_for_cost,
+    range_cost,
+    range_error,
+    total_cost,
+    total_error,
+)
 from dit_accel.calibration.search import Outcome, plan_name, search
 from dit_accel.calibration.stages import AcceleratedRun, DenseRun, Stages
 from dit_accel.calibration.tables import Tables
@@ -17,11 +29,28 @@ from dit_accel.plan import AccelPlan
 
 MAX_TRIALS = 5
 _SEARCH_PROMPTS = 2
+_SPEED_TRIALS = 3
+# A plan may be this much faster than asked for before a slower one is looked for.
+_SPEED_TOLERANCE = 1.05
 
 
-def generations_needed(prompts: int, held_out: int, searching: bool) -> int:
+def generations_needed(prompts: int, held_out: int, goal: Goal) -> int:
     """The most generations a calibration makes."""
-    return prompts + 2 * held_out + searching * (MAX_TRIALS + max(0, prompts - _SEARCH_PROMPTS))
+    trials = 0
+    if goal.quality is not None:
+        trials = MAX_TRIALS + max(0, prompts - _SEARCH_PROMPTS)
+    elif goal.searched:
+        trials = _SPEED_TRIALS
+    return prompts + 2 * held_out + trials
+
+
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    """A generation with a plan of one calibration prompt."""
+
+    choice: Tensor
+    prompt: int
+    run: AcceleratedRun
 
 
 class Validation:
@@ -36,6 +65,7 @@ class Validation:
         prompts: Sequence[str],
         held_out: Sequence[str],
         seed: int,
+        goal: Goal,
     ) -> None:
         self._stages = stages
         self._draft = draft
@@ -44,68 +74,161 @@ class Validation:
         self._prompts = prompts
         self._held_out = held_out
         self._seed = seed
+        self._goal = goal
         self._outcome: Outcome | None = None
-        self._tried: list[AcceleratedRun] = []
+        self._met = True
+        self._tried: list[_Tried] = []
 
-    def meet(self, target: float) -> Tensor:
-        """The choice of the fastest plan found that meets a PSNR target in dB, see `search`."""
+    def meet_quality(self) -> Tensor:
+        """The choice of the fastest plan found that meets the goal's quality, see `search`."""
+        quality = QUALITIES[self._goal.name]
 
         def measure(choice: Tensor, prompt: int) -> float:
-            run = self._accelerated(choice, prompt)
-            self._tried.append(run)
-            return run.psnr
+            return quality.decibel(getattr(self._accelerated(choice, prompt), quality.metric))
 
         searched = min(len(self._prompts), _SEARCH_PROMPTS)
+        target = quality.decibel(self._goal.value)
         self._outcome = search(self._tables, searched, target, measure, MAX_TRIALS)
+        self._met = self._outcome.met
         self._stages.skip(MAX_TRIALS - len(self._tried))
         return choose(self._tables, self._outcome.multiplier)
+
+    def meet_speedup(self) -> Tensor:
+        """The choice of the most faithful plan whose generation of the first prompt is as much faster as asked for.
+
+        What a generation takes besides attention is first what the dense one takes, then what was measured last. If
+        no plan is fast enough the fastest one tried is taken.
+        """
+        dense, wanted = self._runs[0].seconds, self._goal.value
+        besides = dense - dense_cost(self._tables) / 1000
+        best: _Tried | None = None
+        for _ in range(_SPEED_TRIALS):
+            multiplier = multiplier_for_cost(self._tables, 1000 * (dense / wanted - besides))
+            choice = choose(self._tables, multiplier)
+            if total_error(self._tables, choice) == 0.0:
+                self._stages.skip(_SPEED_TRIALS - len(self._tried))
+                self._met = wanted == 1.0
+                return choice
+            if any(plan_name(choice) == plan_name(tried.choice) for tried in self._tried):
+                break
+            run = self._accelerated(choice, 0)
+            tried, speedup = self._tried[-1], dense / run.seconds
+            if best is None or _better(speedup, dense / best.run.seconds, wanted):
+                best = tried
+            if wanted <= speedup <= wanted * _SPEED_TOLERANCE:
+                break
+            besides = run.seconds - total_cost(self._tables, choice) / 1000
+        self._stages.skip(_SPEED_TRIALS - len(self._tried))
+        if best is None:
+            raise RuntimeError("a search for a speed-up ends with a plan that was tried")
+        self._met = dense / best.run.seconds >= wanted
+        return best.choice
 
     def report(self, choice: Tensor) -> dict[str, Any]:
         """Quality and speed of the plan chosen, as JSON values; the remaining prompts are generated for it.
 
         `psnr_*` are means in dB; `speedup` is that of whole generations, on the held-out prompts where there
         are any, else on the calibration prompts; `calibration_dense_generations` is what the calibration
-        took, held-out prompts apart, in units of one dense generation.
+        took, held-out prompts apart, in units of one dense generation. `trials` are the generations with plans,
+        `frontier` the plans that the tables offer, `ranges` what each step range spends.
         """
+        tables, name = self._tables, plan_name(choice)
         values: dict[str, Any] = {
-            "density_mean": mean_density(self._tables, choice),
-            "attention_speedup_expected": dense_cost(self._tables) / total_cost(self._tables, choice),
+            "density_mean": mean_density(tables, choice),
+            "attention_speedup_expected": dense_cost(tables) / total_cost(tables, choice),
         }
-        pairs = []
-        spent = [run.seconds + run.profile_seconds for run in self._runs] + [
-            run.seconds for run in self._tried
-        ]
+        if self._goal.searched:
+            values["target_met"] = self._met
         if self._outcome is not None:
-            psnrs, name = [self._outcome.psnr] * min(len(self._prompts), _SEARCH_PROMPTS), plan_name(choice)
-            for trial, run in zip(self._outcome.trials, self._tried, strict=True):
-                if trial.plan == name:
-                    pairs.append((self._runs[trial.prompt].seconds, run.seconds))
             for number in range(_SEARCH_PROMPTS, len(self._prompts)):
-                run = self._accelerated(choice, number)
-                pairs.append((self._runs[number].seconds, run.seconds))
-                psnrs.append(run.psnr)
-                spent.append(run.seconds)
-            values |= {"target_met": self._outcome.met, "psnr_calibration": fmean(psnrs)}
+                self._accelerated(choice, number)
+            values |= self._calibration_quality(name, self._outcome)
+        pairs = [
+            (self._runs[tried.prompt].seconds, tried.run.seconds)
+            for tried in self._tried
+            if plan_name(tried.choice) == name
+        ]
+        spent = [run.seconds + run.profile_seconds for run in self._runs] + [
+            tried.run.seconds for tried in self._tried
+        ]
         if self._held_out:
-            pairs, psnrs = [], []
+            pairs, made = [], []
             for number, prompt in enumerate(self._held_out):
                 seed = self._seed + len(self._prompts) + number
-                frames, seconds = self._stages.dense(f"held_out_dense_{number}", prompt, seed)
+                dense = self._stages.dense(f"held_out_dense_{number}", prompt, seed)
                 plan = replace(self._draft, choice=choice)
-                run = self._stages.accelerated(
-                    f"plan_{plan_name(choice)}_held_out_{number}", plan, prompt, seed, frames
-                )
-                pairs.append((seconds, run.seconds))
-                psnrs.append(run.psnr)
-            values |= {"psnr_held_out": fmean(psnrs), "psnr_held_out_min": min(psnrs)}
+                run = self._stages.accelerated(f"plan_{name}_held_out_{number}", plan, prompt, seed, dense)
+                pairs.append((dense.seconds, run.seconds))
+                made.append(run)
+            values |= {
+                "psnr_held_out": fmean(run.psnr for run in made),
+                "psnr_held_out_min": min(run.psnr for run in made),
+                "ssim_held_out": fmean(run.ssim for run in made),
+                "latent_rel_l2_held_out": fmean(run.latent_rel_l2 for run in made),
+            }
         if pairs:
-            dense, accelerated = (sum(seconds) for seconds in zip(*pairs, strict=True))
-            values["speedup"] = dense / accelerated
+            dense_seconds, accelerated = (sum(seconds) for seconds in zip(*pairs, strict=True))
+            values["speedup"] = dense_seconds / accelerated
         values["calibration_dense_generations"] = sum(spent) / fmean(run.seconds for run in self._runs)
+        values["trials"] = [
+            self._trial(tried, chosen=plan_name(tried.choice) == name) for tried in self._tried
+        ]
+        values["frontier"] = frontier(tables)
+        values["ranges"] = self._ranges(choice)
         return values
+
+    def _calibration_quality(self, name: str, outcome: Outcome) -> dict[str, float]:
+        """The goal's measure over the calibration prompts; those not searched on are in the trials now."""
+        quality = QUALITIES[self._goal.name]
+        searched = min(len(self._prompts), _SEARCH_PROMPTS)
+        levels = [outcome.quality] * searched + [
+            quality.decibel(getattr(tried.run, quality.metric))
+            for tried in self._tried
+            if tried.prompt >= searched and plan_name(tried.choice) == name
+        ]
+        return {f"{quality.metric}_calibration": quality.value(fmean(levels))}
+
+    def _trial(self, tried: _Tried, *, chosen: bool) -> dict[str, Any]:
+        run, dense = tried.run, self._runs[tried.prompt].seconds
+        attention = (total_cost(self._tables, tried.choice) - dense_cost(self._tables)) / 1000
+        return {
+            "prompt": tried.prompt,
+            "chosen": chosen,
+            "density": mean_density(self._tables, tried.choice),
+            "error_expected": total_error(self._tables, tried.choice),
+            "psnr": run.psnr,
+            "ssim": run.ssim,
+            "latent_rel_l2": run.latent_rel_l2,
+            "seconds": run.seconds,
+            "seconds_expected": dense + attention,
+            "seconds_dense": dense,
+        }
+
+    def _ranges(self, choice: Tensor) -> list[dict[str, float]]:
+        dense = torch.full_like(choice, self._tables.dense)
+        parts = (
+            self._draft.range_starts,
+            range_error(self._tables, choice),
+            range_cost(self._tables, choice),
+            range_cost(self._tables, dense),
+        )
+        return [
+            {"start": start, "error": error, "attention_ms": cost, "attention_ms_dense": of_dense}
+            for start, error, cost, of_dense in zip(*parts, strict=True)
+        ]
 
     def _accelerated(self, choice: Tensor, number: int) -> AcceleratedRun:
         plan = replace(self._draft, choice=choice)
-        dense = self._runs[number].frames
         name = f"plan_{plan_name(choice)}_{number}"
-        return self._stages.accelerated(name, plan, self._prompts[number], self._seed + number, dense)
+        run = self._stages.accelerated(
+            name, plan, self._prompts[number], self._seed + number, self._runs[number]
+        )
+        self._tried.append(_Tried(choice, number, run))
+        return run
+
+
+def _better(speedup: float, than: float, wanted: float) -> bool:
+    """Whether a speed-up is preferred: fast enough first, then the least of those, else the largest."""
+    if (speedup >= wanted) != (than >= wanted):
+        return speedup >= wanted
+    return speedup < than if speedup >= wanted else speedup > than

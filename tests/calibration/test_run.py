@@ -169,9 +169,15 @@ def test_other_arguments_in_the_same_directory_are_refused(pipe, arguments, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({}, "exactly one of target_psnr and density, got .*=None, density=None", id="neither"),
-        pytest.param({"target_psnr": 30.0, "density": 0.5}, "exactly one of target_psnr and", id="both"),
+        pytest.param({}, "exactly one of target_psnr, .*, density, speedup, got none", id="neither"),
+        pytest.param({"target_psnr": 30.0, "density": 0.5}, "got target_psnr=30.0, density=0.5", id="both"),
         pytest.param({"density": 1.5}, "density: expected a number above 0 .*, got 1.5", id="density"),
+        pytest.param({"speedup": 0.9}, "speedup: expected a number of at least 1, got 0.9", id="speedup"),
+        pytest.param({"target_ssim": 1.0}, "target_ssim: expected a number above 0 and below 1", id="ssim"),
+        pytest.param(
+            {"target_latent_rel_l2": 0.0}, "target_latent_rel_l2: expected a number above 0", id="latent"
+        ),
+        pytest.param({"density": "half"}, "density: expected a number, got 'half'", id="type"),
         pytest.param({"target_psnr": 120.0}, "target_psnr: expected dB above 0 and below 100", id="psnr"),
         pytest.param({"density": 0.5, "prompts": []}, "prompts: expected at least one", id="none"),
         pytest.param({"density": 0.5, "prompts": "a"}, "prompts: expected a list of strings", id="string"),

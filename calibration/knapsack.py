@@ -57,11 +57,21 @@ def total_error(tables: Tables, choice: Tensor) -> float:
 
 def total_cost(tables: Tables, choice: Tensor) -> float:
     """Milliseconds of attention a plan takes over one generation."""
+    return sum(range_cost(tables, choice))
+
+
+def range_error(tables: Tables, choice: Tensor) -> list[float]:
+    """`total_error` range by range."""
+    return tables.error.gather(-1, choice.long()[..., None]).sum((1, 2, 3)).tolist()
+
+
+def range_cost(tables: Tables, choice: Tensor) -> list[float]:
+    """`total_cost` range by range."""
     ranges, layers, heads = choice.shape
     per_head = tables.cost.view(ranges, 1, 1, -1).expand(ranges, layers, heads, -1)
     mixed = per_head.gather(-1, choice.long()[..., None])[..., 0].sum(-1)
     plain = heads * tables.plain_cost.view(ranges, 1).expand(ranges, layers)
-    return torch.where((choice == tables.dense).all(-1), plain, mixed).sum().item()
+    return torch.where((choice == tables.dense).all(-1), plain, mixed).sum(-1).tolist()
 
 
 def dense_cost(tables: Tables) -> float:
@@ -79,6 +89,31 @@ def mean_density(tables: Tables, choice: Tensor) -> float:
 def multiplier_for_error(tables: Tables, error: float) -> float:
     """The smallest multiplier whose plan has at most this total error (the largest tried if none does)."""
     return _bracket(tables, lambda choice: total_error(tables, choice) <= error)[1]
+
+
+def multiplier_for_cost(tables: Tables, cost: float) -> float:
+    """The largest multiplier whose plan costs at most `cost` milliseconds (the smallest tried if none does)."""
+    return _bracket(tables, lambda choice: total_cost(tables, choice) > cost)[0]
+
+
+def frontier(tables: Tables, points: int = 24) -> list[dict[str, float]]:
+    """Plans from the fastest to dense: their `density_mean`, `error` and milliseconds of `attention_ms`.
+
+    The best plans of evenly spaced errors in logarithm, five decades down from the largest.
+    """
+    fastest = choose(tables, 0.0)
+    largest = total_error(tables, fastest)
+    plans = [fastest]
+    if largest > 0:
+        steps = torch.linspace(0, -5, points, dtype=torch.float64)
+        plans += [choose(tables, multiplier_for_error(tables, largest * 10**step)) for step in steps.tolist()]
+    rows = {
+        (mean_density(tables, plan), total_error(tables, plan), total_cost(tables, plan)) for plan in plans
+    }
+    return [
+        {"density_mean": density, "error": error, "attention_ms": cost}
+        for density, error, cost in sorted(rows, key=lambda row: row[2])
+    ]
 
 
 def most_faithful_multiplier(tables: Tables) -> float:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dit_accel.calibration.choose import (
+from dit_accel.calibration.knapsack import (
     choose,
     choose_density,
     dense_cost,
