@@ -1,6 +1,7 @@
 """Published systems as uncalibrated plans: the family that each is in our terms, with the settings of its authors.
 
-Where a system leaves the density to its calibration, one is given that its paper's range holds. `warm_up` is the part
+Where a system leaves the density to its calibration, one is given that its paper's range holds. Where it calibrates
+more than that, its comment says what stands in for it here; `dit-accel calibrate` chooses per head. `warm_up` is the part
 of denoising, as a noise level, that it leaves dense. Authors count steps: at 50 steps and a flow shift of 5 the first
 5, 10 and 12 steps are the noise levels from 1 down to .98, .95 and .94.
 """
@@ -27,7 +28,8 @@ PRESETS: dict[str, Preset] = {
     "adaspa": Preset("searched", 0.2, {"order": "frame", "reuse": 20}, warm_up=0.05),
     # A circle around every query of an image. https://arxiv.org/abs/2412.16112
     "clear": Preset("window", 0.2, {"order": "tile:1x8x8", "shape": "ball"}),
-    # The eighth of the channels that weighs most. https://arxiv.org/abs/2408.07092
+    # The eighth of the channels (of 128) that weighs most, calibrated by the authors, here found in each call.
+    # https://arxiv.org/abs/2408.07092
     "doublesparsity": Preset("channels", 0.25, {"order": "frame"}),
     # Means of 8 x 16 patches of a frame, the best quarter (Wan). https://arxiv.org/abs/2505.14708
     "draft": Preset("pooled", 0.25, {"order": "tile:1x8x16", "parts": 1}, block=128),
@@ -35,21 +37,38 @@ PRESETS: dict[str, Preset] = {
     "efficient-vdit": Preset("attention_tile", 0.3),
     # Sorted by a hash of random hyperplanes; the sampled remainder is our means. https://arxiv.org/abs/2310.05869
     "hyperattention": Preset("hashed", 0.25),
-    # Columns and sinks; without calibration all heads are vertical ones. https://arxiv.org/abs/2407.02490
-    "minference": Preset("stripes", 0.3),
+    # Columns, diagonals and sinks; the authors calibrate which heads are A-shaped or pooled instead.
+    # https://arxiv.org/abs/2407.02490
+    "minference": Preset("stripes", 0.3, {"slashes": 1}),
+    # Sinks and a span that grows with the sequence; the authors calibrate each head's α + β · length, here β is the
+    # density of all. https://arxiv.org/abs/2406.14909
+    "moa": Preset("bands", 0.3, {"sinks": 1}),
     # A box around every query. https://arxiv.org/abs/2504.16922
     "natten": Preset("window", 0.3),
+    # The axis order in which each head is most local; the authors calibrate it, and masks of blocks in it, where here
+    # the call's own rows choose and the mask is a band. https://arxiv.org/abs/2506.16054
+    "paro": Preset("profiled", 0.3, {"orders": "fhw+fwh+hfw+hwf+wfh+whf"}),
+    # Keys sorted in segments of 256, then means until .9 of the mass. https://arxiv.org/abs/2510.21270
+    "pbs": Preset("pooled", 1.0, {"order": "frame", "parts": 1, "segment": 256, "top_p": 0.9}, block=128),
     # Decaying neighbourhoods, with the first frame as a sink. https://arxiv.org/abs/2506.19852
     "radial": Preset("radial", 0.3, {"sink": 1}, block=128, warm_up=0.05),
+    # A stretch around every query, and the head's share of the other columns. https://arxiv.org/abs/2407.17678
+    "s2": Preset("sharded", 0.3),
     # Sorted by a hash, the rest by a low-rank part, which here is the means. https://arxiv.org/abs/2110.15343
     "scatterbrain": Preset("hashed", 0.25, remainder=True),
     # Bands, skipped and dense heads, found by calibration; without it all heads are bands.
     # https://arxiv.org/abs/2506.03065
     "sparse-vdit": Preset("bands", 0.4),
+    # Means until .9 of the mass, with the self-similarity guard; the authors calibrate both thresholds per head, these
+    # are their defaults. https://arxiv.org/abs/2502.18137
+    "sparge": Preset("pooled", 1.0, {"parts": 1, "guard": 0.1, "top_p": 0.9}),
     # 4-bit estimates. https://arxiv.org/abs/2505.24179
     "sale": Preset("lowbit", 0.3, {"order": "frame"}),
-    # k-means, .9 of the estimated mass. https://arxiv.org/abs/2505.18875
-    "svg2": Preset("clustered", 1.0, {"top_p": 0.9, "iterations": 50}, block=128, warm_up=0.08),
+    # Bands in frame-major or space-major order, whichever serves 64 rows better; ten dense steps of 50. The first 3 % of
+    # layers, which the authors keep dense, are not: a preset knows no layers. https://arxiv.org/abs/2502.01776
+    "svg": Preset("profiled", 0.3, {"orders": "fhw+hwf", "samples": 64}, block=128, warm_up=0.05),
+    # k-means, .9 of the estimated mass and at least a tenth of the clusters. https://arxiv.org/abs/2505.18875
+    "svg2": Preset("clustered", 1.0, {"top_p": 0.9, "least": 0.1, "iterations": 50}, block=128, warm_up=0.08),
     # Tiles of 6 x 8 x 8 tokens, a window for all heads where the authors calibrate one each.
     # https://arxiv.org/abs/2502.04507
     "sta": Preset("window", 0.3, {"order": "tile:6x8x8", "aspect": 0.75}, block=128, warm_up=0.06),
