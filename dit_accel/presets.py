@@ -1,9 +1,9 @@
 """Published systems as uncalibrated plans: the family that each is in our terms, with the settings of its authors.
 
 Where a system leaves the density to its calibration, one is given that its paper's range holds. Where it calibrates
-more than that, its comment says what stands in for it here; `dit-accel calibrate` chooses per head. `warm_up` is the part
-of denoising, as a noise level, that it leaves dense. Authors count steps: at 50 steps and a flow shift of 5 the first
-5, 10 and 12 steps are the noise levels from 1 down to .98, .95 and .94.
+more than that, its comment says what stands in for it here; `dit-accel calibrate` chooses per head. `warm_up` is the
+part of denoising, as a noise level, that it leaves dense. Authors count steps: at 50 steps and a flow shift of 5 the
+first 5, 10 and 12 steps are the noise levels from 1 down to .98, .95 and .94.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ PRESETS: dict[str, Preset] = {
     "sparge": Preset("pooled", 1.0, {"parts": 1, "guard": 0.1, "top_p": 0.9}),
     # 4-bit estimates. https://arxiv.org/abs/2505.24179
     "sale": Preset("lowbit", 0.3, {"order": "frame"}),
-    # Bands in frame-major or space-major order, whichever serves 64 rows better; ten dense steps of 50. The first 3 % of
-    # layers, which the authors keep dense, are not: a preset knows no layers. https://arxiv.org/abs/2502.01776
+    # Bands in frame-major or space-major order, whichever serves 64 rows better; ten dense steps of 50. The first 3 %
+    # of layers, which the authors keep dense, are not: a preset knows no layers. https://arxiv.org/abs/2502.01776
     "svg": Preset("profiled", 0.3, {"orders": "fhw+hwf", "samples": 64}, block=128, warm_up=0.05),
     # k-means, .9 of the estimated mass and at least a tenth of the clusters. https://arxiv.org/abs/2505.18875
     "svg2": Preset("clustered", 1.0, {"top_p": 0.9, "least": 0.1, "iterations": 50}, block=128, warm_up=0.08),
