@@ -13,8 +13,10 @@ _HOME = {
     "TokenGrid": "dit_accel.grid",
     "attn_processors": "dit_accel.switch",
     "calibrate": "dit_accel.calibration",
+    "choose": "dit_accel.calibration",
     "disable": "dit_accel.switch",
     "enable": "dit_accel.switch",
+    "profile_heads": "dit_accel.calibration",
     "stats": "dit_accel.switch",
 }
 
