@@ -126,23 +126,38 @@ def _gpu_attention(report: dict[str, Any]) -> str:
 
 
 def _preset_heads(report: dict[str, Any]) -> str:
-    """One line per system: recall and rel L2 without and with remainder at each density, and a selection's time."""
+    """One line per system: recall and rel L2 without and with remainder at each density, a selection's cost."""
     heads = report["heads"]
     densities = list(dict.fromkeys(row["asked"] for row in heads["rows"]))
     lines: dict[str, list[str]] = {}
+    chosen: dict[str, list[str]] = {}
     for row in heads["rows"]:
         cells = [f"{row[name]:.3f}" for name in ("recall", "rel_l2", "rel_l2_remainder")]
-        lines.setdefault(row["preset"], []).extend([*cells, f"{row['selection_ms']:.0f}"])
-    names = ("recall", "rel L2", "+ means", "ms")
-    head = ["preset", *(f"{name} @{density:g}" for density in densities for name in names)]
+        lines.setdefault(row["preset"], []).extend(cells)
+        chosen[row["preset"]] = [
+            _first_and_later(row[f"{name}_first"] / 1e6, row[f"{name}_later"] / 1e6)
+            for name in ("multiply_adds", "bytes")
+        ]
+    names = ("recall", "rel L2", "+ means")
+    head = [
+        "preset",
+        *(f"{name} @{density:g}" for density in densities for name in names),
+        "M multiply-adds",
+        "MB",
+    ]
     return "\n".join(
         [
-            _rows(head, [[f"`{preset}`", *cells] for preset, cells in lines.items()]),
+            _rows(head, [[f"`{name}`", *cells, *chosen[name]] for name, cells in lines.items()]),
             "",
             f"{_presets_caption(report, heads)}; steps {', '.join(map(str, heads['steps']))}, all heads; "
-            "+ means: rel L2 with the remainder; ms: of one selection for a layer.",
+            "+ means: rel L2 with the remainder; multiply-adds and bytes: of a selection for one layer, the first of a "
+            "generation / a later one.",
         ]
     )
+
+
+def _first_and_later(first: float, later: float) -> str:
+    return f"{later:,.0f}" if first == later else f"{first:,.0f} / {later:,.0f}"
 
 
 def _preset_generations(report: dict[str, Any]) -> str:
@@ -183,8 +198,9 @@ def _presets_caption(report: dict[str, Any], part: dict[str, Any]) -> str:
     unfinished = (
         "" if part["done"] == part["of"] else f" ({part['done']} of {part['of']} measurements so far)"
     )
+    counted = f"{prompts} held-out {'prompt' if prompts == 1 else 'prompts'}{unfinished}"
     return (
-        f"Demo, {prompts} held-out prompts{unfinished}, {settings['num_frames']} frames of "
+        f"Demo, {counted}, {settings['num_frames']} frames of "
         f"{settings['width']}×{settings['height']}, {settings['num_inference_steps']} steps; "
         f"{_where(report['machine'])}"
     )

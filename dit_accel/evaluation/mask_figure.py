@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
-from dit_accel.evaluation.figures import FAMILY_COLOURS, INK, MUTED, PAPER
+from dit_accel.evaluation.figures import FAMILY_COLOURS, INK, MUTED, PAPER, SPARE_COLOURS
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns import Selection
 
+ATTENTION = "attention"
 FRAMES_SHOWN = 7
-_PIXELS = 480  # of the longer side of a mask
+_PIXELS = 350  # of the longer side of a mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ def attention_panel(query: Tensor, key: Tensor, grid: TokenGrid) -> Panel:
     weights = F.avg_pool1d(rows, pixel, ceil_mode=True)
     keys = (q[middle_token(grid)] @ k.T).softmax(-1)
     pairs, keys = (_log_scaled(x, 0.1 / len(k)).cpu() for x in (weights, keys))
-    return Panel("attention", "log scale", pairs, keys)
+    return Panel(ATTENTION, "log scale", pairs, keys)
 
 
 def save_masks(panels: Sequence[Panel], grid: TokenGrid, title: str, path: Path, *, columns: int = 5) -> None:
@@ -70,6 +73,7 @@ def save_masks(panels: Sequence[Panel], grid: TokenGrid, title: str, path: Path,
     tall = min(each * grid.height / grid.width, side)
     line = above + side + 0.07 + tall + gap
     width, height = columns * (side + gap) + gap, head + lines * line
+    maps = _colours([panel.name for panel in panels])
     figure = Figure(figsize=(width, height), facecolor=PAPER)
     how = (
         "Squares: queries down, keys across, frame after frame, the darker the more pairs are kept. "
@@ -81,9 +85,11 @@ def save_masks(panels: Sequence[Panel], grid: TokenGrid, title: str, path: Path,
     for number, panel in enumerate(panels):
         x = gap + number % columns * (side + gap)
         y = height - head - number // columns * line - above - side
-        colours = _colours(panel.name)
+        colours = maps[number]
         axes = figure.add_axes((x / width, y / height, side / width, side / height))
-        axes.imshow(panel.pairs.numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto")
+        # A quarter of the pairs spread evenly should not look like nothing.
+        shade = Normalize(0, 1) if panel.name == ATTENTION else PowerNorm(0.7, 0, 1)
+        axes.imshow(panel.pairs.numpy(), cmap=colours, norm=shade, aspect="auto")
         axes.set_title(panel.name, loc="left", fontsize=11.5, weight="bold", color=INK)
         axes.set_title(panel.note, loc="right", fontsize=8.5, color=MUTED)
         pictures = [axes]
@@ -92,15 +98,18 @@ def save_masks(panels: Sequence[Panel], grid: TokenGrid, title: str, path: Path,
             left = x + place * (each + 0.04)
             axes = figure.add_axes((left / width, (y - 0.07 - tall) / height, each / width, tall / height))
             axes.imshow(video[frame].numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto")
-            if frame == grid.frames // 2:
-                axes.plot(grid.width // 2, grid.height // 2, marker="+", color="#ff3b30", markersize=5)
+            if frame == grid.frames // 2 and panel.name != ATTENTION:
+                axes.plot(grid.width // 2, grid.height // 2, marker="+", color=INK, markersize=5)
             pictures.append(axes)
         for axes in pictures:
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_color("#c9ced6")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor=PAPER)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=120, facecolor=PAPER, format="png")
+    with Image.open(drawn) as picture:  # masks are like noise: a palette halves the file
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def head_mask(selection: Selection, head: int) -> Tensor:
@@ -145,8 +154,12 @@ def _log_scaled(x: Tensor, floor: float) -> Tensor:
     return ((x / floor).log() / (x.max() / floor).log()).clamp(min=0)
 
 
-def _colours(name: str) -> Colormap | str:
-    """White to the family's colour; what is no family is drawn as heat."""
-    if name not in FAMILY_COLOURS:
-        return "magma" if name == "attention" else "Blues"
-    return LinearSegmentedColormap.from_list(name, [PAPER, FAMILY_COLOURS[name]])
+def _colours(names: Sequence[str]) -> list[Colormap | str]:
+    """White to the colour of each family, a spare one where it has none; the attention itself is drawn as heat."""
+    spare = iter(SPARE_COLOURS * len(names))
+    return [
+        "magma"
+        if name == ATTENTION
+        else LinearSegmentedColormap.from_list(name, [PAPER, FAMILY_COLOURS.get(name) or next(spare)])
+        for name in names
+    ]

@@ -90,3 +90,66 @@ def test_gate_table_shows_the_worst_of_each_precision() -> None:
         "| sm_90 | `int8` | 2 | 200 | 8 B | 2 KiB | HGMMA IGMMA |",
         "| gfx942 | `int8` | 1 | ? | ? | 2 KiB | v_mfma |",
     ]
+
+
+def presets_report() -> dict:
+    settings = {"width": 192, "height": 160, "num_frames": 33, "num_inference_steps": 20}
+    costs = {"multiply_adds_first": 5e9, "multiply_adds_later": 2e8, "bytes_first": 1e6, "bytes_later": 1e6}
+    heads = [
+        {
+            "preset": name,
+            "asked": density,
+            "recall": density,
+            "rel_l2": 0.5,
+            "rel_l2_remainder": 0.25,
+            **costs,
+        }
+        for name in ("sta", "svg2")
+        for density in (0.5, 0.25)
+    ]
+    run = {"density": 0.25, "psnr_mean": 21.0, "psnr_min": 19.5, "ssim": 0.9, "semantic": 0.5}
+    run |= {"selection_seconds": 1.0, "attention_seconds": 9.0, "seconds": 40.0, "speedup": 3.0}
+    return {
+        "machine": MACHINE,
+        "dense_backend": "SDPA",
+        "settings": settings,
+        "prompts": ["a", "b"],
+        "heads": {"done": 8, "of": 8, "steps": [3, 10, 16], "rows": heads},
+        "generations": {
+            "done": 5,
+            "of": 6,
+            "asked": 0.25,
+            "dense": {"prompts": 2, "seconds": 120.0, "attention_seconds": 100.0, "semantic": 0.75},
+            "rows": [
+                {"preset": "sta", "remainder": False, **run},
+                {"preset": "sta", "remainder": True, **run, "psnr_mean": 24.25},
+                {"preset": "svg2", "remainder": True, **run},
+            ],
+        },
+    }
+
+
+def test_heads_table_has_a_line_per_preset() -> None:
+    lines = tables.TABLES["preset_heads"][1](presets_report()).splitlines()
+    assert lines[0] == (
+        "| preset | recall @0.5 | rel L2 @0.5 | + means @0.5 | recall @0.25 | rel L2 @0.25 | + means @0.25 "
+        "| M multiply-adds | MB |"
+    )
+    assert lines[2] == "| `sta` | 0.500 | 0.500 | 0.250 | 0.250 | 0.500 | 0.250 | 5,000 / 200 | 1 |"
+    assert len(lines) == 6
+    assert lines[-1].startswith("Demo, 2 held-out prompts, 33 frames of 192×160, 20 steps; Chip, 2 cores")
+
+
+def test_generations_table_shows_both_ways_and_how_much_is_missing() -> None:
+    lines = tables.TABLES["preset_generations"][1](presets_report()).splitlines()
+    assert lines[2] == "| dense | 1.00 | – | – | – | 0.75 | – | 100.0 | 120.0 | 1.00 |"
+    assert lines[3].startswith("| `sta` | 0.25 / 0.25 | 21.0 / 24.2 | 19.5 / 19.5 | 0.900 / 0.900 |")
+    assert lines[4].startswith("| `svg2` | – / 0.25 | – / 21.0 |")
+    assert "2 held-out prompts (5 of 6 measurements so far)" in lines[-1]
+    assert lines[-1].endswith("density 0.25; cells: without / with remainder; dense: SDPA.")
+
+
+def test_missing_results_read_not_measured_yet(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    text = "a\n<!-- table preset_heads -->\nold\n<!-- end -->\nb\n"
+    assert tables.filled(text) == text.replace("old", "*not measured yet*")
