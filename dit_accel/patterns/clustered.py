@@ -57,8 +57,7 @@ def _arrange(
             raise ValueError(
                 f"option {name!r} of family 'clustered': expected {low} to {high}, got {value!r}"
             )
-    query_clusters = query_clusters or max(1, round(tokens / _QUERIES_EACH))
-    key_clusters = key_clusters or max(1, round(tokens / _KEYS_EACH))
+    query_clusters, key_clusters = cluster_numbers(tokens, query_clusters, key_clusters)
     q = _clusters(query[:, grid.video_slice], query_clusters, iterations, memory, "queries")
     k = _clusters(key[:, grid.video_slice], key_clusters, iterations, memory, "keys")
 
@@ -88,6 +87,14 @@ def _arrange(
         lists.counts, lists.offsets, lists.indices, block, block, seq, seq, query_starts, key_starts
     )
     return Selection(index, query_order, key_order, grid, None)
+
+
+def cluster_numbers(tokens: int, query_clusters: int, key_clusters: int) -> tuple[int, int]:
+    """Return the numbers of clusters, the published tokens per cluster in place of a 0."""
+    return (
+        query_clusters or max(1, round(tokens / _QUERIES_EACH)),
+        key_clusters or max(1, round(tokens / _KEYS_EACH)),
+    )
 
 
 def _clusters(tokens: Tensor, count: int, iterations: int, memory: Memory, name: str) -> Clusters:

@@ -129,9 +129,8 @@ def _coarse_then_fine(
     """Mass like `pooled_scores` over the blocks in the best squares of `coarse` × `coarse` blocks, -1 in others."""
     side, blocks = coarse * space.block, space.video_blocks
     squares = pooled_scores(query, key, block_q=side, block_k=side, scale=scale)
-    rows = squares.shape[-1]
     squares.diagonal(dim1=-2, dim2=-1).add_(2.0)
-    looked_at = min(rows, -(-2 * kept // coarse) + 1)
+    rows, looked_at = squares_looked_at(space, kept, coarse)
     best = squares.topk(looked_at, dim=-1).indices
 
     run = space.block // parts
@@ -157,6 +156,12 @@ def _coarse_then_fine(
         columns = columns.flatten(3)[:, :, :, None].expand_as(p)
         mass[:, :, first : first + step].scatter_(4, columns, p)
     return mass.flatten(2, 3)[:, :, :blocks, :blocks].contiguous()
+
+
+def squares_looked_at(space: BlockSpace, kept: int, coarse: int) -> tuple[int, int]:
+    """Squares of `coarse` × `coarse` blocks in a row of them, and how many of them are looked into."""
+    squares = -(-space.video_blocks // coarse)
+    return squares, min(squares, -(-2 * kept // coarse) + 1)
 
 
 def _antidiagonal(

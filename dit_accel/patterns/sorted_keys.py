@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_accel.patterns.base import BlockSpace
 from dit_accel.patterns.samples import sampled_mass
 
-_SAMPLES = 64
+SAMPLES = 64
 
 
 def sorted_keys(space: BlockSpace, query: Tensor, key: Tensor, scale: float, segment: int) -> Tensor:
@@ -22,7 +22,7 @@ def sorted_keys(space: BlockSpace, query: Tensor, key: Tensor, scale: float, seg
         query, key: `[batch, seq, heads, dim]` in the order of the space.
         segment: tokens. Keys in blocks that hold text stay in place.
     """
-    weight = sampled_mass(space, query, key, scale, _SAMPLES).mean(2)
+    weight = sampled_mass(space, query, key, scale, SAMPLES).mean(2)
     tokens = space.chosen_tokens
     parts = F.pad(weight, (0, -tokens % segment), value=-1.0).unflatten(2, (-1, segment))
     sorted_parts = parts.argsort(dim=-1, descending=True, stable=True)
