@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import log10
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +23,7 @@ from dit_accel.calibration.knapsack import (
     total_cost,
     total_error,
 )
-from dit_accel.calibration.search import Outcome, plan_name, search
+from dit_accel.calibration.search import Line, Outcome, plan_name, search
 from dit_accel.calibration.stages import AcceleratedRun, DenseRun, Stages
 from dit_accel.calibration.tables import Tables
 from dit_accel.plan import AccelPlan
@@ -173,7 +174,7 @@ class Validation:
         values["trials"] = [
             self._trial(tried, chosen=plan_name(tried.choice) == name) for tried in self._tried
         ]
-        values["frontier"] = frontier(tables)
+        values["frontier"] = self._frontier()
         values["ranges"] = self._ranges(choice)
         return values
 
@@ -190,7 +191,7 @@ class Validation:
 
     def _trial(self, tried: _Tried, *, chosen: bool) -> dict[str, Any]:
         run, dense = tried.run, self._runs[tried.prompt].seconds
-        attention = (total_cost(self._tables, tried.choice) - dense_cost(self._tables)) / 1000
+        attention_ms = total_cost(self._tables, tried.choice)
         return {
             "prompt": tried.prompt,
             "chosen": chosen,
@@ -200,9 +201,24 @@ class Validation:
             "ssim": run.ssim,
             "latent_rel_l2": run.latent_rel_l2,
             "seconds": run.seconds,
-            "seconds_expected": dense + attention,
+            "attention_ms_expected": attention_ms,
+            "seconds_expected": dense + (attention_ms - dense_cost(self._tables)) / 1000,
             "seconds_dense": dense,
         }
+
+    def _frontier(self) -> list[dict[str, float]]:
+        """What the tables offer; where a quality was searched also what the fitted line expects of it."""
+        points = frontier(self._tables)
+        quality, outcome = self._goal.quality, self._outcome
+        if quality is None or outcome is None or not outcome.trials:
+            return points
+        searched = min(len(self._prompts), _SEARCH_PROMPTS)
+        line = Line(outcome.trials, searched, quality.decibel(self._goal.value))
+        for point in points:
+            if point["error"] > 0:
+                level = fmean(line.quality(prompt, log10(point["error"])) for prompt in range(searched))
+                point["quality_expected"] = quality.value(level)
+        return points
 
     def _ranges(self, choice: Tensor) -> list[dict[str, float]]:
         dense = torch.full_like(choice, self._tables.dense)

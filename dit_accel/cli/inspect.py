@@ -1,9 +1,14 @@
 """`dit-accel inspect`: what a plan does to each head, and what it was measured to give."""
 
+from __future__ import annotations
+
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.cli.options import add_output
+
+if TYPE_CHECKING:
+    from dit_accel.plan import AccelPlan
 
 
 def configure(subparsers: Any) -> None:
@@ -15,12 +20,13 @@ def configure(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Describe the plan as text or JSON; with `--output` also draw `heads.png`."""
+    """Describe the plan as text or JSON; with `--output` also draw what was measured, each as one PNG."""
     from dit_accel.evaluation.report import plan_map
     from dit_accel.plan import AccelPlan
 
     plan = AccelPlan.from_pretrained(args.plan)
     used = plan.choice.flatten().tolist()
+    families = _families(plan)
     data: dict[str, Any] = {
         "model_class": plan.model_class,
         "config_hash": plan.config_hash,
@@ -33,14 +39,21 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             for number, candidate in enumerate(plan.candidates)
         ],
         "choice": plan.choice.tolist(),
+        "families": families,
         "objective": plan.objective,
         "validated": plan.validated,
     }
+    drawn: list[str] = []
     if args.output is not None:
-        from dit_accel.evaluation.figures import save_heads
+        from dit_accel.cli.inspect_figures import save_figures
         from dit_accel.evaluation.store import write_json
 
-        save_heads(plan, args.output / "heads.png")
+        pictures = save_figures(plan, args.output)
+        data["pictures"] = pictures
+        drawn = [
+            str(args.output / name) if reason is None else f"{name}: not drawn, {reason}"
+            for name, reason in pictures.items()
+        ]
         write_json(args.output / "inspect.json", data)
     lines = [
         f"model           {plan.model_class or 'any (a preset)'}",
@@ -48,9 +61,81 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         *_facts("asked for", plan.objective),
         *_facts("measured", plan.validated),
         "",
+        *_table(families),
+        *_ranges(plan),
+        "",
         plan_map(plan),
+        *([""] if drawn else []),
+        *drawn,
     ]
     return data, "\n".join(lines)
+
+
+def _families(plan: AccelPlan) -> list[dict[str, Any]]:
+    """Each family's heads over all step ranges, and the mean of what was measured for them."""
+    import torch
+
+    density = torch.tensor([candidate.density for candidate in plan.candidates])[plan.choice.long()]
+    measured = {
+        "density": density,
+        "recall": plan.recall,
+        "rel_l2": plan.rel_l2,
+        "latency_ms": plan.latency_ms,
+        "sensitivity": torch.tensor(plan.validated["sensitivity"])
+        if "sensitivity" in plan.validated
+        else None,
+    }
+    rows = []
+    for family in dict.fromkeys(candidate.family for candidate in plan.candidates):
+        numbers = [number for number, c in enumerate(plan.candidates) if c.family == family]
+        at = torch.isin(plan.choice, torch.tensor(numbers, dtype=torch.int16))
+        if at.any():
+            means = {
+                name: None if value is None else float(value[at].mean()) for name, value in measured.items()
+            }
+            rows.append({"family": family, "heads": int(at.sum()), **means})
+    return sorted(rows, key=lambda row: -row["heads"])
+
+
+def _table(families: list[dict[str, Any]]) -> list[str]:
+    """The families as aligned text, without columns that nothing was measured for."""
+    names = [name for name in families[0] if any(row[name] is not None for row in families)]
+    cells = [[name.replace("_", " ") for name in names]]
+    cells += [
+        [f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in names]
+        for row in families
+    ]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _ranges(plan: AccelPlan) -> list[str]:
+    """One line per step range: how sensitive it is, what it spends and saves."""
+    parts = plan.validated.get("ranges", [])
+    if not parts:
+        return []
+    from dit_accel.evaluation.report import range_title
+
+    total = sum(part["error"] for part in parts) or 1.0
+    lines = ["", "step range                 sensitivity  error share  attention speed-up"]
+    tables = plan.validated.get("sensitivity")
+    for number, part in enumerate(parts):
+        mean = "–" if tables is None else f"{_mean(tables[number]):.4f}"
+        speedup = part["attention_ms_dense"] / part["attention_ms"]
+        lines.append(
+            f"{range_title(plan, number):<25}  {mean:>11}  {part['error'] / total:>11.1%}  {speedup:>18.2f}"
+        )
+    return lines
+
+
+def _mean(table: list[list[float]]) -> float:
+    values = [value for row in table for value in row]
+    return sum(values) / len(values)
 
 
 def _facts(title: str, facts: dict[str, Any]) -> list[str]:
