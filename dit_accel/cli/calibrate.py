@@ -22,6 +22,10 @@ def configure(subparsers: Any) -> None:
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--target-psnr", type=float, metavar="DB",
                       help=f"PSNR to keep against dense (default {DEFAULT_TARGET_PSNR:g})")  # fmt: skip
+    goal.add_argument("--target-ssim", type=float, metavar="S", help="SSIM to keep against dense instead")
+    goal.add_argument("--target-latent-rel-l2", type=float, metavar="E",
+                      help="relative L2 distance of the final latents to keep instead")  # fmt: skip
+    goal.add_argument("--speedup", type=float, metavar="X", help="speed-up over dense to reach instead")
     goal.add_argument("--density", type=float, metavar="D", help="mean density to reach instead, in (0, 1]")
     add_settings(parser)
     add_device(parser)
@@ -36,7 +40,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     prompts = default_prompts(args.model, "calibration", args.prompts)
     held_out = read_prompts(args.held_out) if args.held_out else None
-    target = DEFAULT_TARGET_PSNR if args.target_psnr is None and args.density is None else args.target_psnr
+    goals = ("target_psnr", "target_ssim", "target_latent_rel_l2", "density", "speedup")
+    goal = {name: getattr(args, name) for name in goals}
+    if all(value is None for value in goal.values()):
+        goal["target_psnr"] = DEFAULT_TARGET_PSNR
     pipe, settings = load(args)
     plan = calibrate(
         pipe,
@@ -46,8 +53,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         num_frames=settings.num_frames,
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
-        target_psnr=target,
-        density=args.density,
+        **goal,
         output_dir=args.output,
         seed=args.seed,
         held_out_prompts=held_out,
