@@ -213,10 +213,11 @@ class AccelHook(ModelHook):
         )
         state.begin(grid, state.family.progress(arguments), self.tracker.branch)
         if self.steps is not None:
-            if getattr(module, "is_cache_enabled", False):
+            other = other_cache(module)
+            if other is not None:
                 raise RuntimeError(
-                    f"{type(module).__name__}: expected no cache of diffusers beside the plan's own, got "
-                    f"{type(cast(Any, module)._cache_config).__name__}; call disable_cache() or use a plan without one"
+                    f"{type(module).__name__}: expected no cache beside the plan's own, got {other}; disable it or "
+                    "use a plan without one"
                 )
             step, steps = self._place()
             self.steps.begin(arguments["hidden_states"], step, steps, state.branch, state.memory)
@@ -238,6 +239,14 @@ class AccelHook(ModelHook):
             distance = [abs(p - state.progress) for p in progress]
             state.cache["first_step"] = distance.index(min(distance))
         return state.cache["first_step"] + state.forwards - 1, len(progress)
+
+
+def other_cache(transformer: nn.Module) -> str | None:
+    """Name of the cache of diffusers or cache-dit that is enabled on a transformer, if any."""
+    if getattr(transformer, "is_cache_enabled", False):
+        return f"diffusers' {type(cast(Any, transformer)._cache_config).__name__}"
+    # cache-dit sets it on the transformers it wraps, and deletes it when it is disabled.
+    return "cache-dit" if getattr(transformer, "_is_cached", False) else None
 
 
 def hook_of(transformer: nn.Module) -> AccelHook | None:

@@ -16,7 +16,7 @@ from dit_accel.kernels.block_sparse.api import BACKENDS
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, config_hash_of
 from dit_accel.processor import LayerCursor, check_processor, swapped_class, swapped_processor
-from dit_accel.state import HOOK_NAME, AccelHook, AccelState, Stats, hook_of
+from dit_accel.state import HOOK_NAME, AccelHook, AccelState, Stats, hook_of, other_cache
 
 
 def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
@@ -175,9 +175,7 @@ def _step_cache(pipe: Any, transformer: nn.Module, plan: AccelPlan) -> StepCache
             f"pipe: expected a pipeline, since the plan's cache needs its step schedule, got {type(pipe).__name__}; "
             "call enable(pipe, plan), or use dataclasses.replace(plan, cache=None)"
         )
-    other = "cache-dit" if hasattr(transformer, "_is_cached") else None
-    if getattr(transformer, "is_cache_enabled", False):
-        other = f"diffusers' {type(cast(Any, transformer)._cache_config).__name__}"
+    other = other_cache(transformer)
     if other is not None:
         raise ValueError(
             f"transformer: expected no cache beside the plan's own, got {other}; disable it, or use "
