@@ -4,7 +4,7 @@
     python benchmarks/presets.py --stage heads --only svg2,sta  # one part, some systems
 
 - ``heads``: recall and rel L2 of every head at several densities, over query blocks sampled from the calls of
-  dense generations, and the time of a selection.
+  dense generations, and the multiply-adds and bytes of a selection.
 - ``generations``: whole generations at one density, with and without the remainder, against dense ones.
 - ``picture``: ``masks.png`` beside the output, the mask of every family on one head.
 
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import dit_accel
 from dit_accel import attention, processor
-from dit_accel.calibration import profile
+from dit_accel.calibration.profile import profile_call
 from dit_accel.evaluation.attention_time import attention_seconds
 from dit_accel.evaluation.generate import generate_variant, quiet
 from dit_accel.evaluation.mask_figure import attention_panel, family_panel, save_masks
@@ -45,7 +45,7 @@ from dit_accel.evaluation.store import GenerationStore, slug, write_json
 from dit_accel.evaluation.timing import dense_backend, machine, now, weights_digest
 from dit_accel.evaluation.variants import DENSE, Variant, plan_variant
 from dit_accel.grid import TokenGrid
-from dit_accel.patterns import FAMILIES, select
+from dit_accel.patterns import FAMILIES, cost, select
 from dit_accel.pipelines import demo, load_demo
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.presets import PRESETS, Preset
@@ -60,6 +60,7 @@ PICTURE_STEPS = 4
 STAGES = ("heads", "generations", "picture")
 SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
 _GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly
+COSTS = ("multiply_adds_first", "multiply_adds_later", "bytes_first", "bytes_later")
 SUMS = ("mass", "rows", "norm", "error", "error_remainder")
 
 # use(step, layer, query, key, value, grid) of a dense generation; tensors [batch, seq, heads, dim].
@@ -82,6 +83,21 @@ class Setting:
     def name(self) -> str:
         """Tells apart all that can give other results; systems that become equal share their measurements."""
         return f"{self.candidate.label} density={self.candidate.density!r} block={self.block}"
+
+    def costs(self, query: Tensor, grid: TokenGrid) -> dict[str, int]:
+        """What the first choice of a generation and a later one cost for all heads of `[batch, seq, heads, dim]`."""
+        c = self.candidate
+        batch, _, heads, dim = query.shape
+        options: dict[str, Any] = dict(c.options)
+        first, later = (
+            cost(
+                c.family, grid, heads, dim, self.block,
+                density=c.density, batch=batch, item_bytes=query.element_size(), later=late, **options,
+            )
+            for late in (False, True)
+        )  # fmt: skip
+        counts = (first.multiply_adds, later.multiply_adds, first.bytes, later.bytes)
+        return dict(zip(COSTS, counts, strict=True))
 
     def variant(self) -> Variant:
         """The setting for all heads, layers and steps of a pipeline."""
@@ -263,6 +279,8 @@ def measure_heads(bench: Bench, names: Sequence[str]) -> None:
         prompt: [s for s in settings.values() if bench.work.get("heads", bench.heads_name(s), prompt) is None]
         for prompt in range(len(bench.prompts))
     }
+    if not any(missing.values()):
+        return
     branches = 2 if bench.settings.guidance_scale > 1 else 1
     calls = len(bench.captured_steps) * len(bench.pipe.transformer.blocks) * branches
     with tqdm(
@@ -283,7 +301,7 @@ def _profile(
     shape = (len(bench.pipe.transformer.blocks), bench.pipe.transformer.config.num_attention_heads)
     sums = {s: {name: torch.zeros(shape, dtype=torch.float64) for name in SUMS} for s in settings}
     kept: dict[Setting, list[float]] = {s: [] for s in settings}
-    taken: dict[Setting, list[float]] = {s: [] for s in settings}
+    costs: dict[Setting, dict[str, int]] = {}
     calls = 0
 
     def use(step: int, layer: int, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid) -> None:
@@ -292,11 +310,10 @@ def _profile(
             return
         calls += 1
         for s in settings:
-            with clocked(profile, "select", query.device) as seconds:
-                found = profile.profile_call(
-                    query, key, value, grid, s.with_and_without(),
-                    block=s.block, query_blocks=bench.query_blocks, phase=calls * _GOLDEN % 1.0,
-                )  # fmt: skip
+            found = profile_call(
+                query, key, value, grid, s.with_and_without(),
+                block=s.block, query_blocks=bench.query_blocks, phase=calls * _GOLDEN % 1.0,
+            )  # fmt: skip
             of = sums[s]
             of["mass"][layer] += found.mass[:, 0]
             of["rows"][layer] += found.rows[:, 0]
@@ -304,7 +321,7 @@ def _profile(
             of["error"][layer] += found.error[:, 0]
             of["error_remainder"][layer] += found.error[:, -1]
             kept[s].append(float(found.density[0]))
-            taken[s].append(seconds[0])
+            costs[s] = s.costs(query, grid)
             done()
 
     watch(bench, prompt, bench.settings, use)
@@ -312,7 +329,7 @@ def _profile(
         s: {
             **{name: table.tolist() for name, table in found.items()},
             "density": fmean(kept[s]),
-            "selection_ms": 1000 * median(taken[s]),
+            **costs[s],
         }
         for s, found in sums.items()
     }
@@ -357,7 +374,7 @@ def _heads_row(records: list[dict[str, Any]]) -> dict[str, Any]:
         "recall_min": float(recall.min()),
         "rel_l2": float(rel_l2.mean()),
         "rel_l2_remainder": float(rel_l2_remainder.mean()),
-        "selection_ms": median(record["selection_ms"] for record in records),
+        **{name: records[0][name] for name in COSTS},
     }
 
 
@@ -523,7 +540,7 @@ def draw_masks(bench: Bench, path: Path) -> None:
 
     def use(step: int, layer: int, query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid) -> None:
         if step == PICTURE_STEPS // 2 and layer == len(calls):  # the first guidance branch only
-            found = profile.profile_call(query, key, value, grid, candidates)
+            found = profile_call(query, key, value, grid, candidates)
             calls.append((query.clone(), key.clone(), value.clone(), grid))
             recalls.append(found.mass / found.rows)
 
