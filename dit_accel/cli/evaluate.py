@@ -16,7 +16,7 @@ def configure(subparsers: Any) -> None:
         required=True,
         metavar="NAMES",
         help="comma-separated: dense (always runs), plan:DIR, preset:window@0.3[:order=space], "
-        "diffusers:first_block[@0.08]",
+        "preset:cg-taylor[@0.1], diffusers:first_block[@0.08] (or mag_cache, taylorseer), cache-dit:dbcache[@0.08]",
     )
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="one prompt per line (demo: its held-out ones)"

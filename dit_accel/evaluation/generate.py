@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.evaluation.models import GenerationSettings
+from dit_accel.evaluation.peers import Watch, can_watch
 from dit_accel.evaluation.timing import now
 from dit_accel.evaluation.variants import DENSE, Variant
 
@@ -22,12 +23,16 @@ class Generation:
     latents: what the last denoising step left, float32.
     seconds: from the prompt to the frames, everything included.
     density: kept ÷ all query–key pairs of the swapped attention; None where nothing was swapped.
+    skipped_share: forwards of the transformer in which blocks were skipped ÷ all; None where that is unknown.
+    cache_bytes: memory that a cache held between steps; None where that is unknown.
     """
 
     frames: Tensor
     latents: Tensor
     seconds: float
     density: float | None = None
+    skipped_share: float | None = None
+    cache_bytes: int | None = None
 
 
 def generate(
@@ -76,14 +81,41 @@ def generate_variant(
     seed: int,
     on_step: Callable[[], object] | None = None,
 ) -> Generation:
-    """`generate` with a variant applied, which is undone afterwards; the result knows its density."""
+    """`generate` with a variant applied, which is undone afterwards; adds density, skipped share and cache bytes."""
     with variant.apply(pipe):
-        made = generate(pipe, prompt, settings, seed=seed, on_step=on_step)
+        if variant is DENSE:
+            made = generate(pipe, prompt, settings, seed=seed, on_step=on_step)
+            return replace(made, density=1.0, skipped_share=0.0, cache_bytes=0)
         if variant.plan is None:
-            return replace(made, density=1.0 if variant is DENSE else None)
+            return _watched(pipe, prompt, settings, seed, on_step)
         from dit_accel.switch import stats
 
-        return replace(made, density=stats(pipe)["density_mean"])
+        made = generate(pipe, prompt, settings, seed=seed, on_step=on_step)
+        found = stats(pipe)
+        skipped, computed = found.get("skipped_forwards", 0.0), found.get("computed_forwards", 1.0)
+        return replace(
+            made,
+            density=found["density_mean"],
+            skipped_share=skipped / (skipped + computed),
+            cache_bytes=int(found.get("cache_bytes", 0)),
+        )
+
+
+def _watched(
+    pipe: Any, prompt: str, settings: GenerationSettings, seed: int, on_step: Callable[[], object] | None
+) -> Generation:
+    """`generate` under a foreign cache, of which only the blocks that run tell what it skips."""
+    if not can_watch(pipe):
+        return generate(pipe, prompt, settings, seed=seed, on_step=on_step)
+    with Watch(pipe) as watch:
+
+        def look() -> None:
+            watch.look()
+            if on_step is not None:
+                on_step()
+
+        made = generate(pipe, prompt, settings, seed=seed, on_step=look)
+    return replace(made, skipped_share=watch.skipped_share, cache_bytes=watch.cache_bytes)
 
 
 def _frames(output: Any) -> Tensor:

@@ -20,24 +20,42 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("SSIM", "ssim_mean", ".4f"),
     ("latent rel L2", "latent_rel_l2", ".4f"),
     ("density", "density_mean", ".3f"),
+    ("skipped", "skipped_share", ".0%"),
+    ("cache MB", "cache_mb", ".1f"),
     ("semantic", "semantic", ".3f"),
 )
 
 
+# Shown where some variant has them, and where some variant has more than 0 of them.
+OPTIONAL = ("semantic", "attention_speedup")
+OF_CACHES = ("skipped_share", "cache_mb")
+
+
 def _cells(evaluation: Mapping[str, Any]) -> list[list[str]]:
+    variants = [_in_megabytes(row) for row in evaluation["variants"]]
     columns = [
         column
         for column in COLUMNS
-        if column[1] not in ("semantic", "attention_speedup")
-        or any(row[column[1]] is not None for row in evaluation["variants"])
+        if (column[1] not in OPTIONAL or any(row[column[1]] is not None for row in variants))
+        and (column[1] not in OF_CACHES or any(row[column[1]] for row in variants))
     ]
     rows = [["variant", *(heading for heading, _, _ in columns)]]
-    for row in evaluation["variants"]:
-        quality = {"psnr_mean", "psnr_min", "ssim_mean", "latent_rel_l2"} if row["name"] == "dense" else set()
+    for row in variants:
+        hidden: set[str] = set()
+        if row["name"] == "dense":
+            hidden = {"psnr_mean", "psnr_min", "ssim_mean", "latent_rel_l2"}
+        elif row["identical_to_dense"]:
+            hidden = {"speedup"}
         rows.append(
-            [row["name"], *("–" if key in quality else _number(row[key], form) for _, key, form in columns)]
+            [row["name"], *("–" if key in hidden else _number(row[key], form) for _, key, form in columns)]
         )
     return rows
+
+
+def _in_megabytes(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A variant's row with what results from before caches were measured do not have."""
+    row = {"skipped_share": None, "cache_bytes": None, "identical_to_dense": False, **row}
+    return {**row, "cache_mb": None if row["cache_bytes"] is None else row["cache_bytes"] / 1e6}
 
 
 def _counted(number: int, noun: str) -> str:
@@ -56,6 +74,9 @@ def _caption(evaluation: Mapping[str, Any]) -> str:
     ]
     if share is not None:
         parts.append(f"attention is {share:.0%} of a dense step")
+    same = [row["name"] for row in evaluation["variants"] if row.get("identical_to_dense")]
+    if same:
+        parts.append(f"identical to dense in every generation, so no speed-up: {', '.join(same)}")
     return "; ".join(parts)
 
 

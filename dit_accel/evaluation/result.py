@@ -34,6 +34,8 @@ class Run:
     latent_rel_l2: float
     density: float | None
     semantic: dict[str, bool] | None
+    skipped_share: float | None = None
+    cache_bytes: int | None = None
 
 
 @dataclass(eq=False)
@@ -43,6 +45,7 @@ class Evaluation:
     fingerprint: changes whenever results of another process could not stand beside these.
     processes: how many processes it took; more than one means that it was killed in between.
     attention: per variant, seconds in the swapped attention and in the transformer, of the short pass.
+    curve: of MagCache, where a variant needs it.
     """
 
     model: str
@@ -56,6 +59,7 @@ class Evaluation:
     store: GenerationStore
     processes: int = 1
     attention: dict[str, tuple[float, float]] = field(default_factory=dict)
+    curve: tuple[float, ...] | None = None
     runs: list[Run] = field(default_factory=list)
 
     def pictured(self) -> list[int]:
@@ -76,6 +80,8 @@ class Evaluation:
                 latent_rel_l2=latent_rel_l2(made.latents, dense.latents),
                 density=made.density,
                 semantic=None if scorer is None else scorer(made.frames, self.prompts[prompt]),
+                skipped_share=made.skipped_share,
+                cache_bytes=made.cache_bytes,
             )
             self.runs.append(run)
         if prompt not in self.pictured():
@@ -90,6 +96,8 @@ class Evaluation:
         judged = [run.semantic for run in runs if run.semantic]
         parts = {part: fmean(verdict[part] for verdict in judged) for part in judged[0]} if judged else None
         attention = self.attention.get(name)
+        skipped = [run.skipped_share for run in runs if run.skipped_share is not None]
+        held = [run.cache_bytes for run in runs if run.cache_bytes is not None]
         return {
             "name": name,
             "seconds_dense_p50": dense_p50,
@@ -103,6 +111,11 @@ class Evaluation:
             "semantic": fmean(parts.values()) if parts else None,
             "semantic_parts": parts,
             "attention_speedup": self.attention["dense"][0] / attention[0] if attention else None,
+            "attention_seconds": attention[0] if attention else None,
+            "skipped_share": fmean(skipped) if skipped else None,
+            "cache_bytes": max(held) if held else None,
+            # A technique that touches nothing must not pass for a speed-up.
+            "identical_to_dense": name != "dense" and all(run.latent_rel_l2 == 0.0 for run in runs),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +136,7 @@ class Evaluation:
             "variants": [self.summary(name) for name in self.variants] if self.runs else [],
             "runs": [asdict(run) for run in self.runs],
             "attention_seconds": self.attention,
+            "magnitude_curve": self.curve,
         }
 
     def save(self, folder: Path) -> None:
@@ -136,6 +150,7 @@ class Evaluation:
             self.processes = saved["processes"] + 1
             self.runs = [Run(**run) for run in saved["runs"]]
             self.attention = {name: (pair[0], pair[1]) for name, pair in saved["attention_seconds"].items()}
+            self.curve = None if saved["magnitude_curve"] is None else tuple(saved["magnitude_curve"])
         else:
             self.store.clear()
         # Before the first generation: what the store holds must always belong to this fingerprint.

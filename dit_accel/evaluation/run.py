@@ -10,10 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 from dit_accel.evaluation.attention_time import attention_seconds
+from dit_accel.evaluation.curve import magnitude_curve
 from dit_accel.evaluation.generate import generate_variant, quiet
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.result import FORMAT_VERSION, Evaluation, Scorer
-from dit_accel.evaluation.store import GenerationStore
+from dit_accel.evaluation.store import STORE_VERSION, GenerationStore
 from dit_accel.evaluation.timing import dense_backend, machine, weights_digest
 from dit_accel.evaluation.variants import Variant
 
@@ -37,7 +38,8 @@ def evaluate(
     Prompt i has the seed `seed + i` in every variant. The variants of a prompt run one after another, in an
     order that rotates from prompt to prompt; the time is that of the whole generation. Before that, each runs
     `warmup_steps` steps once, untimed. A separate pass of `attention_steps` steps times attention alone; 0
-    leaves it out.
+    leaves it out. Where a variant needs the curve of MagCache, a dense generation of the first prompt, with a
+    seed of its own, measures it before all else.
 
     With `output_dir`, `evaluation.json` is written after each prompt, and an evaluation that was killed goes
     on where it was when it is started again with the same arguments.
@@ -66,7 +68,7 @@ def evaluate(
         machine=place,
         dense_backend=dense_backend(pipe.transformer),
         fingerprint=_fingerprint(
-            FORMAT_VERSION,
+            [FORMAT_VERSION, STORE_VERSION],
             model,
             weights_digest(pipe.transformer),
             [variant.identity for variant in variants],
@@ -79,8 +81,24 @@ def evaluate(
     )
     if folder is not None:
         result.resume(folder)
-    _complete(result, pipe, variants, scorer, folder, warmup_steps, attention_steps, progress)
+    if any(variant.with_curve for variant in variants) and result.curve is None:
+        _measure_curve(result, pipe, folder, progress)
+    ready = [
+        variant.with_curve(result.curve or ()) if variant.with_curve else variant for variant in variants
+    ]
+    _complete(result, pipe, ready, scorer, folder, warmup_steps, attention_steps, progress)
     return result
+
+
+def _measure_curve(result: Evaluation, pipe: Any, folder: Path | None, progress: bool) -> None:
+    steps = result.settings.num_inference_steps
+    with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, desc="curve of MagCache") as bar:
+        seed = result.seed + len(result.prompts)  # none of the compared generations has it
+        result.curve = magnitude_curve(
+            pipe, result.prompts[0], result.settings, seed=seed, on_step=bar.update
+        )
+    if folder is not None:
+        result.save(folder)
 
 
 def _complete(

@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from dit_accel.evaluation.generate import Generation
 
+# Changes with what a file of the store holds.
+STORE_VERSION = 2
+
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON under a temporary name, then rename: a killed process leaves the old file or the new one."""
@@ -57,9 +60,15 @@ class GenerationStore:
             tensors = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path}: expected a generation, got a broken file; delete it") from error
-        seconds, density = tensors["seconds_density"].tolist()
+        seconds, *others = tensors["numbers"].tolist()
+        density, skipped, held = (None if math.isnan(number) else number for number in others)
         return Generation(
-            tensors["frames"], tensors["latents"], seconds, None if math.isnan(density) else density
+            frames=tensors["frames"],
+            latents=tensors["latents"],
+            seconds=seconds,
+            density=density,
+            skipped_share=skipped,
+            cache_bytes=None if held is None else int(held),
         )
 
     def put(self, prompt: int, variant: str, generation: Generation) -> None:
@@ -70,11 +79,11 @@ class GenerationStore:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        density = math.nan if generation.density is None else generation.density
+        numbers = (generation.seconds, generation.density, generation.skipped_share, generation.cache_bytes)
         tensors = {
             "frames": generation.frames,
             "latents": generation.latents.contiguous(),
-            "seconds_density": torch.tensor([generation.seconds, density], dtype=torch.float64),
+            "numbers": torch.tensor([math.nan if n is None else n for n in numbers], dtype=torch.float64),
         }
         save_file(tensors, partial)
         partial.replace(path)

@@ -6,10 +6,20 @@
 | `plan:DIR` | a calibrated plan |
 | `preset:window@0.3` | one family for every head; further options follow: `preset:pooled@0.25:order=space` |
 | `preset:xattention` | a published system, see `dit_accel.presets` |
+| `preset:cg-taylor@0.1` | a cache, see `dit_accel.caching.CACHES`; the number is its threshold |
+| `preset:window@0.3:cache=cg-taylor@0.1` | both; `cache.warm_up=4` sets a field of the cache |
 | `diffusers:first_block` | diffusers' First Block Cache; `@0.08` sets its threshold |
+| `diffusers:mag_cache` | diffusers' MagCache |
+| `diffusers:taylorseer` | diffusers' TaylorSeer in its lite mode; `@4` sets the interval |
+| `cache-dit:dbcache` | DBCache of cache-dit; with its TaylorSeer: `cache-dit:dbcache@0.1:taylorseer=true` |
+
+MagCache, diffusers' and ours, needs a curve measured on the model: see `Variant.with_curve`. cache-dit counts two
+forwards to a step of Wan; without guidance, tell it `enable_separate_cfg=false`.
 
 A new kind of variant is a function from the text after the colon to a `Variant`, entered in `KINDS`.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -18,7 +28,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from dit_accel.caching import CACHES, CacheConfig, cache_preset
+from dit_accel.evaluation.peers import (
+    CACHE_DIT,
+    DIFFUSERS,
+    cache_dit_cache,
+    cache_dit_version,
+    checked,
+    config_of,
+    diffusers_cache,
+)
 from dit_accel.plan import AccelPlan
+
+Curve = tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +50,15 @@ class Variant:
     apply: `with variant.apply(pipe): ...` runs it, and leaves the pipeline as it was.
     plan: the attention plan behind it, None where attention is untouched.
     identity: text that changes whenever the variant's results could.
+    with_curve: what makes the variant that can be applied from the curve of MagCache, see
+        `dit_accel.evaluation.curve`; None where none is needed.
     """
 
     name: str
     apply: Callable[[Any], AbstractContextManager[None]]
     plan: AccelPlan | None
     identity: str
+    with_curve: Callable[[Curve], Variant] | None = None
 
 
 DENSE = Variant("dense", lambda pipe: nullcontext(), None, "dense")
@@ -52,11 +77,26 @@ def plan_variant(plan: AccelPlan, name: str) -> Variant:
         finally:
             disable(pipe)
 
-    content = json.dumps(
-        [[candidate.to_dict() for candidate in plan.candidates], list(plan.range_starts), plan.block]
-    )
-    digest = hashlib.sha256(content.encode() + plan.choice.contiguous().numpy().tobytes()).hexdigest()
+    content: list[Any] = [
+        [candidate.to_dict() for candidate in plan.candidates],
+        list(plan.range_starts),
+        plan.block,
+    ]
+    if plan.cache is not None:
+        content.append(plan.cache.to_dict())
+    choice = plan.choice.contiguous().numpy().tobytes()
+    digest = hashlib.sha256(json.dumps(content).encode() + choice).hexdigest()
     return Variant(name, apply, plan, f"{name} {digest}")
+
+
+def _awaiting_curve(name: str, with_curve: Callable[[Curve], Variant]) -> Variant:
+    def apply(pipe: Any) -> AbstractContextManager[None]:
+        raise ValueError(
+            f"variant {name!r}: expected the curve of MagCache, got none; measure it with "
+            "dit_accel.evaluation.curve.magnitude_curve and call with_curve"
+        )
+
+    return Variant(name, apply, None, name, with_curve)
 
 
 def _from_plan(text: str, name: str) -> Variant:
@@ -64,37 +104,88 @@ def _from_plan(text: str, name: str) -> Variant:
 
 
 def _from_preset(text: str, name: str) -> Variant:
-    family, density, options = _split(text, name)
-    if density is not None:
-        options["density"] = density
-    return plan_variant(AccelPlan.preset(family, **options), name)
+    family, number, options = _split(text, name)
+    if family in CACHES:
+        return _cached(family, number, options, name, {})
+    fields = {key: options.pop(key) for key in list(options) if key.startswith("cache.")}
+    cache = options.pop("cache", None)
+    if number is not None:
+        options["density"] = number
+    if cache is None:
+        if fields:
+            raise ValueError(f"variant {name!r}: expected cache=NAME before {', '.join(fields)}, got none")
+        return plan_variant(AccelPlan.preset(family, **options), name)
+    label, threshold, _ = _split(str(cache), name)
+    if label not in CACHES:
+        raise ValueError(f"variant {name!r}: expected a cache out of {', '.join(CACHES)}, got {label!r}")
+    fields = {key.removeprefix("cache."): value for key, value in fields.items()}
+    return _cached(label, threshold, fields, name, {"name": family, **options})
+
+
+def _cached(
+    cache: str, threshold: float | None, fields: dict[str, Any], name: str, attention: dict[str, Any]
+) -> Variant:
+    """A cache beside an attention preset, which is dense where nothing is said."""
+    if threshold is not None:
+        if CACHES[cache]["gate"] == "always":
+            raise ValueError(
+                f"variant {name!r}: expected no number after {cache}, which has no threshold; "
+                "give max_skips, for instance max_skips=3"
+            )
+        fields = fields | {"threshold": threshold}
+
+    def made(config: CacheConfig) -> Variant:
+        return plan_variant(AccelPlan.preset(**({"name": "dense"} | attention), cache=config), name)
+
+    if CACHES[cache]["gate"] != "magcache":
+        return made(cache_preset(cache, **fields))
+    made(cache_preset(cache, **fields, curve=(1.0,)))  # refuses what is wrong before anything is measured
+    return _awaiting_curve(name, lambda curve: made(cache_preset(cache, **fields, curve=curve)))
 
 
 def _from_diffusers(text: str, name: str) -> Variant:
-    technique, threshold, options = _split(text, name)
-    if technique != "first_block" or options:
+    label, number, options = _split(text, name)
+    if label not in DIFFUSERS:
         raise ValueError(
-            f"variant {name!r}: expected diffusers:first_block or diffusers:first_block@THRESHOLD"
+            f"variant {name!r}: expected diffusers:NAME[@NUMBER][:OPTION=VALUE] with a name out of "
+            f"{', '.join(DIFFUSERS)}"
+        )
+    technique = DIFFUSERS[label]
+    options = checked(technique, options if number is None else options | {technique.dial: number}, name)
+    if label != "mag_cache":
+        config = config_of(technique, options)
+        return Variant(name, lambda pipe: diffusers_cache(pipe, config), None, name)
+
+    def with_curve(curve: Curve) -> Variant:
+        # diffusers changes the configuration that it is given
+        measured = {"mag_ratios": list(curve), "num_inference_steps": len(curve)}
+        return Variant(
+            name,
+            lambda pipe: diffusers_cache(pipe, config_of(technique, options, **measured)),
+            None,
+            f"{name} {hashlib.sha256(json.dumps(curve).encode()).hexdigest()}",
         )
 
-    @contextmanager
-    def apply(pipe: Any) -> Iterator[None]:
-        from diffusers import FirstBlockCacheConfig
+    return _awaiting_curve(name, with_curve)
 
-        config = FirstBlockCacheConfig() if threshold is None else FirstBlockCacheConfig(threshold=threshold)
-        pipe.transformer.enable_cache(config)
-        try:
-            yield
-        finally:
-            pipe.transformer.disable_cache()
 
-    return Variant(name, apply, None, name)
+def _from_cache_dit(text: str, name: str) -> Variant:
+    label, number, options = _split(text, name)
+    if label not in CACHE_DIT:
+        raise ValueError(
+            f"variant {name!r}: expected cache-dit:dbcache[@THRESHOLD][:OPTION=VALUE], got the name {label!r}"
+        )
+    technique = CACHE_DIT[label]
+    options = checked(technique, options if number is None else options | {technique.dial: number}, name)
+    version = cache_dit_version()
+    return Variant(name, lambda pipe: cache_dit_cache(pipe, options), None, f"{name} {version}")
 
 
 KINDS: dict[str, Callable[[str, str], Variant]] = {
     "plan": _from_plan,
     "preset": _from_preset,
     "diffusers": _from_diffusers,
+    "cache-dit": _from_cache_dit,
 }
 
 
@@ -109,8 +200,8 @@ def parse_variant(name: str) -> Variant:
     kind, colon, text = name.partition(":")
     if not colon or kind not in KINDS or not text:
         raise ValueError(
-            f"variant {name!r}: expected dense, plan:DIR, preset:FAMILY@DENSITY[:OPTION=VALUE] "
-            "or diffusers:first_block[@THRESHOLD]"
+            f"variant {name!r}: expected dense, plan:DIR, preset:FAMILY@DENSITY[:OPTION=VALUE], "
+            "preset:CACHE[@THRESHOLD], diffusers:CACHE[@NUMBER] or cache-dit:dbcache[@THRESHOLD]"
         )
     return KINDS[kind](text, name)
 

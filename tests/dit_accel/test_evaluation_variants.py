@@ -1,10 +1,14 @@
 """Variants by name, and that each leaves the pipeline as it was."""
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.hooks import HookRegistry
 
 from dit_accel import AccelPlan, PlanError
+from dit_accel.caching import CacheConfig, Schedule, Term, cache_preset
 from dit_accel.evaluation.variants import DENSE, parse_variant, parse_variants, plan_variant
 
 
@@ -67,13 +71,88 @@ def test_dense_is_always_among_them():
         ("preset:window@0.3:fast", "expected OPTION=VALUE after the colon, got 'fast'"),
         ("preset:window@0.3:colour=red", "colour"),
         ("preset:window@7", "density"),
-        ("diffusers:magic", "expected diffusers:first_block or diffusers:first_block@THRESHOLD"),
+        ("diffusers:magic", "with a name out of first_block, mag_cache, taylorseer"),
+        ("diffusers:first_block:speed=2", "expected options out of threshold, got 'speed'"),
+        ("diffusers:first_block:threshold=high", "expected a number from 0 for threshold, got 'high'"),
+        ("diffusers:mag_cache:max_skip_steps=1.5", "expected a whole number from 0 for max_skip_steps"),
+        ("diffusers:mag_cache:calibrate=true", "expected options out of threshold, max_skip_steps"),
+        ("diffusers:taylorseer@0", "expected a whole number from 1 for cache_interval, got 0.0"),
+        ("diffusers:taylorseer:use_lite_mode=1", "expected true or false for use_lite_mode, got 1"),
+        (
+            "cache-dit:magic",
+            r"expected cache-dit:dbcache\[@THRESHOLD\]\[:OPTION=VALUE\], got the name 'magic'",
+        ),
+        ("cache-dit:dbcache:Fn_compute_blocks=-1", "expected a whole number from 0 for Fn_compute_blocks"),
+        ("preset:taylorseer@0.1", "expected no number after taylorseer, .* give max_skips"),
+        ("preset:cg-taylor@0.1:speed=2", "cache 'cg-taylor' has no field speed"),
+        ("preset:magcache@0.1:speed=2", "cache 'magcache' has no field speed"),
+        ("preset:window@0.3:cache=magic", "expected a cache out of cg-taylor, .* got 'magic'"),
+        ("preset:window@0.3:cache.warm_up=3", "expected cache=NAME before cache.warm_up, got none"),
         ("dense,dense", "names one of them twice"),
     ],
 )
 def test_malformed_names_are_refused(names, message):
     with pytest.raises(ValueError, match=message):
         parse_variants(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "cache"),
+    [
+        ("preset:cg-taylor@0.2", "dense@1.00", cache_preset("cg-taylor", threshold=0.2)),
+        (
+            "preset:cg-taylor:threshold=0.2:warm_up=4",
+            "dense@1.00",
+            cache_preset("cg-taylor", threshold=0.2, warm_up=4),
+        ),
+        ("preset:taylorseer:max_skips=2", "dense@1.00", cache_preset("taylorseer", max_skips=2)),
+        ("preset:window@0.3:cache=easycache", "window@0.30", cache_preset("easycache")),
+        (
+            "preset:window@0.3:cache=first-block@0.1:cache.warm_up=4",
+            "window@0.30",
+            cache_preset("first-block", threshold=0.1, warm_up=4),
+        ),
+    ],
+)
+def test_caches_by_name(name, label, cache):
+    plan = parse_variant(name).plan
+    assert plan.candidates[0].label == label
+    assert plan.cache == cache
+
+
+@pytest.mark.parametrize("name", ["preset:magcache@0.3", "preset:pooled@0.5:cache=magcache@0.3"])
+def test_our_magcache_takes_a_measured_curve(name):
+    variant = parse_variant(name)
+    with pytest.raises(ValueError, match="expected the curve of MagCache, got none; measure it"):
+        variant.apply(None)
+    ready = variant.with_curve((1.0, 0.5))
+    assert ready.plan.cache == cache_preset("magcache", threshold=0.3, curve=(1.0, 0.5))
+    assert (ready.name, ready.with_curve) == (name, None)
+    assert ready.identity != variant.with_curve((1.0, 0.6)).identity
+
+
+def test_identity_depends_on_the_cache():
+    plans = [AccelPlan.preset("window", density=0.3)]
+    plans += [
+        AccelPlan.preset("window", density=0.3, cache=cache_preset("cg-taylor", threshold=t))
+        for t in (0.1, 0.2)
+    ]
+    assert len({plan_variant(plan, "plan").identity for plan in plans}) == 3
+    schedules = [Schedule(12, {"cond": {5: (Term("cond", 4, weight),)}}) for weight in (1.0, 1.5)]
+    plans = [
+        replace(AccelPlan.preset("dense"), cache=CacheConfig("schedule", target="output", schedule=schedule))
+        for schedule in schedules
+    ]
+    assert len({plan_variant(plan, "plan").identity for plan in plans}) == 2
+
+
+def test_cache_dit_has_to_be_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cache_dit", None)
+    with pytest.raises(
+        ValueError,
+        match=r"cache-dit: expected the package to be installed, got none; run pip install 'dit-accel\[peers\]'",
+    ):
+        parse_variants("cache-dit:dbcache")
 
 
 def test_a_missing_plan_is_a_plan_error(tmp_path):
