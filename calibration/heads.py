@@ -82,7 +82,7 @@ def profile_heads(
     Raises:
         ValueError: tensors that do not fit the grid or each other, no candidates, or nothing to sample.
     """
-    candidates = default_candidates() if candidates is None else tuple(candidates)
+    candidates = default_candidates(query.device.type) if candidates is None else tuple(candidates)
     _check(query, key, value, grid, candidates, query_blocks)
     phase = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()
     mask = None if key_mask is None else key_mask[:, None, None]

@@ -97,7 +97,7 @@ def calibrate(
     goal = the_goal(**asked)
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
     conditions: dict[str, Any] = {"seed": seed, **settings.to_dict()}
-    candidates = default_candidates()
+    candidates = default_candidates(pipe._execution_device.type)
     fingerprint = {
         "prompts": prompts,
         "held_out_prompts": held_out,

@@ -10,9 +10,13 @@ from dit_accel.calibration.knapsack import (
     choose,
     choose_density,
     dense_cost,
+    frontier,
     mean_density,
     most_faithful_multiplier,
+    multiplier_for_cost,
     multiplier_for_error,
+    range_cost,
+    range_error,
     total_cost,
     total_error,
 )
@@ -133,3 +137,68 @@ def test_multipliers_follow_the_scale_of_the_tables():
     multiplier = multiplier_for_error(scaled, 0.5e-9)
     assert math.isfinite(multiplier)
     assert torch.equal(choose(scaled, multiplier), choose(t, multiplier_for_error(t, 0.5)))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 1.0])
+def test_multiplier_for_cost_keeps_the_cost_and_is_the_largest(share):
+    t = tables(layers=2, heads=4, candidates=5, plain=1.5)
+    fastest, dense = total_cost(t, choose(t, 0.0)), dense_cost(t)
+    cost = fastest + share * (dense - fastest)
+    multiplier = multiplier_for_cost(t, cost)
+    assert total_cost(t, choose(t, multiplier)) <= cost
+    if share < 1.0:
+        assert total_cost(t, choose(t, multiplier * 1.001)) > cost
+
+
+def test_a_cost_that_no_plan_has_gives_the_fastest():
+    t = tables(layers=2, heads=4, candidates=5)
+    assert total_cost(t, choose(t, multiplier_for_cost(t, 0.0))) == pytest.approx(
+        total_cost(t, choose(t, 0.0))
+    )
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_tighter_errors_are_never_faster_and_never_worse(seed):
+    t = tables(layers=3, heads=5, candidates=6, seed=seed, plain=1.5)
+    plans = [choose(t, multiplier_for_error(t, error)) for error in (8.0, 3.0, 1.0, 0.3, 0.1, 0.0)]
+    errors = [total_error(t, plan) for plan in plans]
+    costs = [total_cost(t, plan) for plan in plans]
+    assert errors == sorted(errors, reverse=True)
+    assert costs == sorted(costs)
+
+
+def test_no_plan_as_cheap_has_less_error():
+    """Against brute force: what the multiplier gives for an error lies on the front of all plans."""
+    t = tables(ranges=1, heads=4, candidates=4, seed=2)
+    for error in (0.1, 0.6, 1.5):
+        found = choose(t, multiplier_for_error(t, error))
+        rivals = [plan for plan in all_plans(t) if total_cost(t, plan) <= total_cost(t, found) + 1e-12]
+        assert total_error(t, found) == pytest.approx(min(total_error(t, plan) for plan in rivals))
+
+
+def test_ranges_sum_to_the_whole():
+    t = tables(ranges=3, layers=2, heads=4, candidates=5)
+    choice = choose(t, 1.0)
+    assert sum(range_cost(t, choice)) == pytest.approx(total_cost(t, choice))
+    assert sum(range_error(t, choice)) == pytest.approx(total_error(t, choice))
+    first = choice.clone()
+    first[1:] = t.dense
+    assert range_error(t, first) == pytest.approx([range_error(t, choice)[0], 0.0, 0.0])
+    assert range_cost(t, first)[0] == pytest.approx(range_cost(t, choice)[0])
+
+
+def test_frontier_goes_from_the_fastest_plan_towards_dense():
+    t = tables(ranges=3, layers=4, heads=5, candidates=7, plain=1.5)
+    points = frontier(t)
+    costs, errors = ([point[name] for point in points] for name in ("attention_ms", "error"))
+    assert costs == sorted(costs)
+    assert errors == sorted(errors, reverse=True)
+    assert costs[0] == pytest.approx(total_cost(t, choose(t, 0.0)))
+    assert len(points) > 8
+    assert errors[-1] < 1e-2 * errors[0]
+
+
+def test_frontier_of_tables_without_error_is_one_plan():
+    t = tables()
+    t.error.zero_()
+    assert [point["error"] for point in frontier(t)] == [0.0]

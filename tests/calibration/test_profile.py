@@ -179,3 +179,36 @@ def test_default_candidates_have_dense_and_skip_once_and_no_duplicates():
     assert [c.family for c in candidates].count("dense") == 1
     assert [c.remainder for c in candidates if c.family == "skip"] == [False, True]
     assert len(set(candidates)) == len(candidates)
+
+
+def test_clusters_are_tried_where_they_have_a_kernel():
+    on_gpu, on_cpu = default_candidates("cuda"), default_candidates("cpu")
+    assert {c.family for c in on_gpu} - {c.family for c in on_cpu} == {"clustered"}
+    assert len(on_gpu) <= 45  # each is measured on every head and timed
+
+
+@pytest.mark.parametrize("name", ["B2-text-last", "B1-S105-H2-block16"])
+def test_effect_is_the_squared_product_with_the_gradient_row_by_row(name):
+    (parameters,) = [p.values for p in GRIDS if p.id == name]
+    grid, batch, heads, block = parameters
+    query, key, value = tensors(grid, batch, heads)
+    gradient = torch.randn(query.shape, generator=torch.Generator().manual_seed(9))
+    candidates = (Candidate("dense", 1.0), Candidate("window", 0.3), Candidate("skip", 0.0))
+    found = profile_call(
+        query, key, value, grid, candidates, block=block, query_blocks=EVERYTHING, gradient=gradient
+    )
+    q, k, v = (t.double().transpose(1, 2) for t in (query, key, value))
+    scores = q @ k.mT * query.shape[-1] ** -0.5
+    dense = scores.softmax(-1) @ v
+    for number, candidate in enumerate(candidates[1:], start=1):
+        mask = select(candidate.family, query, key, grid, density=candidate.density, block=block).mask()
+        # A row that keeps nothing gives 0.
+        output = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0) @ v
+        products = ((output - dense) * gradient.double().transpose(1, 2)).sum(-1)
+        torch.testing.assert_close(
+            found.effect[:, number], products.square().sum((0, 2)), rtol=1e-4, atol=0.0
+        )
+    assert (found.effect[:, 0] < 1e-9 * found.effect[:, 2]).all()
+    without = profile_call(query, key, value, grid, candidates, block=block, query_blocks=EVERYTHING)
+    assert (without.effect == 0).all()
+    torch.testing.assert_close(without.error, found.error)

@@ -92,6 +92,72 @@ def test_target_is_met(uninterrupted):
 
 
 @pytest.mark.usefixtures("density_clock")
+@pytest.mark.parametrize(
+    ("target", "better"),
+    [
+        pytest.param({"target_ssim": 0.9}, lambda found: found >= 0.9 - 1e-3, id="ssim"),
+        pytest.param({"target_latent_rel_l2": 0.1}, lambda found: found <= 0.1 + 1e-3, id="latents"),
+    ],
+)
+def test_other_qualities_are_met(pipe, arguments, target, better):
+    plan = calibrate(pipe, **arguments, **target)
+    (name,) = target
+    metric = name.removeprefix("target_")
+    chosen = [trial for trial in plan.validated["trials"] if trial["chosen"]]
+    assert plan.validated["target_met"]
+    assert better(plan.validated[f"{metric}_calibration"])
+    assert [trial[metric] for trial in chosen] == pytest.approx([plan.validated[f"{metric}_calibration"]])
+    assert 0 < plan.validated["density_mean"] < 1
+    assert plan.objective[name] == target[name]
+    assert plan.objective["target_psnr"] is None
+
+
+@pytest.mark.usefixtures("density_clock")
+def test_a_speedup_that_no_plan_has_gives_the_fastest_and_says_so(pipe, arguments, capsys):
+    plan = calibrate(pipe, **arguments, speedup=50.0)
+    assert not plan.validated["target_met"]
+    assert len(plan.validated["trials"]) == 1  # the fastest plan of the tables, and no other is faster
+    assert plan.validated["density_mean"] < 0.1
+    assert plan.validated["speedup"] == pytest.approx(
+        plan.validated["trials"][0]["seconds_dense"] / plan.validated["trials"][0]["seconds"]
+    )
+    assert "speedup 50 was not reached; the plan is the fastest that was tried" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("density_clock")
+def test_no_speedup_is_dense_without_a_trial(pipe, arguments):
+    plan = calibrate(pipe, **arguments, speedup=1.0)
+    assert plan.validated["target_met"]
+    tried = [trial for trial in plan.validated["trials"] if trial["chosen"]]
+    assert tried or plan.validated["density_mean"] == 1.0
+
+
+@pytest.mark.usefixtures("density_clock")
+def test_what_the_calibration_saw_is_recorded(uninterrupted, arguments):
+    _, plan = uninterrupted
+    ranges, layers, heads = plan.choice.shape
+    sensitivity = torch.tensor(plan.validated["sensitivity"])
+    assert sensitivity.shape == (ranges, layers, heads)
+    assert (sensitivity > 0).all()
+    assert sum(trial["chosen"] for trial in plan.validated["trials"]) == 2  # one for each prompt
+    parts = plan.validated["ranges"]
+    assert [part["start"] for part in parts] == list(plan.range_starts)
+    total, chosen = sum(part["error"] for part in parts), plan.validated["trials"][-1]
+    assert total == pytest.approx(chosen["error_expected"])
+    assert sum(part["attention_ms"] for part in parts) == pytest.approx(chosen["attention_ms_expected"])
+    expected = [p["quality_expected"] for p in plan.validated["frontier"] if "quality_expected" in p]
+    assert expected == sorted(expected)
+    assert len(expected) > 5
+
+
+def test_layers_count_alike_without_gradients(pipe, arguments):
+    plan = calibrate(pipe, **arguments, density=0.5, downstream=False)
+    assert "sensitivity" not in plan.validated
+    assert plan.objective["downstream"] is False
+    assert plan.validated["density_mean"] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.usefixtures("density_clock")
 def test_held_out_prompts_are_reported(pipe, arguments):
     held_out = ["a red square moves up", "a blue circle"]
     report = calibrate(pipe, **arguments, density=0.6, held_out_prompts=held_out).validated
