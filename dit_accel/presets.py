@@ -44,7 +44,7 @@ PRESETS: dict[str, Preset] = {
     # density of all. https://arxiv.org/abs/2406.14909
     "moa": Preset("bands", 0.3, {"sinks": 1}),
     # A box around every query. https://arxiv.org/abs/2504.16922
-    "natten": Preset("window", 0.3),
+    "natten": Preset("window", 0.3, {"shape": "clamped"}),
     # The axis order in which each head is most local; the authors calibrate it, and masks of blocks in it, where here
     # the call's own rows choose and the mask is a band. https://arxiv.org/abs/2506.16054
     "paro": Preset("profiled", 0.3, {"orders": "fhw+fwh+hfw+hwf+wfh+whf"}),
@@ -71,7 +71,9 @@ PRESETS: dict[str, Preset] = {
     "svg2": Preset("clustered", 1.0, {"top_p": 0.9, "least": 0.1, "iterations": 50}, block=128, warm_up=0.08),
     # Tiles of 6 x 8 x 8 tokens, a window for all heads where the authors calibrate one each.
     # https://arxiv.org/abs/2502.04507
-    "sta": Preset("window", 0.3, {"order": "tile:6x8x8", "aspect": 0.75}, block=128, warm_up=0.06),
+    "sta": Preset(
+        "window", 0.3, {"order": "tile:6x8x8", "aspect": 0.75, "shape": "clamped"}, block=128, warm_up=0.06
+    ),
     # Clusters with a density per head, found by calibration; without it all heads have one.
     "svoo": Preset("clustered", 0.3, {"iterations": 50}, block=128),
     # Stride 8 until .95 of the mass, in blocks of 128, five dense steps of 50. https://arxiv.org/abs/2503.16428

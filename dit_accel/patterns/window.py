@@ -2,27 +2,39 @@
 
 Sliding Tile Attention (https://arxiv.org/abs/2502.04507) and neighbourhood attention
 (https://arxiv.org/abs/2504.16922), for any grid: the box is the set of the nearest blocks by the largest of the three
-axis distances; the shape "ball" takes the straight distance (CLEAR, https://arxiv.org/abs/2412.16112). Their number is
-the same for every row, so at a border the box grows inwards and no query sees less than a central one.
+axis distances. Their number is the same for every row, so at a border the box grows inwards and no query sees less than
+a central one. The shape "clamped" is that of the papers to the letter: at a border the box keeps its sides and is moved
+inwards, where the shape "box" takes the nearest blocks in whatever direction there are some. "ball" takes the straight
+distance (CLEAR, https://arxiv.org/abs/2412.16112).
 """
 
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from dit_accel.patterns.base import BlockSpace, Family, first_of
 
 
 def _choose(space: BlockSpace, kept: int, *, aspect: float, shape: str) -> Tensor:
-    """`aspect`: how many frames the box reaches for each token it reaches up, down or sideways; `shape`: box, ball."""
-    if shape not in ("box", "ball"):
-        raise ValueError(f"option 'shape' of family 'window': expected 'box' or 'ball', got {shape!r}")
+    """`aspect`: how many frames the box reaches for each token up, down or sideways; `shape`: box, clamped, ball."""
+    if shape not in ("box", "clamped", "ball"):
+        raise ValueError(
+            f"option 'shape' of family 'window': expected 'box', 'clamped' or 'ball', got {shape!r}"
+        )
     if aspect <= 0:
         raise ValueError(f"option 'aspect' of family 'window': expected a number above 0, got {aspect!r}")
     places = space.grid.coordinates(space.order.cpu())[: space.chosen_tokens].float()
     centres = space.means(places, 0, space.block)
     centres[:, 0] /= aspect
-    apart = (centres[:, None] - centres[None]).abs()
+    ahead = centres[None] - centres[:, None]
+    apart = ahead.abs()
+    if shape == "clamped":
+        # Half the side of the first box that holds a key: it cannot reach further back than to the border.
+        behind = torch.where(
+            ahead > 0, (centres - centres.amin(0))[:, None], (centres.amax(0) - centres)[:, None]
+        )
+        apart = (apart + torch.minimum(apart, behind)) / 2
     straight = apart.square().sum(-1).sqrt()
     # Many blocks are equally far by the largest axis: the straight distance decides among them.
     distance = straight if shape == "ball" else apart.amax(-1) + 1e-3 * straight

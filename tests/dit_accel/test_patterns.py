@@ -13,7 +13,7 @@ from dit_accel.patterns.samples import sampled_rows
 
 BLOCK = 16
 SCORED = ["pooled", "antidiagonal", "lowbit", "channels", "searched"]
-CHOOSING = ["window", "bands", "radial", "attention_tile", "stripes", *SCORED]
+CHOOSING = ["window", "bands", "radial", "attention_tile", "sharded", "stripes", *SCORED]
 GRIDS = [
     pytest.param(TokenGrid(7, 13, 11), id="7x13x11"),
     pytest.param(TokenGrid(1, 9, 14), id="one-frame"),
@@ -40,7 +40,7 @@ def chosen(name: str, grid: TokenGrid, density: float, **options: str | int | fl
 
 
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.62, 1.0])
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", [*CHOOSING, "profiled"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_row_keeps_the_density_asked_within_a_block(grid: TokenGrid, name: str, density: float) -> None:
     selection = chosen(name, grid, density)
@@ -59,7 +59,7 @@ def test_more_density_keeps_all_that_less_kept(grid: TokenGrid, name: str) -> No
     assert masks[-1].all()
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", [*CHOOSING, "profiled"])
 @pytest.mark.parametrize("grid", [*GRIDS, *TEXT_GRIDS])
 def test_tokens_always_see_themselves(grid: TokenGrid, name: str) -> None:
     assert chosen(name, grid, 0.05).mask().diagonal(dim1=-2, dim2=-1).all()
@@ -418,6 +418,36 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
             {"key_clusters": 10_000},
             "option 'key_clusters' of family 'clustered': expected 0 to .*, got 10000",
         ),
+        (
+            "clustered",
+            {"least": -0.5},
+            "option 'least' of family 'clustered': expected 0.0 to 1.0, got -0.5",
+        ),
+        ("pooled", {"layers": 0}, "option 'layers' of family 'pooled': expected at least 1 layer, got 0"),
+        (
+            "pooled",
+            {"guard": 1.5},
+            "option 'guard' of family 'pooled': expected a number from 0 to 1, got 1.5",
+        ),
+        ("pooled", {"coarse": -1}, "option 'coarse' of family 'pooled': expected at least 0, got -1"),
+        ("lowbit", {"segment": -1}, "option 'segment' of family 'lowbit': expected at least 0, got -1"),
+        ("lowbit", {"guard": 0.5}, "family 'lowbit' has no option 'guard'; its options are: order, top_p"),
+        ("stripes", {"slashes": 2}, "option 'slashes' of family 'stripes': expected 0 or 1, got 2"),
+        ("bands", {"sinks": -1}, "option 'sinks' of family 'bands': expected at least 0, got -1"),
+        ("sharded", {"local": 1.1}, "option 'local' of family 'sharded': expected .* 0 to 1, got 1.1"),
+        ("profiled", {"value": torch.zeros(2, 105, 2, 8), "samples": 0}, "'samples' .* at least 1, got 0"),
+        (
+            "profiled",
+            {"value": torch.zeros(2, 105, 2, 8), "orders": "fhw,hwf"},
+            "option 'orders' of family 'profiled': expected names of fhw, .* with . between, got 'fhw,hwf'",
+        ),
+        ("profiled", {}, r"value: expected \[2, 105, 2, dim\] like key, since family 'profiled' compares"),
+        (
+            "profiled",
+            {"value": torch.zeros(2, 104, 2, 8)},
+            r"value: .* got \(2, 104, 2, 8\); pass the values",
+        ),
+        ("sharded", {"heads": [0]}, "heads: expected 2 numbers, one for each head, got 1"),
         ("hashed", {"planes": 31}, "option 'planes' of family 'hashed': expected 1 to 30, got 31"),
         ("channels", {"channels": 0}, "option 'channels' of family 'channels': expected at least 1, got 0"),
         ("radial", {"sink": -1}, "option 'sink' of family 'radial': expected at least 0, got -1"),
@@ -425,7 +455,7 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
         (
             "window",
             {"shape": "cone"},
-            "option 'shape' of family 'window': expected 'box' or 'ball', got 'cone'",
+            "option 'shape' of family 'window': expected 'box', 'clamped' or 'ball', got 'cone'",
         ),
         ("window", {"order": "tiles"}, "expected 'frame', 'space', .* or 'tile:TxHxW', got 'tiles'"),
         ("window", {"density": 1.1}, "density: expected a number from 0 to 1, got 1.1"),

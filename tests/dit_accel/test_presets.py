@@ -1,0 +1,458 @@
+"""Every preset against the published formula, written anew in float64; deviations are said where they are."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel.grid import AXIS_ORDERS, TokenGrid
+from dit_accel.patterns import Selection, select
+from dit_accel.plan import AccelPlan
+from dit_accel.presets import PRESETS
+
+VIDEO = TokenGrid(5, 8, 9)  # 360 tokens: 22 blocks of 16 and one of 8
+SMALL = TokenGrid(3, 4, 5)  # no more tokens than rows are sampled
+
+
+def tensors(grid: TokenGrid, heads: int = 3, batch: int = 2, dim: int = 32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return list(
+        torch.randn(3, batch, grid.total_tokens, heads, dim, generator=generator, dtype=torch.float64)
+    )
+
+
+def chosen(name: str, query: Tensor, key: Tensor, grid: TokenGrid, **changes) -> Selection:
+    """The preset's choice, in blocks of 16 unless told otherwise."""
+    sparse = AccelPlan.preset(name).candidates[-1]
+    arguments = {"density": sparse.density, "block": 16, **dict(sparse.options), **changes}
+    return select(sparse.family, query, key, grid, **arguments)
+
+
+def blocks(selection: Selection) -> Tensor:
+    return selection.index.to_mask()
+
+
+def kept_at(density: float, cols: int) -> int:
+    return max(round(density * cols), 1)
+
+
+def probabilities(query: Tensor, key: Tensor) -> Tensor:
+    """Softmax `[batch, heads, seq, seq]` of `[batch, seq, heads, dim]`."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    return scores.softmax(-1)
+
+
+def block_sums(weights: Tensor, size: int = 16) -> Tensor:
+    """Mean over the rows and sum over the columns of each pair of blocks."""
+    rows = [part.mean(-2) for part in weights.split(size, -2)]
+    return torch.stack([torch.stack([part.sum(-1) for part in row.split(size, -1)], -1) for row in rows], -2)
+
+
+def best(mass: Tensor, kept: int) -> Tensor:
+    """The own block of every row and the `kept - 1` best others."""
+    ranked = (mass + 9 * torch.eye(mass.shape[-1])).argsort(-1, descending=True)[..., :kept]
+    return torch.zeros(mass.shape, dtype=torch.bool).scatter_(-1, ranked, True)
+
+
+def until(mass: Tensor, share: float) -> Tensor:
+    """The own block of every row, then the best others until they hold a share of the mass."""
+    mask = torch.zeros(mass.shape, dtype=torch.bool)
+    for place in itertools.product(*(range(n) for n in mass.shape[:-1])):
+        row = mass[place]
+        others = [j for j in row.argsort(descending=True).tolist() if j != place[-1]]
+        held = 0.0
+        for block in (place[-1], *others):
+            if held >= share:
+                break
+            mask[(*place, block)] = True
+            held += float(row[block])
+    return mask
+
+
+def pooled(tokens: Tensor, size: int) -> Tensor:
+    """Means of runs, `[batch, heads, runs, dim]`."""
+    return torch.stack([part.mean(1) for part in tokens.split(size, 1)], dim=2)
+
+
+def sizes(tokens: int, size: int) -> Tensor:
+    return torch.tensor([min(size, tokens - start) for start in range(0, tokens, size)]).double()
+
+
+def band(cols: int, kept: int) -> Tensor:
+    """Row by row the run of blocks around it, moved inwards at the ends."""
+    mask = torch.zeros(cols, cols, dtype=torch.bool)
+    for row in range(cols):
+        first = min(max(row - kept // 2, 0), cols - kept)
+        mask[row, first : first + kept] = True
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------- scored by the call
+
+
+def test_adaspa_keeps_the_blocks_of_most_softmax_mass_equally_many_per_row() -> None:
+    query, key, _ = tensors(VIDEO)
+    mass = block_sums(probabilities(query, key))
+    assert torch.equal(blocks(chosen("adaspa", query, key, VIDEO)), best(mass, kept_at(0.2, 23)))
+
+
+def test_doublesparsity_scores_with_the_channels_that_weigh_most() -> None:
+    query, key, _ = tensors(VIDEO)
+    query, key = (x * torch.linspace(0.2, 2.0, 32)[torch.randperm(32)] for x in (query, key))
+    weight = query.abs().mean(1) * (key - key.mean(1, keepdim=True)).abs().mean(1)
+    picked = weight.argsort(-1, descending=True)[:, None, :, :16].expand(-1, VIDEO.total_tokens, -1, -1)
+    # The softmax scale stays that of the whole dimension.
+    q, k = query.gather(3, picked) * 0.5**0.5, key.gather(3, picked)
+    expected = best(block_sums(probabilities(q, k)), kept_at(0.25, 23))
+    assert torch.equal(blocks(chosen("doublesparsity", query, key, VIDEO)), expected)
+
+
+def test_sale_scores_in_four_bits() -> None:
+    query, key, _ = tensors(VIDEO)
+
+    def rounded(tokens: Tensor, size: int) -> Tensor:
+        parts = []
+        for part in tokens.split(size, 1):
+            scale = part.abs().amax((1, 3), keepdim=True) / 7
+            parts.append((part / scale + 0.5).floor() * scale)
+        return torch.cat(parts, dim=1)
+
+    q, k = rounded(query, 1), rounded(key - key.mean(1, keepdim=True), 16)
+    expected = best(block_sums(probabilities(q, k)), kept_at(0.3, 23))
+    assert torch.equal(blocks(chosen("sale", query, key, VIDEO)), expected)
+    assert not torch.equal(expected, best(block_sums(probabilities(query, key)), kept_at(0.3, 23)))
+
+
+def test_draft_attention_on_average_pools_of_8_by_16_patches() -> None:
+    grid = TokenGrid(3, 16, 32)  # twelve patches of 128 tokens
+    query, key, _ = tensors(grid, heads=2)
+
+    def draft(tokens: Tensor) -> Tensor:
+        planes = tokens.permute(0, 2, 3, 1).reshape(2 * 2 * 32, 3, 16, 32)
+        return F.avg_pool2d(planes, (8, 16)).reshape(2, 2, 32, 12).transpose(2, 3)
+
+    scores = draft(query) @ draft(key).transpose(2, 3) * 32**-0.5
+    # A quarter of every row, where the authors keep a quarter of the whole map and rows may starve.
+    kept = best(scores.softmax(-1), 3)
+    t, h, w = grid.coordinates().unbind(-1)
+    patch = t * 4 + h // 8 * 2 + w // 16
+    selection = chosen("draft", query, key, grid, block=PRESETS["draft"].block)
+    assert torch.equal(selection.mask(), kept[:, :, patch][:, :, :, patch])
+
+
+def test_xattention_sums_antidiagonals_until_the_share_is_held() -> None:
+    grid = TokenGrid(5, 8, 8)  # 40 runs of 8
+    query, key, _ = tensors(grid)
+    sums = torch.zeros(2, 3, 40, 40, dtype=torch.float64)
+    for i in range(8):  # query 8r + 7 - i meets key 8c + i
+        sums += torch.einsum("brhd,bchd->bhrc", query[:, 7 - i :: 8], key[:, i::8])
+    mass = block_sums((sums * 32**-0.5 / 8).softmax(-1), 2)
+    assert torch.equal(blocks(chosen("xattention", query, key, grid)), until(mass, 0.95))
+
+
+def test_sparge_keeps_by_cdf_with_unlike_blocks_forced_and_left_out_of_the_softmax() -> None:
+    generator = torch.Generator().manual_seed(4)
+    query, key = (
+        torch.randn(2, 1, 2, 32, generator=generator, dtype=torch.float64)
+        + 2.0 * torch.randn(2, VIDEO.total_tokens, 2, 32, generator=generator, dtype=torch.float64)
+        for _ in range(2)
+    )
+    query[:, :150] *= 0.4
+    query[:, 150:] += 2.0
+    order = VIDEO.order("tile:4x4x4")
+    query, key = query[:, VIDEO.inverse(order)], key[:, VIDEO.inverse(order)]
+    q, k = query[:, order], key[:, order]
+
+    def trusted(tokens: Tensor) -> Tensor:
+        units = F.normalize(tokens, dim=-1)
+        return torch.stack(
+            [torch.einsum("bihd,bjhd->bhij", x, x).mean((2, 3)) for x in units.split(16, 1)], 2
+        )
+
+    alike_q, alike_k = trusted(q), trusted(k)
+    level = 0.5 * float(alike_k.median() + alike_k.max())  # some blocks on either side
+    scores = pooled(q, 16) @ pooled(k, 16).transpose(2, 3) * 32**-0.5 + sizes(VIDEO.total_tokens, 16).log()
+    mass = scores.masked_fill((alike_k < level)[:, :, None], -torch.inf).softmax(-1)
+    expected = until(mass, 0.9) | (alike_k < level)[:, :, None] | (alike_q < level)[..., None]
+    assert 0 < (alike_k < level).double().mean() < 1
+    assert 0 < (alike_q < level).double().mean() < 1
+    assert torch.equal(blocks(chosen("sparge", query, key, VIDEO, guard=level)), expected)
+    assert 0 < PRESETS["sparge"].options["guard"] < 1
+
+
+def test_pbs_sorts_keys_in_segments_by_their_mean_weight_and_pools() -> None:
+    query, key, _ = tensors(SMALL)
+    segment, size = 16, 4
+    weight = probabilities(query, key).mean(2)
+    order = torch.cat(
+        [
+            part.argsort(-1, descending=True) + start * segment
+            for start, part in enumerate(weight.split(segment, -1))
+        ],
+        dim=-1,
+    )
+    selection = chosen("pbs", query, key, SMALL, block=size, segment=segment)
+    assert torch.equal(selection.key_order, order)
+    moved = key.gather(1, order.transpose(1, 2)[..., None].expand_as(key))
+    scores = pooled(query, size) @ pooled(moved, size).transpose(2, 3) * 32**-0.5
+    assert torch.equal(blocks(selection), until(scores.softmax(-1), 0.9))
+
+
+def test_minference_keeps_sinks_neighbours_and_the_best_columns_and_diagonals() -> None:
+    query, key, _ = tensors(SMALL)
+    size, cols, kept = 4, 15, 9
+    weights = probabilities(query * 4, key)
+    columns = torch.stack([part.sum(-1).mean(-1) for part in weights.split(size, -1)], dim=-1)
+    found = blocks(chosen("minference", query * 4, key, SMALL, block=size, density=kept / cols))
+    for b, h in itertools.product(range(2), range(3)):
+        diagonals = {}
+        for offset in range(-cols + 1, cols):
+            rows = [row for row in range(60) if 0 <= row // size + offset < cols]
+            met = [float(weights[b, h, row, (row // size + offset) * size :][:size].sum()) for row in rows]
+            diagonals[offset] = math.fsum(met) / len(met)
+        for row in range(cols):
+            # Sinks and neighbours before all others, the own block first of all.
+            worth = [
+                (abs(j - row) <= 1 or j < 1) * 2.0
+                + (j == row) * 2.0
+                + max(float(columns[b, h, j]), diagonals[j - row])
+                for j in range(cols)
+            ]
+            expected = sorted(sorted(range(cols), key=lambda j: -worth[j])[:kept])
+            assert found[b, h, row].nonzero()[:, 0].tolist() == expected
+
+
+# ---------------------------------------------------------------------------------------------- orders and bands
+
+
+def banded_error(
+    query: Tensor, key: Tensor, value: Tensor, grid: TokenGrid, order: str, size: int, kept: int
+) -> Tensor:
+    """Squared error of the output, mean over all rows, of a band in an axis order, `[batch, heads]`."""
+    places = torch.empty(grid.video_tokens, dtype=torch.int64)
+    walk = sorted(
+        itertools.product(range(grid.frames), range(grid.height), range(grid.width)),
+        key=lambda place: [place["fhw".index(axis)] for axis in order],
+    )
+    for number, (t, h, w) in enumerate(walk):
+        places[(t * grid.height + h) * grid.width + w] = number // size
+    mask = band(-(-grid.video_tokens // size), kept)[places][:, places]
+    weights = probabilities(query, key)
+    values = value.transpose(1, 2)
+    some = weights * mask
+    return ((some / some.sum(-1, keepdim=True) - weights) @ values).square().mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["svg", "paro"])
+def test_svg_and_paro_take_the_order_of_least_output_error(name: str) -> None:
+    orders = {"svg": ("fhw", "hwf"), "paro": AXIS_ORDERS}[name]
+    query, key, value = tensors(SMALL, heads=6)
+    query = query * 3
+    size, kept = 4, kept_at(PRESETS[name].density, 15)
+    errors = torch.stack(
+        [banded_error(query, key, value, SMALL, order, size, kept) for order in orders], dim=-1
+    )
+    selection = chosen(name, query, key, SMALL, block=size, value=value)
+    choice = errors.argmin(-1)
+    assert choice.unique().numel() > 1
+    for b, h in itertools.product(range(2), range(6)):
+        assert torch.equal(selection.query_order[b, h], SMALL.order(orders[choice[b, h]]))
+    assert torch.equal(blocks(selection)[0, 0], band(15, kept))
+
+
+def test_sparse_vdit_reads_diagonals_or_after_reordering_several_of_them() -> None:
+    query, key, _ = tensors(VIDEO)
+    expected = band(23, kept_at(0.4, 23))
+    assert torch.equal(blocks(chosen("sparse-vdit", query, key, VIDEO))[0, 0], expected)
+    # In the order of places a band is a set of diagonals a frame apart.
+    mask = chosen("sparse-vdit", query, key, VIDEO, order="space", density=0.13).mask()[0, 0]
+    apart = (torch.arange(360)[:, None] - torch.arange(360)).abs() % 72
+    assert mask[apart == 0].all()
+
+
+def test_moa_reads_a_sink_and_a_span_that_grows_with_the_length() -> None:
+    for grid in (VIDEO, TokenGrid(10, 8, 9)):
+        query, key, _ = tensors(grid, heads=1, batch=1, dim=2)
+        cols = -(-grid.total_tokens // 16)
+        mask, kept = blocks(chosen("moa", query, key, grid))[0, 0], kept_at(0.3, cols)
+        assert mask[:, 0].all()
+        span = mask[:, 1:]
+        for row in range(cols):
+            inside = span[row].nonzero()[:, 0] + 1
+            assert inside.tolist() == list(range(int(inside[0]), int(inside[-1]) + 1))
+            assert len(inside) == kept - 1
+            if kept < row < cols - kept:
+                assert abs(int(inside[0] + inside[-1]) - 2 * row) <= 1
+
+
+def test_s2_gives_every_head_its_neighbours_and_its_strided_columns() -> None:
+    grid = TokenGrid(4, 16, 16)  # 64 blocks
+    query, key, _ = tensors(grid, heads=10, batch=1, dim=2)
+    found = blocks(chosen("s2", query, key, grid, density=16 / 64))[0]
+    for head, row in itertools.product(range(10), range(64)):
+        near = sorted(range(64), key=lambda j: (abs(j - row), j > row))[:8]
+        published = set(near) | {j for j in range(64) if (j + head) % 8 == 0}
+        kept = set(found[head, row].nonzero()[:, 0].tolist())
+        assert published <= kept
+        assert len(kept) == 16  # where shard and neighbours overlap, columns of half the stride fill the row
+        assert all((j + head) % 4 == 0 for j in kept - published)
+
+
+# ------------------------------------------------------------------------------------------------------ from the grid
+
+
+def test_natten_reads_a_box_that_is_moved_inwards_at_borders() -> None:
+    grid = TokenGrid(8, 16, 20)  # tiles of 4 x 4 x 4 in 2 x 4 x 5
+    query, key, _ = tensors(grid, heads=1, batch=1, dim=2)
+    mask = chosen("natten", query, key, grid, block=64, density=18 / 40).mask()[0, 0]
+    tile = grid.coordinates() // 4
+
+    def inside(axis: int, side: int, length: int) -> Tensor:
+        first = (tile[:, axis] - side // 2).clamp(0, length - side)[:, None]
+        return (tile[:, axis] >= first) & (tile[:, axis] < first + side)
+
+    assert torch.equal(mask, inside(0, 2, 2) & inside(1, 3, 4) & inside(2, 3, 5))
+
+
+def test_sta_reads_the_window_of_tiles_centred_on_its_own_and_clamped() -> None:
+    grid = TokenGrid(18, 24, 32)  # tiles of 6 x 8 x 8 in 3 x 3 x 4
+    query, key, _ = tensors(grid, heads=1, batch=1, dim=1)
+    # One block a tile; the preset's blocks of 128 are thirds of one.
+    index = chosen("sta", query, key, grid, block=384, density=27 / 36).index
+    tiles = (grid.coordinates(grid.order("tile:6x8x8")) // torch.tensor([6, 8, 8])).view(36, 384, 3)
+    assert (tiles == tiles[:, :1]).all()
+    tiles = tiles[:, 0]
+    ahead = torch.stack(
+        [
+            (tiles[:, a] - (tiles[:, a] - 1).clamp(0, length - 3)[:, None])
+            for a, length in enumerate((3, 3, 4))
+        ]
+    )
+    assert torch.equal(index.to_mask()[0, 0], ((ahead >= 0) & (ahead < 3)).all(0))
+
+
+def test_clear_reads_a_circle() -> None:
+    grid = TokenGrid(1, 48, 40)
+    query, key, _ = tensors(grid, heads=1, batch=1, dim=2)
+    selection = chosen("clear", query, key, grid, block=64)
+    places = grid.coordinates(selection.query_order[0]).double().split(64)
+    centres = torch.stack([place.mean(0) for place in places])
+    distance = (centres[:, None] - centres).square().sum(-1)
+    mask = blocks(selection)[0, 0]
+    assert mask.sum(-1).unique().tolist() == [kept_at(0.2, 30)]
+    outside = distance.masked_fill(mask, torch.inf).amin(-1)
+    assert ((distance * mask).amax(-1) <= outside + 1e-6).all()
+
+
+def test_efficient_vdit_reads_its_own_frame_and_the_reference_frames() -> None:
+    grid = TokenGrid(10, 4, 8)  # two blocks a frame
+    query, key, _ = tensors(grid, heads=1, batch=1, dim=2)
+    mask = chosen("efficient-vdit", query, key, grid, density=0.3).mask()[0, 0].view(10, 32, 10, 32)
+    frames = mask.all(3).all(1)
+    assert torch.equal(frames, mask.any(3).any(1))
+    references = [0, 9, 4]  # each furthest from those before
+    for frame in range(10):
+        others = [f for f in references if f != frame][:2]
+        assert sorted(frames[frame].nonzero()[:, 0].tolist()) == sorted([frame, *others])
+
+
+@pytest.mark.parametrize("decay", [0.2, 0.6, 0.95])
+def test_radial_keeps_what_the_formula_keeps_at_some_decay(decay: float) -> None:
+    grid, block = TokenGrid(17, 8, 16), 16  # 8 blocks a frame
+    query, key, _ = tensors(grid, heads=1, batch=1, dim=2)
+    per_frame, cols = 128, 17 * 8
+    published = torch.zeros(cols, cols, dtype=torch.bool)
+    for q, k in itertools.product(range(cols), range(cols)):
+        apart, places = abs(q // 8 - k // 8), abs(q % 8 - k % 8) * block
+        span = 2 ** per_frame.bit_length() / 2 ** apart.bit_length()
+        if apart <= 1:
+            published[q, k] = True
+        elif places <= max(decay * span, block):
+            published[q, k] = span >= block or apart % (block // span) == 0
+    published[:, :8] = True  # the first frame is a sink
+    for row in range(0, cols, 5):
+        kept = int(published[row].sum())
+        mask = blocks(chosen("radial", query, key, grid, density=kept / cols))[0, 0]
+        assert torch.equal(mask[row], published[row])
+
+
+# ------------------------------------------------------------------------------------------------- tokens rearranged
+
+
+def gray_sorted(tokens: Tensor) -> Tensor:
+    """Order by the Gray code of the signs against 12 random planes, `[batch, heads, seq]`."""
+    normals = torch.randn(tokens.shape[3], 12, generator=torch.Generator().manual_seed(0)).double()
+    signs = torch.einsum("bshd,dp->bhsp", tokens - tokens.mean(1, keepdim=True), normals) > 0
+    batch, heads, seq, _ = signs.shape
+    order = torch.empty(batch, heads, seq, dtype=torch.int64)
+    for b, h in itertools.product(range(batch), range(heads)):
+        places = []
+        for row in signs[b, h].tolist():
+            word = int("".join("01"[bit] for bit in row), 2)
+            place = 0
+            while word:
+                place ^= word
+                word >>= 1
+            places.append(place)
+        order[b, h] = torch.tensor(sorted(range(seq), key=lambda i, p=places: p[i]))
+    return order
+
+
+@pytest.mark.parametrize("name", ["hyperattention", "scatterbrain"])
+def test_hyperattention_and_scatterbrain_sort_by_an_angular_hash(name: str) -> None:
+    query, key, _ = tensors(VIDEO, heads=2)
+    selection = chosen(name, query, key, VIDEO)
+    assert torch.equal(selection.query_order, gray_sorted(query))
+    assert torch.equal(selection.key_order, gray_sorted(key))
+    expected = band(23, kept_at(0.25, 23))
+    assert all(torch.equal(mask, expected) for mask in blocks(selection).flatten(0, 1))
+    assert AccelPlan.preset(name).candidates[-1].remainder == (name == "scatterbrain")
+
+
+def centroids(tokens: Tensor, order: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and sizes of the clusters of one head, from its tokens `[seq, dim]`."""
+    parts = [tokens[order[a:b]] for a, b in itertools.pairwise(starts.tolist())]
+    return torch.stack([part.mean(0) for part in parts]), torch.tensor([len(part) for part in parts])
+
+
+@pytest.mark.parametrize("name", ["svg2", "svoo"])
+def test_svg2_and_svoo_rank_clusters_of_keys_by_their_centroids(name: str) -> None:
+    grid = TokenGrid(5, 7, 9)
+    query, key, _ = tensors(grid, heads=2)
+    query = query * 4
+    numbers = {"query_clusters": 7, "key_clusters": 20}
+    selection = chosen(name, query, key, grid, **numbers)
+    found, index = blocks(selection), selection.index
+    for b, h in itertools.product(range(2), range(2)):
+        q, _ = centroids(query[b, :, h], selection.query_order[b, h], index.query_starts[b, h])
+        k, count = centroids(key[b, :, h], selection.key_order[b, h], index.key_starts[b, h])
+        scores = q @ k.T * 32**-0.5
+        mass = (count * scores.exp()) / (count * scores.exp()).sum(-1, keepdim=True)
+        for row in range(7):
+            if name == "svg2":  # descending mass until .9, at least a tenth of the clusters
+                ranked, kept, held = mass[row].argsort(descending=True).tolist(), [], 0.0
+                while held < 0.9 or len(kept) < 2:
+                    kept.append(ranked[len(kept)])
+                    held += float(mass[row, kept[-1]])
+            else:  # descending score as long as the tokens fit the density
+                ranked, kept = scores[row].argsort(descending=True).tolist(), []
+                while len(kept) < 20 and int(count[[*kept, ranked[len(kept)]]].sum()) <= 0.3 * 315:
+                    kept.append(ranked[len(kept)])
+            assert found[b, h, row].nonzero()[:, 0].tolist() == sorted(kept)
+
+
+def test_every_preset_has_a_formula_here() -> None:
+    tested = " ".join(name for name in globals() if name.startswith("test_"))
+    for name in PRESETS:
+        assert name.replace("-", "_") in tested
+
+
+def test_all_published_systems_of_the_field_are_there() -> None:
+    asked = (
+        "svg svg2 sparse-vdit adaspa draft efficient-vdit xattention minference pbs sale clear natten moa s2 radial "
+        "sta sparge svoo paro doublesparsity hyperattention scatterbrain"
+    )
+    assert set(asked.split()) == set(PRESETS)
