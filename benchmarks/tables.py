@@ -206,6 +206,48 @@ def _presets_caption(report: dict[str, Any], part: dict[str, Any]) -> str:
     )
 
 
+# A row counts as having kept to the target if it misses it on the held-out prompts by no more than this, in dB.
+PSNR_SLACK = 0.5
+
+
+def _caches(report: dict[str, Any]) -> str:
+    """The comparison on the held-out prompts, and where a peer is better than all of ours."""
+    evaluation, target = report["evaluation"], report["target_psnr"]
+    peers = {row["variant"] for row in report["tuned"] if row["peer"]}
+    rows = [row for row in evaluation["variants"] if row["name"] != "dense" and not row["identical_to_dense"]]
+    theirs = [row for row in rows if row["name"] in peers]
+    ours = [row for row in rows if row["name"] not in peers]
+    missed = [f"`{row['variant']}`" for row in report["tuned"] if not row["reached"]]
+    count = len(report["tuning_prompts"])
+    notes = [
+        f"Dials tuned to {target:g} dB on {count} other {'prompt' if count == 1 else 'prompts'}"
+        + (f"; not reached by {', '.join(missed)}" if missed else "")
+        + "."
+    ]
+    fastest = [
+        max(kept, key=lambda row: row["speedup"])
+        for side in (theirs, ours)
+        if (kept := [row for row in side if row["psnr_mean"] >= target - PSNR_SLACK])
+    ]
+    if len(fastest) == 2:
+        them, us = fastest
+        notes.append(
+            f"Fastest at {target - PSNR_SLACK:g} dB and above: of the peers `{them['name']}` with {them['speedup']:.2f}×, "
+            f"of ours `{us['name']}` with {us['speedup']:.2f}×, {us['speedup'] / them['speedup']:.2f} times as fast."
+        )
+    better = [
+        f"`{peer['name']}`"
+        for peer in theirs
+        if not any(
+            own["speedup"] >= peer["speedup"] and own["psnr_mean"] >= peer["psnr_mean"] for own in ours
+        )
+    ]
+    if theirs:
+        listed = ", ".join(better) or "none"
+        notes.append(f"Peers that none of ours matches in both speed-up and PSNR: {listed}.")
+    return "\n".join([markdown_table(evaluation), *notes])
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("demo_evaluation.json",), markdown_table),
     "curve": (("demo_curve.json",), markdown_table),
@@ -214,6 +256,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "gpu": (("gpu_attention.json",), _gpu_attention),
     "preset_heads": (("presets.json",), _preset_heads),
     "preset_generations": (("presets.json",), _preset_generations),
+    "caches": (("caches.json",), _caches),
     "card": (("demo_card.json", "demo_evaluation.json"), _demo_card),
 }
 
