@@ -244,20 +244,37 @@ def _planned(
         raise ValueError(
             f"dit-accel: layer {layer}: expected the tokens of {state.grid}, got a sequence of {tokens}"
         )
-    output, density = attend(
-        query,
-        key,
-        value,
-        state.grid,
-        state.plan.candidates,
-        row,
-        block=state.plan.block,
-        scale=scale,
-        key_mask=_key_mask(attn_mask, query),
-        backend=state.backend,
-        layer=layer,
-        cache=state.cache,
-    )
+    key_mask = _key_mask(attn_mask, query)
+    grid, cache = state.grid, state.cache
+
+    def run(row: Tensor) -> tuple[Tensor, float | Tensor]:
+        return attend(
+            query,
+            key,
+            value,
+            grid,
+            state.plan.candidates,
+            row,
+            block=state.plan.block,
+            scale=scale,
+            key_mask=key_mask,
+            backend=state.backend,
+            layer=layer,
+            cache=cache,
+        )
+
+    output, density = run(row)
+    guard = state.guard
+    if guard is not None and guard.due(state.forwards):
+        number = state.plan.range_at(state.progress)
+        guard.check(query, key, value, output, number, layer, state.guarded, scale=scale, key_mask=key_mask)
+        # The first forward lays the picture out: what is wrong there is put right at once.
+        if state.forwards == 1 and guard.settle(state.guarded):
+            row, dense = state.row(layer)
+            if dense:
+                state.record(pairs, 1.0, sparse=False)
+                return None
+            output, density = run(row)
     state.record(pairs, density, sparse=True)
     return output.contiguous()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dit_accel.caching import StepCache
 from dit_accel.grid import TokenGrid
+from dit_accel.guard import Guard, GuardMemory
 from dit_accel.pipelines import ModelFamily
 from dit_accel.plan import AccelPlan, Candidate
 
@@ -62,15 +63,19 @@ class AccelState:
         progress: fraction of the denoising done, see `ModelFamily.progress`.
         branch: diffusers' `cache_context` name, or "" outside one (then guidance comes batched).
         running: whether a forward is under way.
+        guard: checks the plan's heads while they run; None leaves them alone.
         stats: counts of the generation that runs, or ran last.
         memory: what its branches of guidance share.
         capture: optional callback on every swapped attention call, before the attention is computed.
     """
 
-    def __init__(self, plan: AccelPlan, family: ModelFamily, backend: str = "auto") -> None:
+    def __init__(
+        self, plan: AccelPlan, family: ModelFamily, backend: str = "auto", guard: Guard | None = None
+    ) -> None:
         self.plan = plan
         self.family = family
         self.backend = backend
+        self.guard = guard
         self.capture: Capture | None = None
         self.grid: TokenGrid | None = None
         self.progress = 0.0
@@ -83,6 +88,14 @@ class AccelState:
         self._rows: dict[tuple[int, int], tuple[Tensor, bool]] = {}
         self._dense = [_is_dense(candidate) for candidate in plan.candidates]
         self.all_dense = all(self._dense[choice] for choice in plan.choice.unique().tolist())
+
+    @property
+    def guarded(self) -> GuardMemory:
+        """What the guard knows of this generation."""
+        assert self.guard is not None
+        if "guard" not in self.memory:
+            self.memory["guard"] = self.guard.memory()
+        return self.memory["guard"]
 
     @property
     def forwards(self) -> int:
@@ -102,6 +115,8 @@ class AccelState:
         position = self._branches.setdefault(branch, BranchState(progress, progress))
         position.progress = progress
         position.forwards += 1
+        if self.guard is not None:
+            self.guard.settle(self.guarded)
         self.running = True
 
     def end(self) -> None:
@@ -125,7 +140,10 @@ class AccelState:
         if key not in self._rows:
             row = self.plan.row(self.progress, layer)
             self._rows[key] = row, all(self._dense[choice] for choice in row.tolist())
-        return self._rows[key]
+        if self.guard is None or not self.guarded.dense[layer].any():
+            return self._rows[key]
+        row = self.guard.row(self._rows[key][0], layer, self.guarded)
+        return row, all(self._dense[choice] for choice in row.tolist())
 
     def record(self, pairs: int, density: float | Tensor, sparse: bool) -> None:
         """Count one attention call over `pairs` query-key pairs."""

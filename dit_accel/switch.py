@@ -12,6 +12,7 @@ from diffusers.hooks import HookRegistry
 from torch import nn
 
 from dit_accel.caching import StepCache
+from dit_accel.guard import Guard
 from dit_accel.kernels.block_sparse.api import BACKENDS
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, config_hash_of
@@ -19,7 +20,7 @@ from dit_accel.processor import LayerCursor, check_processor, swapped_class, swa
 from dit_accel.state import HOOK_NAME, AccelHook, AccelState, Stats, hook_of, other_cache
 
 
-def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
+def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto", guard: bool | None = None) -> Any:
     """Run a pipeline by a plan: its attention, and where the plan has a cache also which steps are computed.
 
     Only self-attention and joint attention over the video tokens changes; where the plan is dense, the
@@ -31,6 +32,8 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
             afterwards, not before, and block by block (`compile_repeated_blocks`) if there is a cache.
         plan: a calibrated plan or a preset.
         backend: what runs the sparse attention, see `dit_accel.kernels.block_sparse_attention`.
+        guard: check the heads while they run, and make those dense that err far more than at calibration; see
+            `dit_accel.guard.Guard`. None does so for every calibrated plan that has sparse heads.
 
     Returns:
         The same `pipe`.
@@ -45,9 +48,11 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto") -> Any:
     transformers = _transformers(pipe)
     for transformer in transformers:
         _check(transformer, plan, backend)
+    if guard:
+        Guard(plan)
     caches = [_step_cache(pipe, transformer, plan) for transformer in transformers]
     for transformer, steps in zip(transformers, caches, strict=True):
-        processors = _install(transformer, plan, backend, steps, lambda: _step_progress(pipe))
+        processors = _install(transformer, plan, backend, steps, lambda: _step_progress(pipe), guard)
         cast(Any, transformer).set_attn_processor(processors)
     return pipe
 
@@ -83,9 +88,9 @@ def stats(pipe: Any) -> dict[str, float]:
     """Report the attention calls of the last generation.
 
     Returns:
-        `density_mean` (query-key pairs kept ÷ all pairs of the calls that were made, dense ones included), the numbers
-        of calls `sparse_calls` and `dense_calls`, and where the plan has a cache `computed_forwards`,
-        `skipped_forwards`, `computed_blocks`, `skipped_blocks` and `cache_bytes`.
+        `density_mean` (query-key pairs kept ÷ all pairs of the calls made, dense ones included), and the numbers of
+        calls `sparse_calls` and `dense_calls`. With a guard also `guarded_heads`, which it made dense; with a cache
+        `computed_forwards`, `skipped_forwards`, `computed_blocks`, `skipped_blocks` and `cache_bytes`.
 
     Raises:
         ValueError: there is no plan on the pipeline, or nothing was generated yet.
@@ -98,13 +103,15 @@ def stats(pipe: Any) -> dict[str, float]:
         "density_mean": float(total.kept_pairs) / total.total_pairs,
         "sparse_calls": total.sparse_calls,
         "dense_calls": total.dense_calls,
-        **_cache_stats(hooks),
+        **_extra_stats(hooks),
     }
 
 
-def _cache_stats(hooks: list[AccelHook]) -> dict[str, float]:
+def _extra_stats(hooks: list[AccelHook]) -> dict[str, float]:
     found: Counter[str] = Counter()
     for hook in hooks:
+        if hook.state.guard is not None:
+            found["guarded_heads"] += int(hook.state.guarded.dense.sum())
         if hook.steps is not None:
             found.update(dataclasses.asdict(hook.steps.counts(hook.state.memory)))
             found["cache_bytes"] += hook.steps.bytes(hook.state.memory)
@@ -198,10 +205,13 @@ def _install(
     backend: str,
     steps: StepCache | None = None,
     schedule: Callable[[], Sequence[float]] | None = None,
+    guard: bool | None = None,
 ) -> dict[str, Any]:
     """Hook a transformer that passed `_check`; return all its processors, those of the plan swapped."""
     family = family_of(transformer)
     state = AccelState(plan, family, backend)
+    if guard or (guard is None and plan.rel_l2 is not None and not state.all_dense):
+        state.guard = Guard(plan)
     processors = dict(cast(Any, transformer).attn_processors)
     originals = dict(processors)
     cursor = LayerCursor()

@@ -1,0 +1,136 @@
+"""Watches a calibrated plan while it runs: heads that err far more than they did at calibration go dense.
+
+Every few steps each sparse layer's output is compared, at a few query rows, with exact attention. The comparison stays
+on the device and its verdicts are read once, when the next forward begins; only in the first forward of a generation,
+which lays the picture out, they are read after each layer, and a layer that errs runs again at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dit_accel.plan import AccelPlan
+
+__all__ = ["Guard", "GuardMemory"]
+
+logger = logging.getLogger("dit_accel")
+
+
+@dataclass
+class GuardMemory:
+    """What the guard found in one generation: verdicts not yet read, by layer, and the heads it made dense."""
+
+    pending: dict[int, Tensor]
+    dense: Tensor  # bool [layers, heads]
+    checks: int = 0
+
+
+class Guard:
+    """Checks the heads of a calibrated plan.
+
+    A head is made dense for the rest of the generation where its relative L2 error at the sampled rows is more than
+    `factor` times that of the calibration, and more than `floor`.
+
+    Args:
+        plan: a calibrated plan, with `rel_l2` and a dense candidate.
+        factor, floor: see above, without unit.
+        rows: query rows that are compared, per head; of a sequence of n tokens they cost rows ÷ n of dense attention.
+        every: denoising steps from one check to the next.
+
+    Raises:
+        ValueError: a plan that was not calibrated.
+    """
+
+    def __init__(
+        self, plan: AccelPlan, *, factor: float = 2.0, floor: float = 0.05, rows: int = 64, every: int = 4
+    ) -> None:
+        families = [(candidate.family, candidate.precision) for candidate in plan.candidates]
+        if plan.rel_l2 is None or ("dense", "native") not in families:
+            raise ValueError(
+                "guard: expected a calibrated plan, which knows the errors of its heads and has a dense candidate, got "
+                "one without; calibrate, or enable without a guard"
+            )
+        if factor <= 0 or rows < 1 or every < 1:
+            raise ValueError(
+                f"guard: expected factor > 0, rows and every at least 1, got {factor}, {rows} and {every}"
+            )
+        self._limits = (factor * plan.rel_l2).clamp(min=floor)
+        self._dense = families.index(("dense", "native"))
+        self._shape = (plan.choice.shape[1], plan.choice.shape[2])
+        self.rows = rows
+        self.every = every
+
+    def memory(self) -> GuardMemory:
+        """For a new generation."""
+        return GuardMemory({}, torch.zeros(self._shape, dtype=torch.bool))
+
+    def due(self, forwards: int) -> bool:
+        """Whether the forward with this number in its branch, from 1, is checked."""
+        return forwards % self.every == 1 % self.every
+
+    def row(self, row: Tensor, layer: int, memory: GuardMemory) -> Tensor:
+        """Candidate numbers of a layer's heads with those made dense replaced."""
+        return torch.where(memory.dense[layer], self._dense, row.expand(self._shape[1])).to(row.dtype)
+
+    def check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        output: Tensor,
+        number: int,
+        layer: int,
+        memory: GuardMemory,
+        *,
+        scale: float | None,
+        key_mask: Tensor | None,
+    ) -> None:
+        """Compare sampled rows of one layer's output with exact attention.
+
+        Args:
+            query, key, value, output: `[batch, seq, heads, dim]`.
+            number: of the plan's range.
+            key_mask: bool `[batch, seq]`, True = may be read.
+        """
+        tokens = query.shape[1]
+        count = min(self.rows, tokens)
+        # Evenly spread, moved on from check to check.
+        first = (memory.checks * 7919) % tokens
+        places = (first + torch.arange(count, device=query.device) * tokens // count) % tokens
+        mask = None if key_mask is None else key_mask[:, None, None]
+        exact = F.scaled_dot_product_attention(
+            query[:, places].transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            scale=scale,
+        ).float()
+        error = output[:, places].transpose(1, 2).float() - exact
+        squares = [x.square().sum(dim=(0, 2, 3)) for x in (error, exact)]
+        limits = self._limits[number, layer].to(query.device)
+        memory.pending[layer] = squares[0] > limits.square() * squares[1]
+        memory.checks += 1
+
+    def settle(self, memory: GuardMemory) -> bool:
+        """Read the verdicts that are pending; returns whether a head went dense."""
+        if not memory.pending:
+            return False
+        before = int(memory.dense.sum())
+        layers = list(memory.pending)
+        verdicts = torch.stack([memory.pending[layer] for layer in layers]).cpu()
+        memory.dense[layers] |= verdicts
+        memory.pending.clear()
+        found = int(memory.dense.sum())
+        if found and not before:
+            logger.warning(
+                "guard: heads err more than the plan allows and run dense for the rest of this generation; "
+                "dit_accel.stats(pipe) counts them"
+            )
+        return found > before
