@@ -156,7 +156,7 @@ def _log_scaled(x: Tensor, floor: float) -> Tensor:
 
 def _colours(names: Sequence[str]) -> list[Colormap | str]:
     """White to the colour of each family, a spare one where it has none; the attention itself is drawn as heat."""
-    spare = iter(SPARE_COLOURS * len(names))
+    spare = iter([colour for colour in SPARE_COLOURS if colour not in FAMILY_COLOURS.values()] * len(names))
     return [
         "magma"
         if name == ATTENTION
