@@ -232,8 +232,9 @@ def _caches(report: dict[str, Any]) -> str:
     if len(fastest) == 2:
         them, us = fastest
         notes.append(
-            f"Fastest at {target - PSNR_SLACK:g} dB and above: of the peers `{them['name']}` with {them['speedup']:.2f}×, "
-            f"of ours `{us['name']}` with {us['speedup']:.2f}×, {us['speedup'] / them['speedup']:.2f} times as fast."
+            f"Fastest at {target - PSNR_SLACK:g} dB and above: of the peers `{them['name']}` with "
+            f"{them['speedup']:.2f}×, of ours `{us['name']}` with {us['speedup']:.2f}×, "
+            f"{us['speedup'] / them['speedup']:.2f} times as fast."
         )
     better = [
         f"`{peer['name']}`"

@@ -1,0 +1,308 @@
+"""The comparison of feature caches: how dials are tuned, that it goes on where it was killed, what it writes."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_accel.caching import CACHES
+from dit_accel.evaluation.models import GenerationSettings, load_model
+from dit_accel.evaluation.peers import DIFFUSERS
+from dit_accel.evaluation.variants import parse_variant
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+caches, tables = load("caches"), load("tables")
+STEPS = 12
+LABELS = ("diffusers:mag_cache", "cache-dit:dbcache", "taylorseer")
+
+
+def test_every_cache_of_ours_and_of_the_peers_has_a_row():
+    ours = {way.label for way in caches.WAYS if not way.peer}
+    assert ours == set(CACHES)
+    theirs = {way.label for way in caches.WAYS if way.peer}
+    assert {label.removeprefix("diffusers:") for label in theirs if "diffusers" in label} == set(DIFFUSERS)
+    assert {label for label in theirs if "cache-dit" in label} == {
+        "cache-dit:dbcache",
+        "cache-dit:dbcache+taylorseer",
+    }
+
+
+@pytest.mark.parametrize("way", caches.WAYS, ids=lambda way: way.label)
+def test_both_ends_of_every_dial_are_variants(way):
+    names = [way.name(value) for value in (way.low, way.high)]
+    assert names[0] != names[1]
+    for name in names:
+        assert parse_variant(name).name == name
+
+
+def falling(bend):
+    """A dial that skips more and more, and whose PSNR falls with the skipped share."""
+    seen = []
+
+    def measure(value):
+        seen.append(value)
+        return caches.Probe(value, bend(value), value / 10)
+
+    return measure, seen
+
+
+class TestTune:
+    def test_thresholds_close_in_on_the_crossing(self):
+        way = caches.Way("x", "preset:cg-taylor@{}", 0.005, 1.0)
+        measure, seen = falling(lambda value: 40.0 - 50.0 * value)  # 30 dB at 0.2
+        found = caches.tune(way, 30.0, 12, measure)
+        assert found.reached
+        assert found.chosen.value == pytest.approx(0.2, rel=0.01)
+        assert found.chosen.value <= 0.2
+        assert [probe.value for probe in found.probes] == seen
+        assert len(seen) == 12
+        assert all(value == float(f"{value:.3g}") for value in seen)
+
+    @pytest.mark.parametrize("crossing", range(1, 9))
+    def test_whole_dials_are_searched_exactly(self, crossing):
+        way = caches.Way("x", "preset:taylorseer:max_skips={}", 1, 7)
+        measure, seen = falling(lambda value: 40.0 if value < crossing else 20.0)
+        found = caches.tune(way, 30.0, 6, measure)
+        assert len(seen) <= way.probes(6) == 3
+        if crossing == 1:
+            assert not found.reached
+        else:
+            assert (found.chosen.value, found.reached) == (min(crossing - 1, 7), True)
+
+    def test_where_nothing_reaches_the_target_the_nearest_stands_in(self):
+        way = caches.Way("x", "preset:cg-taylor@{}", 0.005, 1.0)
+        measure, seen = falling(lambda value: 20.0 - value)
+        found = caches.tune(way, 30.0, 5, measure)
+        assert not found.reached
+        assert found.chosen.value == min(seen)
+
+    def test_the_most_skipping_of_all_that_keep_to_the_target_is_chosen(self):
+        """A dial that is not monotone, as those of forecasts are."""
+        way = caches.Way("x", "preset:cg-taylor@{}", 0.01, 1.0)
+        places = iter([(35.0, 0.3), (28.0, 0.5), (31.0, 0.2), (30.5, 0.3)])
+
+        def measure(value):
+            psnr, skipped = next(places)
+            return caches.Probe(value, psnr, skipped)
+
+        chosen = caches.tune(way, 30.0, 4, measure).chosen
+        assert (chosen.psnr, chosen.skipped_share) == (35.0, 0.3)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_wan_dir):
+    return load_model(str(tiny_wan_dir), dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def bench(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("caches")
+    return caches.Bench(
+        pipe=pipe,
+        model="tiny",
+        settings=GenerationSettings(32, 48, 5, STEPS, 3.0),
+        seed=0,
+        tuning_prompts=["a red circle"],
+        prompts=["a blue square"],
+        target=30.0,
+        probes=2,
+        ways=[way for way in caches.WAYS if way.label in LABELS],
+        given={
+            "sparse": parse_variant("preset:window@0.3:block=8"),
+            "joint": parse_variant("preset:window@0.3:block=8:cache=magcache@0.1"),
+        },
+        work=folder / "work",
+        output=folder / "caches.json",
+    )
+
+
+@pytest.fixture(scope="module")
+def killed_then_finished(pipe, bench):
+    """What a run gives that is killed twice, while it tunes and while it compares, and the forwards of each process."""
+    forwards = []
+    for limit in (100, 180, None):
+        forwards.append(0)
+
+        def count(_module, _args, limit=limit):
+            forwards[-1] += 1
+            if forwards[-1] == limit:
+                raise KeyboardInterrupt
+
+        handle = pipe.transformer.register_forward_pre_hook(count)
+        try:
+            caches.run(bench)
+        except KeyboardInterrupt:
+            assert limit is not None
+        finally:
+            handle.remove()
+    return json.loads(bench.output.read_text(encoding="utf-8")), forwards
+
+
+def test_a_killed_run_goes_on_where_it_was(killed_then_finished, bench):
+    report, forwards = killed_then_finished
+    generation = 2 * STEPS
+    probes = sum(len(row["probes"]) for row in report["tuned"])
+    rows = 1 + len(LABELS) + len(bench.given)
+    tuning = (1 + 1 + probes) * generation  # dense, the curve, the probes
+    warm_up, attention = 2 * 2, 3 * 2
+    compared = len(bench.prompts) * rows * generation
+    assert forwards[:2] == [100, 180]
+    # Each kill loses less than a generation; each process that compares warms up what it still has to run, and the
+    # attention of dense and of the variants with a plan is timed until its pass was saved.
+    least = tuning + compared
+    most = least + 2 * generation + 2 * (rows * warm_up + (1 + 3) * attention)
+    assert least < sum(forwards) <= most
+    assert report["evaluation"]["complete"]
+
+
+def test_the_report_says_how_each_dial_was_found(killed_then_finished, bench):
+    report, _ = killed_then_finished
+    assert report["format_version"] == 1
+    assert {"cpu", "cores", "torch", "diffusers", "cache_dit"} <= set(report["machine"])
+    assert report["machine"]["cache_dit"]
+    assert (report["target_psnr"], report["tuning_prompts"]) == (30.0, bench.tuning_prompts)
+    assert [(row["label"], row["peer"]) for row in report["tuned"]] == [
+        ("diffusers:mag_cache", True),
+        ("cache-dit:dbcache", True),
+        ("taylorseer", False),
+    ]
+    for row in report["tuned"]:
+        assert row["chosen"] in row["probes"]
+        assert row["reached"] == (row["chosen"]["psnr"] >= 30.0)
+        assert 1 <= len(row["probes"]) <= 2
+    assert report["given"] == {
+        "sparse": "preset:window@0.3:block=8",
+        "joint": "preset:window@0.3:block=8:cache=magcache@0.1",
+    }
+
+
+def test_tuned_and_given_rows_are_compared_with_dense(killed_then_finished):
+    report, _ = killed_then_finished
+    rows = {row["name"]: row for row in report["evaluation"]["variants"]}
+    tuned = [row["variant"] for row in report["tuned"]]
+    assert list(rows) == ["dense", *tuned, "sparse", "joint"]
+    assert rows["sparse"]["skipped_share"] == 0 < rows["joint"]["skipped_share"]
+    assert rows["sparse"]["density_mean"] < 1
+    assert rows["joint"]["cache_bytes"] > 0
+    for name in tuned:
+        assert rows[name]["skipped_share"] is not None
+
+
+def test_another_set_of_rows_leaves_finished_ones_alone(killed_then_finished, bench):
+    folders = [path for path in bench.work.iterdir() if path.name.startswith("held-out-")]
+    assert len(folders) == 1
+    assert (folders[0] / "evaluation.json").is_file()
+
+
+def _row(name, speedup, psnr, **changes):
+    return {
+        "name": name,
+        "seconds_p50": 10.0 / speedup,
+        "speedup": speedup,
+        "attention_speedup": None,
+        "psnr_mean": psnr,
+        "psnr_min": psnr - 1,
+        "ssim_mean": 0.9,
+        "latent_rel_l2": 0.1,
+        "density_mean": None,
+        "semantic": None,
+        "skipped_share": 0.5,
+        "cache_bytes": 2_500_000,
+        "identical_to_dense": False,
+    } | changes
+
+
+def _tuned(name, peer, reached=True):
+    return {"label": name, "peer": peer, "variant": name, "reached": reached}
+
+
+@pytest.fixture
+def report():
+    names = [("theirs-a@1", True), ("theirs-b@1", True), ("ours@1", False)]
+    return {
+        "target_psnr": 30.0,
+        "tuning_prompts": ["one"],
+        "tuned": [_tuned(name, peer, name != "theirs-b@1") for name, peer in names],
+        "evaluation": {
+            "model": "demo",
+            "machine": {"gpu": None, "cpu": "Chip", "cores": 2, "dtype": "bfloat16", "torch": "2.13.0"},
+            "dense_backend": "SDPA",
+            "settings": {"height": 160, "width": 192, "num_frames": 33, "num_inference_steps": 20},
+            "prompts": ["one"],
+            "attention_share": None,
+            "variants": [
+                _row("dense", 1.0, 100.0, skipped_share=0.0, cache_bytes=0),
+                _row("theirs-a@1", 1.6, 30.2),
+                _row("theirs-b@1", 3.0, 25.0),
+                _row("ours@1", 2.0, 30.0),
+                _row("joint", 2.4, 29.6),
+            ],
+        },
+    }
+
+
+def test_the_table_names_the_fastest_and_where_peers_are_better(report):
+    lines = tables.TABLES["caches"][1](report).splitlines()
+    assert lines[0].startswith("| variant | seconds | speed-up | PSNR mean |")
+    assert lines[0].endswith("| skipped | cache MB |")
+    assert lines[3].endswith("| 50% | 2.5 |")
+    assert lines[-3] == "Dials tuned to 30 dB on 1 other prompt; not reached by `theirs-b@1`."
+    assert lines[-2] == (
+        "Fastest at 29.5 dB and above: of the peers `theirs-a@1` with 1.60×, of ours `joint` with 2.40×, "
+        "1.50 times as fast."
+    )
+    # theirs-a has a PSNR that none of ours has, theirs-b a speed-up
+    assert (
+        lines[-1] == "Peers that none of ours matches in both speed-up and PSNR: `theirs-a@1`, `theirs-b@1`."
+    )
+    report["evaluation"]["variants"][3]["psnr_mean"] = 30.3
+    assert tables.TABLES["caches"][1](report).endswith("PSNR: `theirs-b@1`.")
+
+
+def test_what_is_identical_to_dense_is_nobody_s_success(report):
+    report["evaluation"]["variants"][2] |= {"psnr_mean": 100.0, "identical_to_dense": True}
+    lines = tables.TABLES["caches"][1](report).splitlines()
+    assert "| `theirs-b@1` | 3.33 | – | 100.00 |" in lines[4]
+    assert "identical to dense in every generation, so no speed-up: theirs-b@1." in lines[-4]
+    assert "theirs-b@1" not in lines[-2] + lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "cg-taylor,magic"], "only: expected labels out of .* got magic"),
+        (["--prompts", "0"], "prompts: expected a number from 1 to 64, got 0"),
+        (["--probes", "0"], "probes: expected a number from 1, got 0"),
+        (["--joint", "plan"], "variant 'plan': expected dense, plan:DIR"),
+        (["--only", "easycache", "--steps", "0"], "num_inference_steps: expected a positive number, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        caches.main([*arguments, "--work", str(tmp_path)])
+    assert message.split(".*")[0] in capsys.readouterr().err
+
+
+def test_the_command_on_the_demo(tmp_path):
+    sizes = ["--height", "32", "--width", "48", "--frames", "1", "--steps", "11", "--device", "cpu"]
+    few = ["--only", "easycache", "--probes", "1", "--prompts", "1", "--sparse", "preset:window@0.5"]
+    output = tmp_path / "caches.json"
+    caches.main([*sizes, *few, "--output", str(output), "--work", str(tmp_path / "work")])
+    report = json.loads(output.read_text(encoding="utf-8"))
+    rows = report["evaluation"]["variants"]
+    assert [row["name"] for row in rows] == ["dense", report["tuned"][0]["variant"], "sparse"]
+    assert rows[0]["semantic"] is not None
+    assert report["evaluation"]["model"] == "demo"
