@@ -220,12 +220,12 @@ class StepCache:
     def _call(self, number: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = self._forward
         assert forward is not None
-        hidden, encoder = self._inputs(args, kwargs)
+        hidden, encoder = block_inputs(self.family, args, kwargs)
         looks_at = GATES[self.config.gate]
         if number == 0:
             forward.head_input = hidden
             if looks_at == "input":
-                forward.signal = self.family.modulated(block, _named(block, args, kwargs))
+                forward.signal = self.family.modulated(block, named_arguments(block, args, kwargs))
                 if forward.skip is None:
                     forward.skip = forward.generation.gate.skip(forward.step, forward.steps, forward.signal)
                 if forward.skip and self._first == 0:
@@ -237,13 +237,13 @@ class StepCache:
         forward.blocks += 1
         output = block(*args, **kwargs)
         if number == self._first - 1 and looks_at == "head":
-            after = self._outputs(output)[0]
+            after = block_outputs(self.family, output)[0]
             assert forward.head_input is not None
             forward.signal = after - forward.head_input if self.config.gate == "first-block" else after
             if forward.skip is None:
                 forward.skip = forward.generation.gate.skip(forward.step, forward.steps, forward.signal)
         if number == self._end - 1 and not forward.skip and self.config.target == "blocks":
-            self._remember_blocks(forward, self._outputs(output))
+            self._remember_blocks(forward, block_outputs(self.family, output))
         return output
 
     def _jump(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -251,7 +251,7 @@ class StepCache:
         forward = self._forward
         assert forward is not None
         forward.jumped = True
-        hidden, encoder = self._inputs(args, kwargs)
+        hidden, encoder = block_inputs(self.family, args, kwargs)
         if self.config.target == "output":
             return self._pass(hidden, encoder)
         values = self._history(forward).forecast(forward.step)
@@ -266,19 +266,6 @@ class StepCache:
         by_name = {"hidden_states": hidden, "encoder_hidden_states": encoder}
         parts = tuple(by_name[name] for name in self.family.block_returns)
         return parts if len(parts) > 1 else parts[0]
-
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Hidden states and text of a block's arguments, which all families name alike and take first."""
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if "encoder_hidden_states" not in self.family.block_returns:
-            return hidden, None
-        return hidden, kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
-
-    def _outputs(self, output: Any) -> tuple[Tensor, Tensor | None]:
-        """Hidden states and text of what a block returned."""
-        parts = output if isinstance(output, tuple) else (output,)
-        by_name = dict(zip(self.family.block_returns, parts, strict=True))
-        return by_name["hidden_states"], by_name.get("encoder_hidden_states")
 
     def _remember_blocks(self, forward: _Forward, output: tuple[Tensor, Tensor | None]) -> None:
         assert forward.start is not None
@@ -318,7 +305,24 @@ def _asking(hand_out: Callable[[nn.ModuleList], Iterator[Any]]) -> Callable[[nn.
     return __iter__
 
 
-def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def block_inputs(
+    family: ModelFamily, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states and text of a block's arguments, which all families name alike and take first."""
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    if "encoder_hidden_states" not in family.block_returns:
+        return hidden, None
+    return hidden, kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+
+
+def block_outputs(family: ModelFamily, output: Any) -> tuple[Tensor, Tensor | None]:
+    """Hidden states and text of what a block returned."""
+    parts = output if isinstance(output, tuple) else (output,)
+    by_name = dict(zip(family.block_returns, parts, strict=True))
+    return by_name["hidden_states"], by_name.get("encoder_hidden_states")
+
+
+def named_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a block by name."""
     return dict(zip(_parameter_names(type(block).forward), args, strict=False)) | kwargs
 
