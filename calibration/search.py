@@ -25,7 +25,7 @@ _AIM_DB = TOLERANCE_DB / 2
 _LARGEST_MOVE = 1.0  # decades of error beyond the points measured so far
 
 # What is believed before the first generation, as (mean, standard deviation).
-_HEIGHT_DB = (7.0, 8.0)
+_HEIGHT_DB = (3.0, 8.0)
 _SLOPE_DB = (8.0, 3.0)  # per decade of squared error; 10 would be an error that reaches the frames unchanged
 _PROMPT_DB = (0.0, 2.0)
 # A line describes the curve only near the target, so points far from it say less.

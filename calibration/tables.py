@@ -60,15 +60,16 @@ class Tables:
 class ProfileSums:
     """Sums of call profiles, kept by step range and layer, for one guidance branch.
 
-    `mass`, `error`, `norm`, `rows`, `effect`: float64 `[ranges, layers, heads, candidates]`; `gain`: `[ranges, layers,
-    heads]`; `density`: `[ranges, layers, candidates]`; `calls`: `[ranges, layers]`. `effect` and `gain` are squared
-    changes of the model's prediction relative to it, see `downstream`; 0 where they were not measured.
+    `mass`, `error`, `norm`, `rows`, `effect`: float64 `[ranges, layers, heads, candidates]`; `gradient`: `[ranges,
+    layers, heads]`; `density`: `[ranges, layers, candidates]`; `calls`: `[ranges, layers]`. `effect` is the squared
+    change of the model's prediction relative to it, `gradient` the squared norm of its gradient by the head's output,
+    mean over the head's channels, see `downstream`; both are 0 where they were not measured.
     """
 
-    NAMES = ("mass", "error", "norm", "rows", "effect", "gain", "density", "calls")
+    NAMES = ("mass", "error", "norm", "rows", "effect", "gradient", "density", "calls")
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.mass, self.error, self.norm, self.rows, self.effect, self.gain, self.density, self.calls = (
+        self.mass, self.error, self.norm, self.rows, self.effect, self.gradient, self.density, self.calls = (
             tensors[n] for n in self.NAMES
         )
 
@@ -87,9 +88,8 @@ class ProfileSums:
         if gradient is not None:
             tokens, width = gradient.shape[0] * gradient.shape[1], gradient.shape[3]
             self.effect[number, layer] += call.effect * tokens / call.rows.clamp(min=1)
-            # An error as large as the output and alike in all directions: |g|²/entries times the output's |o|².
             squares = gradient.float().square().sum((0, 1, 3), dtype=torch.float64).cpu()
-            self.gain[number, layer] += squares / width * call.norm[:, 0] / call.rows[:, 0].clamp(min=1)
+            self.gradient[number, layer] += squares / width
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, as the constructor takes them."""
@@ -165,13 +165,16 @@ def build_profile(
     guided = {"cond": guidance_scale**2, "uncond": (guidance_scale - 1) ** 2}
     weights = [guided.get(branch, 1.0) if set(guided) <= set(branches) else 1.0 for branch in branches]
     relative = torch.zeros_like(sums[branches[0]].error)
-    gain = torch.zeros_like(sums[branches[0]].gain)
-    for weight, branch in zip(weights, branches, strict=True):
+    gain = torch.zeros_like(sums[branches[0]].gradient)
+    steadied = _steadied(torch.stack([sums[branch].gradient for branch in branches]))
+    for weight, branch, steady in zip(weights, branches, steadied, strict=True):
         share, of_branch = weight / sum(weights), sums[branch]
         calls = of_branch.calls.clamp(min=1)
-        gain += share * of_branch.gain / calls[:, :, None]
+        # An error as large as the output and alike in all directions: the gradient's square times the output's.
+        squares = of_branch.norm[..., dense] / of_branch.rows[..., dense].clamp(min=1)
+        gain += share * steady * of_branch.gradient / calls[:, :, None] * squares
         if downstream:
-            relative += share * of_branch.effect / calls[:, :, None, None]
+            relative += share * steady[..., None] * of_branch.effect / calls[:, :, None, None]
         else:
             layer_norm = of_branch.norm.sum(2, keepdim=True).clamp(min=1e-30)
             relative += share * of_branch.error / layer_norm / of_branch.error.shape[1]
@@ -195,3 +198,19 @@ def build_profile(
             dense=dense,
         ),
     )
+
+
+# How much of what sets a head apart in one range and branch is believed; the rest is the chance of one direction.
+_BELIEVED = 0.3
+
+
+def _steadied(gradient: Tensor) -> Tensor:
+    """Factors `[branches, ranges, layers, heads]` that take chance out of squared gradients of that shape.
+
+    Each of them comes from few random directions. In logarithms a head's place among all is much the same in every
+    range and branch, so their mean is taken, and of the deviation from it a part.
+    """
+    logs = gradient.clamp(min=torch.finfo(torch.float64).tiny).log()
+    from_level = logs - logs.mean((2, 3), keepdim=True)
+    deviation = from_level - from_level.mean((0, 1), keepdim=True)
+    return ((_BELIEVED - 1) * deviation).exp()

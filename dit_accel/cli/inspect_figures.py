@@ -80,8 +80,11 @@ def _sensitivity(plan: AccelPlan) -> Figure:
         color=INK, weight="bold", fontsize=11, y=0.985,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0, 0.93, 1), w_pad=1.2)
-    bar = figure.colorbar(image, cax=figure.add_axes((0.945, 0.2, 0.012, 0.6)))
-    bar.ax.tick_params(labelsize=8, colors=MUTED)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.94, 0.2, 0.01, 0.6)))
+    ticks = np.geomspace(low, high, 4)
+    bar.set_ticks(ticks.tolist(), labels=[f"{100 * tick:.2g} %" for tick in ticks])
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)
     bar.outline.set_visible(False)  # type: ignore[operator]
     return figure
 
@@ -179,7 +182,12 @@ def _curve(plan: AccelPlan) -> Figure:
         axes.axhline(target, color=_CHOSEN, linewidth=1, linestyle=":", label="target")
     measured = [trial[metric] for trial in trials] + ([] if target is None else [target])
     room = max(0.6 * (max(measured) - min(measured)), 0.12 * abs(max(measured)))
-    axes.set_ylim(min(measured) - room, max(measured) + room)
+    bottom, top = min(measured) - room, max(measured) + room
+    axes.set_ylim(bottom, top)
+    # The whole front reaches speed-ups that no target comes near.
+    seen = [dense / point["attention_ms"] for point in drawn if bottom <= point["quality_expected"] <= top]
+    seen += [dense / trial["attention_ms_expected"] for trial in trials]
+    axes.set_xlim(min(*seen, 1.0) * 0.9, max(seen) * 1.15)
     axes.set_xlabel("attention speed-up over dense, predicted; numbers: order of the trials", color=INK)
     axes.set_ylabel(label, color=INK)
     axes.legend(frameon=False, fontsize=9.5)

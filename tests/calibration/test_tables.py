@@ -16,7 +16,7 @@ def sums(seed: int) -> ProfileSums:
     generator = torch.Generator().manual_seed(seed)
     zeros = ProfileSums.zeros(RANGES, LAYERS, HEADS, CANDIDATES).tensors()
     filled = {
-        name: torch.rand(x.shape, generator=generator, dtype=torch.float64) + 0.5 for name, x in zeros.items()
+        name: torch.rand(x.shape, generator=generator, dtype=torch.float64) + 1.0 for name, x in zeros.items()
     }
     filled["calls"] = torch.full((RANGES, LAYERS), 2.0, dtype=torch.float64)
     return ProfileSums(filled)
@@ -29,17 +29,49 @@ def built(runs, **options):
     )
 
 
+def steadied(*gradients):
+    """By loops: log gradient = level of the range and branch + place of the head + .3 of the rest."""
+    logs = [gradient.log() for gradient in gradients]
+    levels = [log.mean((1, 2)) for log in logs]
+    found = [torch.empty_like(log) for log in logs]
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            apart = [
+                log[r, layer, head] - level[r]
+                for log, level in zip(logs, levels, strict=True)
+                for r in (0, 1)
+            ]
+            place = sum(apart) / len(apart)
+            for result, log, level in zip(found, logs, levels, strict=True):
+                for r in (0, 1):
+                    own = log[r, layer, head] - level[r]
+                    result[r, layer, head] = (place + 0.3 * (own - place) - own).exp()
+    return found
+
+
 def test_errors_are_changes_of_the_guided_prediction():
     """v = 5 cond - 4 uncond: squared errors count 25 and 16; ranges by what they do to the latents."""
     cond, uncond = sums(0), sums(1)
     found = built([{"cond": cond, "uncond": uncond}])
-    mean = (25 * cond.effect + 16 * uncond.effect) / 41 / 2
+    steady = steadied(cond.gradient, uncond.gradient)
+    mean = (25 * cond.effect * steady[0][..., None] + 16 * uncond.effect * steady[1][..., None]) / 41 / 2
     weights = torch.tensor(range_weights(BOUNDS, PROGRESS), dtype=torch.float64)
     expected = mean * weights[:, None, None, None]
     expected[..., 0] = 0
     torch.testing.assert_close(found.tables.error, expected)
-    gain = (25 * cond.gain + 16 * uncond.gain) / 41 / 2
+    gains = [s.gradient * s.norm[..., 0] / s.rows[..., 0] for s in (cond, uncond)]
+    gain = (25 * gains[0] * steady[0] + 16 * gains[1] * steady[1]) / 41 / 2
     torch.testing.assert_close(found.sensitivity, gain.sqrt())
+
+
+def test_one_noisy_direction_weighs_a_third_of_its_share():
+    """A head ten times its usual gradient in one of four places is believed to be 10 ** (.25 + .3 * .75) times it."""
+    quiet, loud = sums(0), sums(0)
+    quiet.gradient[:], loud.gradient[:] = 1.0, 1.0
+    loud.gradient[1, 2, 1] = 10.0
+    one, other = built([{"a": quiet, "b": quiet}]), built([{"a": quiet, "b": loud}])
+    ratio = (2 * other.sensitivity**2 / one.sensitivity**2 - 1)[1, 2, 1]
+    assert 10**0.3 < ratio < 10**0.65
 
 
 def test_without_gradients_layers_count_alike():
@@ -66,7 +98,7 @@ def test_prompts_and_branches_are_added_up():
 
 
 def test_a_call_adds_its_share_of_the_prediction():
-    """Sampled rows stand for all; the gain is that of an error of the output's own size, alike in all directions."""
+    """Sampled rows stand for all."""
     rows, tokens, dim = 10, 40, 8
     profile = CallProfile(
         mass=torch.full((HEADS, CANDIDATES), 7.0),
@@ -81,7 +113,6 @@ def test_a_call_adds_its_share_of_the_prediction():
     found = ProfileSums.zeros(RANGES, LAYERS, HEADS, CANDIDATES)
     found.add_call(1, 2, profile, gradient)
     assert found.effect[1, 2, 0, 0] == pytest.approx(0.5 * tokens / rows)
-    # |g|² / entries x |o|² = 0.01 x (30 / 10 per row x 40 rows)
-    assert found.gain[1, 2].tolist() == pytest.approx([0.0, 0.01 * 3.0 * tokens])
+    assert found.gradient[1, 2].tolist() == pytest.approx([0.0, 0.01 * tokens])
     assert found.calls.tolist() == [[0, 0, 0], [0, 0, 1]]
-    assert found.effect[0].sum() == found.gain[0].sum() == 0
+    assert found.effect[0].sum() == found.gradient[0].sum() == 0
