@@ -6,6 +6,7 @@ Queries and keys are sorted apart, each after their mean was taken off, so that 
 Within the sorted sequences attention is a band of blocks. Text is not hashed.
 """
 
+import functools
 from types import MappingProxyType
 
 import torch
@@ -32,8 +33,7 @@ def _arrange(
     if not 1 <= planes <= 30:
         raise ValueError(f"option 'planes' of family 'hashed': expected 1 to 30, got {planes!r}")
     space = BlockSpace(grid, "frame", block, query.device)
-    generator = torch.Generator().manual_seed(seed)
-    normals = torch.randn(query.shape[3], planes, generator=generator).to(query.device)
+    normals = _normals(query.shape[3], planes, seed, query.device)
     query_order, key_order = (
         _sorted_by_hash(grid, x[:, grid.video_slice].float(), normals) for x in (query, key)
     )
@@ -46,6 +46,14 @@ def _arrange(
     seq, shape = grid.total_tokens, (1, query.shape[2], -1, -1)
     index = BlockIndex.from_mask(mask.expand(shape), block, block, seq, seq, room=space.blocks)
     return Selection(index, query_order, key_order, grid, None)
+
+
+# A copy to the device would have the host wait.
+@functools.lru_cache(maxsize=32)
+def _normals(dim: int, planes: int, seed: int, device: torch.device) -> Tensor:
+    """The planes' normals, float32 `[dim, planes]`."""
+    with torch.inference_mode(False):
+        return torch.randn(dim, planes, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def _sorted_by_hash(grid: TokenGrid, tokens: Tensor, normals: Tensor) -> Tensor:

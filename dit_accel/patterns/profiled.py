@@ -6,12 +6,14 @@ are frame-major (their spatial heads) and space-major (temporal heads). With the
 PAROAttention (https://arxiv.org/abs/2506.16054) makes per head, from the call itself where the authors calibrate.
 """
 
+import functools
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from dit_accel.grid import AXIS_ORDERS, TokenGrid
+from dit_accel.kernels import BlockIndex
 from dit_accel.patterns.bands import BANDS
 from dit_accel.patterns.base import BlockSpace, Family, Memory, Selection, everything, lists_of, with_text
 from dit_accel.patterns.samples import sampled_rows
@@ -36,11 +38,7 @@ def _arrange(
     names = order_names(orders)
     device, heads = query.device, query.shape[2]
     space = BlockSpace(grid, names[0], block, device)
-    kept = space.kept(density)
-    mask = everything(space)
-    if space.video_blocks:
-        mask = with_text(space, BANDS.choose(space, kept, sinks=0)[None, None])
-    index = lists_of(space, mask, heads, space.blocks if grid.text_tokens else kept)
+    mask, index = _band(space, density, heads)
     places = torch.stack([grid.order(name, device) for name in names])
     if len(names) == 1 or not space.video_blocks:
         return Selection(index, places[:1], places[:1], grid, names[0])
@@ -53,12 +51,23 @@ def _arrange(
     errors = []
     for order in places:
         number = grid.inverse(order) // block
-        read = weights * mask[0, 0][number[rows]][:, number]
+        read = weights * mask[number[rows]][:, number]
         output = (read @ values) / read.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         errors.append((output - full).square().mean((2, 3)))
     choice = torch.stack(errors, dim=-1).argmin(-1)
     order = places[choice]
     return Selection(index, order, order, grid, None)
+
+
+# Blocks are numbered in the order they are in, so that one band serves all orders.
+@functools.lru_cache(maxsize=32)
+def _band(space: BlockSpace, density: float, heads: int) -> tuple[Tensor, BlockIndex]:
+    """Mask `[blocks, blocks]` and lists of the band, text included."""
+    with torch.inference_mode(False):
+        mask = everything(space)
+        if space.video_blocks:
+            mask = with_text(space, BANDS.choose(space, space.kept(density), sinks=0)[None, None])
+        return mask[0, 0], lists_of(space, mask, heads)
 
 
 def order_names(orders: str) -> list[str]:

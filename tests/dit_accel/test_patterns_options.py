@@ -4,10 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from dit_accel.attention import attend
 from dit_accel.grid import AXIS_ORDERS, TokenGrid
 from dit_accel.patterns import FAMILIES, select
+from dit_accel.patterns.base import BlockSpace
+from dit_accel.patterns.sorted_keys import sorted_keys
 from dit_accel.plan import Candidate
 
 BLOCK = 16
@@ -364,3 +367,52 @@ def test_options_take_every_dtype(name: str, options: dict, dtype: torch.dtype) 
     found = select(name, query, key, GRID, density=0.3, block=BLOCK, **options)
     wide = select(name, query.double(), key.double(), GRID, density=0.3, block=BLOCK, **options)
     assert (found.mask() & wide.mask()).sum() / wide.mask().sum() > 0.9
+
+
+# -------------------------------------------------------------------------------------------------------------- device
+
+
+@pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 7, 9, text_tokens=20)], ids=["video", "text"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("stripes", {"slashes": 1}),
+        ("pooled", {"top_p": 0.9, "guard": 0.2}),
+        ("pooled", {"coarse": 3}),
+        ("pooled", {"segment": 48}),
+        ("antidiagonal", {}),
+        ("lowbit", {}),
+        ("channels", {}),
+        ("searched", {}),
+        ("clustered", {}),
+        ("hashed", {}),
+        ("profiled", {}),
+    ],
+)
+def test_nothing_waits_for_numbers_of_the_device(name: str, options: dict, grid: TokenGrid) -> None:
+    """With tensors that have shapes but no numbers: to read one is an error, as is a shape that depends on one."""
+    query, key, value = tensors(grid)
+    real = select(name, query, key, grid, density=0.3, block=BLOCK, value=value, **options)
+    family = FAMILIES[name]
+    chosen: dict = {**family.with_defaults(options), "memory": {}}
+    chosen.update({"value": value} if family.reads_values else {})
+    for option in ("order", "reuse", "layers"):
+        chosen.pop(option, None)
+    segment = chosen.pop("segment", 0)
+    space = BlockSpace(grid, "frame", BLOCK, query.device)
+    # What depends on the grid alone was made by the call before and is there.
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        q, k = (mode.from_tensor(x) for x in (query, key))
+        if family.reads_values:
+            chosen["value"] = mode.from_tensor(value)
+        if segment:
+            assert sorted_keys(space, q, k, 0.3, segment).shape == (2, 3, grid.total_tokens)
+        if family.arrange is not None:
+            found = family.arrange(grid, 0.3, BLOCK, q, k, 8**-0.5, **chosen)
+            assert found.query_order.shape == real.query_order.shape
+            return
+        mask = family.choose(space, space.kept(0.3), q, k, 8**-0.5, **chosen)
+        assert mask.shape == (2, 3, space.video_blocks, space.video_blocks)
+        assert mask.dtype == torch.bool
+        with pytest.raises(DynamicOutputShapeException):
+            mask.nonzero()
