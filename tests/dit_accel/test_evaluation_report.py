@@ -106,6 +106,28 @@ def test_optional_columns_appear_when_one_variant_has_them(evaluation):
     assert "| `plan:out/plan` | 62.50 | 1.60 | 2.50 | 28.12 " in markdown_table(evaluation)
 
 
+def test_columns_of_caches_appear_when_something_is_cached(evaluation):
+    """Results from before caches were measured have no such fields; without a cache both are 0."""
+    for row in evaluation["variants"][:2]:
+        row |= {"skipped_share": 0.0, "cache_bytes": 0, "identical_to_dense": False}
+    assert "skipped" not in markdown_table(evaluation)
+    evaluation["variants"][1] |= {"skipped_share": 0.5, "cache_bytes": 1_500_000}
+    lines = markdown_table(evaluation).splitlines()
+    assert lines[0].endswith("| skipped | cache MB |")
+    assert [line.split("|")[-3:-1] for line in lines[2:5]] == [
+        [" 0% ", " 0.0 "],
+        [" 50% ", " 1.5 "],
+        [" – ", " – "],
+    ]
+
+
+def test_what_is_identical_to_dense_has_no_speed_up(evaluation):
+    evaluation["variants"][1] |= {"identical_to_dense": True}
+    table = markdown_table(evaluation)
+    assert "| `plan:out/plan` | 62.50 | – | 28.12 |" in table
+    assert table.endswith("; identical to dense in every generation, so no speed-up: plan:out/plan.")
+
+
 def test_the_markdown_table_has_equal_columns(evaluation):
     rows = [line for line in markdown_table(evaluation).splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(evaluation["variants"])

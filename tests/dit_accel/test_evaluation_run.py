@@ -39,6 +39,10 @@ FIELDS = {
     "density_mean": float | None,
     "semantic": float | None,
     "attention_speedup": float | None,
+    "attention_seconds": float | None,
+    "skipped_share": float | None,
+    "cache_bytes": int | None,
+    "identical_to_dense": bool,
 }
 
 
@@ -134,6 +138,12 @@ def test_summaries_follow_from_the_runs(evaluation):
     assert rows["diffusers:first_block@0.1"]["density_mean"] is None
     assert rows["diffusers:first_block@0.1"]["attention_speedup"] is None
     assert rows["dense"]["attention_speedup"] == 1.0
+    seconds = {name: row["attention_seconds"] for name, row in rows.items()}
+    sparse = rows["preset:window@0.3:block=8"]
+    assert sparse["attention_speedup"] == pytest.approx(seconds["dense"] / seconds[sparse["name"]])
+    assert seconds["diffusers:first_block@0.1"] is None
+    assert (sparse["skipped_share"], sparse["cache_bytes"], sparse["identical_to_dense"]) == (0.0, 0, False)
+    assert rows["diffusers:first_block@0.1"]["cache_bytes"] > 0
 
 
 def test_variants_rotate_and_share_the_seed(pipe, monkeypatch):
