@@ -39,6 +39,7 @@ class Recorder:
         *,
         first_call: FirstCall | None = None,
         downstream: bool = True,
+        share: int = 0,
         seed: int = 0,
     ) -> None:
         self.sums: dict[str, ProfileSums] = {}
@@ -49,30 +50,43 @@ class Recorder:
         self._layers = layers
         self._first_call = first_call
         self._downstream = downstream
+        self._share = share
         self._seed = seed
         self._calls = 0
+        self._branches: list[str] = []  # of the running step, in the order of their forwards
+        self._branches_before = 1
+        self._probing = False
 
     @contextmanager
     def attached(self, state: AccelState, transformer: nn.Module) -> Iterator[None]:
         """Listens to the calls of a transformer. A pipeline's experts share one recorder.
 
-        With `downstream` the calls are profiled on the way back of a backward pass, when the gradient is known too.
+        With `downstream` one forward of each sampled step is sent a gradient through, and its calls are profiled on
+        the way back, when the gradient is known too. The prompts, of which this is number `share`, take turns in the
+        guidance branch.
         """
         state.capture = functools.partial(self._call, state)
         if not self._downstream:
             yield
             return
-        probe = Downstream(state, self._layers, self._is_sampled, self._profile, self._seed)
+        probe = Downstream(state, self._layers, self._is_probed, self._profile, self._seed)
         with probe.watching(transformer):
             yield
         self.seconds += probe.seconds
 
-    def _is_sampled(self, state: AccelState) -> bool:
-        return self._range(state) is not None
+    def _is_probed(self, state: AccelState) -> bool:
+        sampled = self._range(state) is not None
+        if state.branch not in self._branches:
+            self._branches.append(state.branch)
+        turn = self._share % self._branches_before
+        self._probing = sampled and state.branch == self._branches[min(turn, len(self._branches) - 1)]
+        self._probing &= len(self._branches) == turn + 1
+        return self._probing
 
     def _range(self, state: AccelState) -> int | None:
         """The range that the running forward is profiled for."""
         if not self.progress or self.progress[-1] != state.progress:
+            self._branches_before, self._branches = max(len(self._branches), 1), []
             self.progress.append(state.progress)
         return self._sampled.get(len(self.progress) - 1)
 
@@ -89,7 +103,7 @@ class Recorder:
         if self._first_call is not None:
             self._first_call(state, query, key, value, key_mask)
             self._first_call = None
-        if self._range(state) is not None and not self._downstream:
+        if self._range(state) is not None and not self._probing:
             self._profile(state, layer, query, key, value, key_mask, None)
         self.seconds += now(query.device) - start
 

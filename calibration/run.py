@@ -113,7 +113,7 @@ def calibrate(
     with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar:
         stages = Stages(pipe, settings, candidates, checkpoint, bar, downstream=downstream)
         runs = [
-            stages.profiled(f"dense_{i}", prompt, seed + i, sampled_steps(bounds, i, len(prompts)))
+            stages.profiled(f"dense_{i}", prompt, seed + i, sampled_steps(bounds, i, len(prompts)), share=i)
             for i, prompt in enumerate(prompts)
         ]
         profile = build_profile(

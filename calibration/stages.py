@@ -85,7 +85,9 @@ class Stages:
         """Names of the attention modules in forward order."""
         return tuple(self._attention)
 
-    def profiled(self, name: str, prompt: str, seed: int, sampled: Mapping[int, int]) -> DenseRun:
+    def profiled(
+        self, name: str, prompt: str, seed: int, sampled: Mapping[int, int], share: int = 0
+    ) -> DenseRun:
         """Generates densely and profiles attention on the way; the very first call times the candidates."""
         stage = self._load(name)
         if stage is None:
@@ -96,6 +98,7 @@ class Stages:
                 len(self._attention),
                 first_call=None if timed else self._measure_latency,
                 downstream=self._downstream,
+                share=share,
                 seed=seed,
             )
             with self._enabled(AccelPlan.preset("dense")) as all_states, ExitStack() as listening:

@@ -61,23 +61,22 @@ class ProfileSums:
     """Sums of call profiles, kept by step range and layer, for one guidance branch.
 
     `mass`, `error`, `norm`, `rows`, `effect`: float64 `[ranges, layers, heads, candidates]`; `gradient`: `[ranges,
-    layers, heads]`; `density`: `[ranges, layers, candidates]`; `calls`: `[ranges, layers]`. `effect` is the squared
-    change of the model's prediction relative to it, `gradient` the squared norm of its gradient by the head's output,
-    mean over the head's channels, see `downstream`; both are 0 where they were not measured.
+    layers, heads]`; `density`: `[ranges, layers, candidates]`; `calls`, `probes`: `[ranges, layers]`. `effect` is the
+    squared change of the model's prediction relative to it, `gradient` the squared norm of its gradient by the head's
+    output, mean over the head's channels, see `downstream`; both are sums over the `probes` among the calls.
     """
 
-    NAMES = ("mass", "error", "norm", "rows", "effect", "gradient", "density", "calls")
+    NAMES = ("mass", "error", "norm", "rows", "effect", "gradient", "density", "calls", "probes")
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.mass, self.error, self.norm, self.rows, self.effect, self.gradient, self.density, self.calls = (
-            tensors[n] for n in self.NAMES
-        )
+        self.mass, self.error, self.norm, self.rows, self.effect = (tensors[n] for n in self.NAMES[:5])
+        self.gradient, self.density, self.calls, self.probes = (tensors[n] for n in self.NAMES[5:])
 
     @classmethod
     def zeros(cls, ranges: int, layers: int, heads: int, candidates: int) -> ProfileSums:
         """Nothing profiled yet."""
         per_head, per_layer = (ranges, layers, heads, candidates), (ranges, layers, candidates)
-        shapes = (*(per_head,) * 5, (ranges, layers, heads), per_layer, (ranges, layers))
+        shapes = (*(per_head,) * 5, (ranges, layers, heads), per_layer, *((ranges, layers),) * 2)
         return cls({n: torch.zeros(s, dtype=torch.float64) for n, s in zip(cls.NAMES, shapes, strict=True)})
 
     def add_call(self, number: int, layer: int, call: CallProfile, gradient: Tensor | None = None) -> None:
@@ -90,6 +89,7 @@ class ProfileSums:
             self.effect[number, layer] += call.effect * tokens / call.rows.clamp(min=1)
             squares = gradient.float().square().sum((0, 1, 3), dtype=torch.float64).cpu()
             self.gradient[number, layer] += squares / width
+            self.probes[number, layer] += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, as the constructor takes them."""
@@ -166,15 +166,14 @@ def build_profile(
     weights = [guided.get(branch, 1.0) if set(guided) <= set(branches) else 1.0 for branch in branches]
     relative = torch.zeros_like(sums[branches[0]].error)
     gain = torch.zeros_like(sums[branches[0]].gradient)
-    steadied = _steadied(torch.stack([sums[branch].gradient for branch in branches]))
-    for weight, branch, steady in zip(weights, branches, steadied, strict=True):
+    measured = _measured(list(sums.values())) if downstream else None
+    for number, (weight, branch) in enumerate(zip(weights, branches, strict=True)):
         share, of_branch = weight / sum(weights), sums[branch]
-        calls = of_branch.calls.clamp(min=1)
-        # An error as large as the output and alike in all directions: the gradient's square times the output's.
-        squares = of_branch.norm[..., dense] / of_branch.rows[..., dense].clamp(min=1)
-        gain += share * steady * of_branch.gradient / calls[:, :, None] * squares
-        if downstream:
-            relative += share * steady[..., None] * of_branch.effect / calls[:, :, None, None]
+        if measured is not None:
+            # An error as large as the output and alike in all directions: the gradient's square times the output's.
+            squares = of_branch.norm[..., dense] / of_branch.rows[..., dense].clamp(min=1)
+            gain += share * measured.gradient[number] * squares
+            relative += share * measured.effect[number]
         else:
             layer_norm = of_branch.norm.sum(2, keepdim=True).clamp(min=1e-30)
             relative += share * of_branch.error / layer_norm / of_branch.error.shape[1]
@@ -198,6 +197,33 @@ def build_profile(
             dense=dense,
         ),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Of each branch the mean effect and gradient of one call, `[branches, ranges, layers, heads(, candidates)]`."""
+
+    effect: Tensor
+    gradient: Tensor
+
+
+def _measured(sums: Sequence[ProfileSums]) -> _Measured:
+    """What was measured downstream, less the chance of few directions.
+
+    Where a branch was not probed in a range it gets the others' effect of the same squared error.
+    """
+    probes = torch.stack([s.probes for s in sums])[..., None]
+    if not (probes.sum(0) > 0).all():
+        raise RuntimeError("a step range and layer was profiled without a gradient")
+    share = probes / probes.sum(0)
+    gradient = torch.stack([s.gradient for s in sums]) / probes.clamp(min=1)
+    gradient = torch.where(probes > 0, gradient, (share * gradient).sum(0))
+    error = torch.stack([s.error / s.norm.clamp(min=1e-30) for s in sums])
+    effect = torch.stack([s.effect for s in sums]) / probes.clamp(min=1)[..., None]
+    per_error = (share[..., None] * effect / error.clamp(min=1e-30)).sum(0)
+    effect = torch.where(probes[..., None] > 0, effect, per_error * error)
+    steady = _steadied(gradient)
+    return _Measured(effect * steady[..., None], gradient * steady)
 
 
 # How much of what sets a head apart in one range and branch is believed; the rest is the chance of one direction.

@@ -19,6 +19,7 @@ def sums(seed: int) -> ProfileSums:
         name: torch.rand(x.shape, generator=generator, dtype=torch.float64) + 1.0 for name, x in zeros.items()
     }
     filled["calls"] = torch.full((RANGES, LAYERS), 2.0, dtype=torch.float64)
+    filled["probes"] = torch.full((RANGES, LAYERS), 2.0, dtype=torch.float64)
     return ProfileSums(filled)
 
 
@@ -74,6 +75,26 @@ def test_one_noisy_direction_weighs_a_third_of_its_share():
     assert 10**0.3 < ratio < 10**0.65
 
 
+def test_a_branch_without_a_probe_gets_the_effect_of_the_same_error():
+    cond, uncond = sums(0), sums(1)
+    for name in ("effect", "gradient", "probes"):
+        getattr(uncond, name)[1] = 0
+    found = built([{"cond": cond, "uncond": uncond}])
+    relative = [s.error / s.norm for s in (cond, uncond)]
+    uncond.effect[1] = (cond.effect / relative[0] * relative[1])[1]
+    uncond.gradient[1], uncond.probes[1] = cond.gradient[1], cond.probes[1]
+    expected = built([{"cond": cond, "uncond": uncond}])
+    torch.testing.assert_close(found.tables.error, expected.tables.error)
+    torch.testing.assert_close(found.sensitivity, expected.sensitivity)
+
+
+def test_a_range_without_any_probe_is_an_error():
+    only = sums(0)
+    only.probes[1, 2] = 0
+    with pytest.raises(RuntimeError, match="a step range and layer was profiled without a gradient"):
+        built([{"": only}])
+
+
 def test_without_gradients_layers_count_alike():
     only = sums(2)
     found = built([{"": only}], downstream=False)
@@ -114,5 +135,7 @@ def test_a_call_adds_its_share_of_the_prediction():
     found.add_call(1, 2, profile, gradient)
     assert found.effect[1, 2, 0, 0] == pytest.approx(0.5 * tokens / rows)
     assert found.gradient[1, 2].tolist() == pytest.approx([0.0, 0.01 * tokens])
-    assert found.calls.tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert found.calls.tolist() == found.probes.tolist() == [[0, 0, 0], [0, 0, 1]]
+    found.add_call(1, 2, profile)
+    assert (found.calls[1, 2], found.probes[1, 2]) == (2, 1)
     assert found.effect[0].sum() == found.gradient[0].sum() == 0
