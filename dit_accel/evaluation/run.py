@@ -17,6 +17,7 @@ from dit_accel.evaluation.result import FORMAT_VERSION, Evaluation, Scorer
 from dit_accel.evaluation.store import STORE_VERSION, GenerationStore
 from dit_accel.evaluation.timing import dense_backend, machine, weights_digest
 from dit_accel.evaluation.variants import Variant
+from dit_accel.plan import AccelPlan
 
 
 def evaluate(
@@ -125,11 +126,16 @@ def _complete(
     }
     generations = sum(len(rest) for rest in missing.values())
     warmed = [variant for variant in variants if any(variant in rest for rest in missing.values())]
-    swapping = attention_steps > 0 and any(variant.plan for variant in variants)
+    # A plan that only caches runs dense attention: its time would tell nothing.
+    swapped = {
+        variant.name
+        for variant in variants
+        if variant.plan and not _is_dense(variant.plan) and attention_steps
+    }
     timed = [
         variant
         for variant in variants
-        if swapping and (variant.plan or variant.name == "dense") and variant.name not in result.attention
+        if swapped and variant.name in swapped | {"dense"} and variant.name not in result.attention
     ]
     total = (
         generations * settings.num_inference_steps + len(warmed) * warmup_steps + len(timed) * attention_steps
@@ -158,6 +164,10 @@ def _complete(
             result.measure(prompt, scorer)
             if folder is not None:
                 result.save(folder)
+
+
+def _is_dense(plan: AccelPlan) -> bool:
+    return all(candidate.family == "dense" for candidate in plan.candidates)
 
 
 def _fingerprint(*parts: Any) -> str:
