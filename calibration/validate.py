@@ -104,7 +104,8 @@ class Validation:
         besides = dense - dense_cost(self._tables) / 1000
         best: _Tried | None = None
         for _ in range(_SPEED_TRIALS):
-            multiplier = multiplier_for_cost(self._tables, 1000 * (dense / wanted - besides))
+            # A trace of room, so that a plan which takes exactly as long is not lost to rounding.
+            multiplier = multiplier_for_cost(self._tables, 1000 * (dense / wanted - besides) + 1e-6 * dense)
             choice = choose(self._tables, multiplier)
             if total_error(self._tables, choice) == 0.0:
                 self._stages.skip(_SPEED_TRIALS - len(self._tried))
