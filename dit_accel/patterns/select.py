@@ -123,7 +123,7 @@ def select(
     for option, least, unit in (("reuse", reuse, "step"), ("layers", layers, "layer")):
         if least < 1:
             raise ValueError(f"option {option!r} of family {name!r}: expected at least 1 {unit}, got {least}")
-    later_layer = layer > memory.get("layer", layer)
+    later_layer = layers > 1 and layer > memory.get("layer", layer)
     memory["layer"] = layer
     if later_layer:
         return memory["selection"]

@@ -317,6 +317,15 @@ def test_a_layer_that_comes_again_chooses_anew_though_the_first_one_is_gone() ->
     assert torch.equal(later, expected[1])
 
 
+def test_layers_that_share_nothing_choose_for_themselves_from_one_memory() -> None:
+    query, key, _ = tensors(heads=2)
+    options = {"density": 0.2, "block": BLOCK, "memory": {}}
+    for layer in range(3):
+        q = query.roll(31 * layer, 1)
+        found = select("pooled", q, key, GRID, layer=layer, **options).index.to_mask()
+        assert torch.equal(found, select("pooled", q, key, GRID, density=0.2, block=BLOCK).index.to_mask())
+
+
 def test_layers_and_steps_share_one_choice() -> None:
     query, key, _ = tensors(heads=2)
     memory: dict = {}
@@ -384,7 +393,7 @@ def test_options_take_every_dtype(name: str, options: dict, dtype: torch.dtype) 
         ("lowbit", {}),
         ("channels", {}),
         ("searched", {}),
-        ("clustered", {}),
+        ("clustered", {"iterations": 1}),
         ("hashed", {}),
         ("profiled", {}),
     ],
