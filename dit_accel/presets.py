@@ -35,7 +35,8 @@ PRESETS: dict[str, Preset] = {
     "draft": Preset("pooled", 0.25, {"order": "tile:1x8x16", "parts": 1}, block=128),
     # The tiles on the diagonal and a few reference frames. https://arxiv.org/abs/2502.06155
     "efficient-vdit": Preset("attention_tile", 0.3),
-    # Sorted by a hash of random hyperplanes; the sampled remainder is our means. https://arxiv.org/abs/2310.05869
+    # Sorted by a hash of random hyperplanes. What the authors sample from the rest is left out; `remainder=True` gives
+    # its means. https://arxiv.org/abs/2310.05869
     "hyperattention": Preset("hashed", 0.25),
     # Columns, diagonals and sinks; the authors calibrate which heads are A-shaped or pooled instead.
     # https://arxiv.org/abs/2407.02490
