@@ -11,8 +11,8 @@ used as they are: plans by directory, or any name that ``dit-accel evaluate`` kn
 All other settings are those of the authors, with these exceptions: the demo has 6 blocks and 20 steps, so DBCache looks
 at 1 block (ours at 2) and warms up for 4 steps. Where there is a limit on skips in a row it is 6, since smaller ones
 keep a dial from reaching the target. TaylorSeer of diffusers runs in its lite mode, since its default patterns match
-nothing on Wan. Both MagCaches have one curve, measured by diffusers' calibration on the first tuning prompt. TeaCache
-has no polynomial fitted, its dial takes up the scale.
+nothing on Wan. Both MagCaches have one curve, measured by diffusers' calibration on the first tuning prompt. TeaCache's
+polynomial is fitted to the same prompt.
 
 Each finished generation is kept in ``--work``, in a folder named after model, settings and machine. Started again, the
 command goes on where it was.
@@ -22,7 +22,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dit_accel.calibration import measure_cache
 from dit_accel.evaluation.curve import magnitude_curve
 from dit_accel.evaluation.generate import generate_variant, quiet
 from dit_accel.evaluation.metrics import psnr
@@ -159,18 +160,39 @@ class Bench:
     scorer: Scorer | None = None
 
     def variant(self, name: str) -> Variant:
-        """The variant of a name, with the measured curve where it needs one."""
+        """The variant of a cache's name, with what has to be measured on the model."""
         variant = parse_variant(name)
-        return variant.with_curve(self.curve()) if variant.with_curve else variant
+        if variant.with_curve:
+            return variant.with_curve(self.curve())
+        if (
+            variant.plan is not None
+            and variant.plan.cache is not None
+            and variant.plan.cache.gate == "teacache"
+        ):
+            cache = replace(variant.plan.cache, polynomial=self.polynomial())
+            return plan_variant(replace(variant.plan, cache=cache), name)
+        return variant
 
-    def curve(self, on_step: Callable[[], object] | None = None) -> tuple[float, ...]:
+    def curve(self) -> tuple[float, ...]:
         """The curve of MagCache on the first tuning prompt, measured once."""
-        path = self.work / "curve.json"
+        return self._measured(
+            "curve",
+            lambda: magnitude_curve(self.pipe, self.tuning_prompts[0], self.settings, seed=self.seed),
+        )
+
+    def polynomial(self) -> tuple[float, ...]:
+        """TeaCache's polynomial on the first tuning prompt, fitted once."""
+        return self._measured(
+            "polynomial",
+            lambda: measure_cache(
+                self.pipe, self.tuning_prompts[0], **self.settings.to_dict(), seed=self.seed
+            )["polynomial"],
+        )
+
+    def _measured(self, name: str, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
+        path = self.work / f"{name}.json"
         if not path.is_file():
-            found = magnitude_curve(
-                self.pipe, self.tuning_prompts[0], self.settings, seed=self.seed, on_step=on_step
-            )
-            write_json(path, found)
+            write_json(path, measure())
         return tuple(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -179,7 +201,7 @@ def tune_all(bench: Bench) -> dict[str, Tuned]:
     count = len(bench.tuning_prompts)
     steps = bench.settings.num_inference_steps
     dense = GenerationStore(bench.work / "tuning" / "dense")
-    total = (1 + count + count * sum(way.probes(bench.probes) for way in bench.ways)) * steps
+    total = (count + count * sum(way.probes(bench.probes) for way in bench.ways)) * steps
     found: dict[str, Tuned] = {}
     with quiet(bench.pipe), tqdm(total=total, unit="step", smoothing=0.05) as bar:
         for prompt, text in enumerate(bench.tuning_prompts):
@@ -189,12 +211,9 @@ def tune_all(bench: Bench) -> dict[str, Tuned]:
                     bench.pipe, DENSE, text, bench.settings, seed=bench.seed + prompt, on_step=bar.update
                 )
                 dense.put(prompt, "dense", made)
-        bar.set_description("tuning, curve of MagCache")
-        if any(parse_variant(way.name(way.low)).with_curve for way in bench.ways):
-            bench.curve(bar.update)
-        done = (1 + count) * steps
+        done = count * steps
         for way in bench.ways:
-            bar.n = done  # dials of few places, and generations that were finished before, take fewer steps
+            bar.n = done  # some searches end early, and finished generations take no time
             bar.set_description(f"tuning, {way.label}")
             found[way.label] = tune(
                 way,

@@ -1,5 +1,6 @@
 """The comparison of feature caches: how dials are tuned, that it goes on where it was killed, what it writes."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -207,6 +208,18 @@ def test_another_set_of_rows_leaves_finished_ones_alone(killed_then_finished, be
     folders = [path for path in bench.work.iterdir() if path.name.startswith("held-out-")]
     assert len(folders) == 1
     assert (folders[0] / "evaluation.json").is_file()
+
+
+def test_teacache_runs_with_a_polynomial_of_the_model(bench, tmp_path):
+    bench = dataclasses.replace(bench, work=tmp_path)
+    variant = bench.variant("preset:teacache@0.2:max_skips=6")
+    kept = json.loads((tmp_path / "polynomial.json").read_text(encoding="utf-8"))
+    assert len(kept) == 5
+    assert variant.plan.cache.polynomial == tuple(kept)
+    assert (variant.plan.cache.threshold, variant.plan.cache.max_skips) == (0.2, 6)
+    assert variant.identity != parse_variant("preset:teacache@0.2:max_skips=6").identity
+    (tmp_path / "polynomial.json").write_text("[1.0, 2.0]")  # measured once
+    assert bench.variant("preset:teacache@0.2").plan.cache.polynomial == (1.0, 2.0)
 
 
 def _row(name, speedup, psnr, **changes):
