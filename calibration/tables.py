@@ -210,21 +210,28 @@ class _Measured:
 def _measured(sums: Sequence[ProfileSums]) -> _Measured:
     """What was measured downstream, less the chance of few directions.
 
-    Where a branch was not probed in a range it gets the others' effect of the same squared error.
+    One direction says little about one candidate, and a choice among many would take those that it flatters. So each
+    head gets one weight, the geometric mean of effect per relative squared error over its candidates, and candidates
+    of a head compare by their errors. A branch that was not probed in a range gets the others' weight.
     """
     probes = torch.stack([s.probes for s in sums])[..., None]
     if not (probes.sum(0) > 0).all():
         raise RuntimeError("a step range and layer was profiled without a gradient")
     share = probes / probes.sum(0)
-    gradient = torch.stack([s.gradient for s in sums]) / probes.clamp(min=1)
-    gradient = torch.where(probes > 0, gradient, (share * gradient).sum(0))
     error = torch.stack([s.error / s.norm.clamp(min=1e-30) for s in sums])
     effect = torch.stack([s.effect for s in sums]) / probes.clamp(min=1)[..., None]
-    per_error = (share[..., None] * effect / error.clamp(min=1e-30)).sum(0)
-    effect = torch.where(probes[..., None] > 0, effect, per_error * error)
+    # Candidates that lose nothing but roundings tell nothing.
+    lossy = (error > _LOSSLESS) & (effect > 0)
+    logs = torch.where(lossy, (effect / error.clamp(min=_LOSSLESS)).clamp(min=1e-300).log(), 0.0)
+    weight = (logs.sum(-1) / lossy.sum(-1).clamp(min=1)).exp() * lossy.any(-1)
+    gradient = torch.stack([s.gradient for s in sums]) / probes.clamp(min=1)
+    weight, gradient = (torch.where(probes > 0, x, (share * x).sum(0)) for x in (weight, gradient))
     steady = _steadied(gradient)
-    return _Measured(effect * steady[..., None], gradient * steady)
+    return _Measured((weight * steady)[..., None] * error, gradient * steady)
 
+
+# Relative squared error of roundings in float32.
+_LOSSLESS = 1e-10
 
 # How much of what sets a head apart in one range and branch is believed; the rest is the chance of one direction.
 _BELIEVED = 0.3

@@ -50,12 +50,24 @@ def steadied(*gradients):
     return found
 
 
+def weighted(s: ProfileSums) -> torch.Tensor:
+    """Relative squared errors times each head's geometric mean of effect per error, by loops."""
+    relative, found = s.error / s.norm, torch.empty_like(s.error)
+    for place in torch.cartesian_prod(
+        torch.arange(RANGES), torch.arange(LAYERS), torch.arange(HEADS)
+    ).tolist():
+        r, layer, head = place
+        ratios = s.effect[r, layer, head] / 2 / relative[r, layer, head]
+        found[r, layer, head] = relative[r, layer, head] * ratios.prod() ** (1 / CANDIDATES)
+    return found
+
+
 def test_errors_are_changes_of_the_guided_prediction():
     """v = 5 cond - 4 uncond: squared errors count 25 and 16; ranges by what they do to the latents."""
     cond, uncond = sums(0), sums(1)
     found = built([{"cond": cond, "uncond": uncond}])
     steady = steadied(cond.gradient, uncond.gradient)
-    mean = (25 * cond.effect * steady[0][..., None] + 16 * uncond.effect * steady[1][..., None]) / 41 / 2
+    mean = (25 * weighted(cond) * steady[0][..., None] + 16 * weighted(uncond) * steady[1][..., None]) / 41
     weights = torch.tensor(range_weights(BOUNDS, PROGRESS), dtype=torch.float64)
     expected = mean * weights[:, None, None, None]
     expected[..., 0] = 0
@@ -63,6 +75,29 @@ def test_errors_are_changes_of_the_guided_prediction():
     gains = [s.gradient * s.norm[..., 0] / s.rows[..., 0] for s in (cond, uncond)]
     gain = (25 * gains[0] * steady[0] + 16 * gains[1] * steady[1]) / 41 / 2
     torch.testing.assert_close(found.sensitivity, gain.sqrt())
+
+
+def test_candidates_of_a_head_compare_by_their_errors():
+    """A candidate whose error one direction happens to miss gains no more than its share of the mean."""
+    plain, lucky = sums(0), sums(0)
+    lucky.effect[0, 1, 0, 2] *= 1e-4
+    one, other = (built([{"": s}]).tables.error for s in (plain, lucky))
+    torch.testing.assert_close(other[0, 1, 0], one[0, 1, 0] * 1e-4 ** (1 / CANDIDATES))
+    torch.testing.assert_close(other[1], one[1])
+
+
+def test_candidates_without_an_error_do_not_count():
+    plain, exact = sums(0), sums(0)
+    exact.error[..., 3], exact.effect[..., 3] = 0.0, 0.0
+    found = built([{"": exact}]).tables.error
+    assert (found[..., 3] == 0).all()
+    ratios = (plain.effect / 2 / (plain.error / plain.norm))[..., :3].prod(-1) ** (1 / 3)
+    expected = (
+        built([{"": plain}]).tables.error[..., 1]
+        / weighted(plain)[..., 1]
+        * (plain.error / plain.norm)[..., 1]
+    )
+    torch.testing.assert_close(found[..., 1], expected * ratios)
 
 
 def test_one_noisy_direction_weighs_a_third_of_its_share():
@@ -81,7 +116,7 @@ def test_a_branch_without_a_probe_gets_the_effect_of_the_same_error():
         getattr(uncond, name)[1] = 0
     found = built([{"cond": cond, "uncond": uncond}])
     relative = [s.error / s.norm for s in (cond, uncond)]
-    uncond.effect[1] = (cond.effect / relative[0] * relative[1])[1]
+    uncond.effect[1] = (weighted(cond) * 2 / relative[0] * relative[1])[1]
     uncond.gradient[1], uncond.probes[1] = cond.gradient[1], cond.probes[1]
     expected = built([{"cond": cond, "uncond": uncond}])
     torch.testing.assert_close(found.tables.error, expected.tables.error)
