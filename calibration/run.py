@@ -42,7 +42,7 @@ def calibrate(
     target_latent_rel_l2: float | None = None,
     density: float | None = None,
     speedup: float | None = None,
-    downstream: bool = True,
+    downstream: bool = False,
     output_dir: str | Path | None = None,
     seed: int = 0,
     held_out_prompts: Sequence[str] | None = None,
@@ -68,8 +68,9 @@ def calibrate(
             of least error at that density, however long its candidates take.
         speedup: of whole generations over dense ones; the plan of least error that is as fast, corrected by up to
             three generations of the first prompt.
-        downstream: weigh errors by how far they move the model's prediction, which takes a backward pass through the
-            transformer at the profiled steps. Otherwise all layers count alike.
+        downstream: weigh the errors of heads by how far they move the model's prediction, which takes a backward pass
+            through the transformer at each profiled step. Otherwise all layers count alike, which gave the better
+            videos on the demo model.
         output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
             any moment and called again with the same arguments, it continues and ends with the same plan.
             Called with another target_psnr or density, it keeps what was measured and only chooses anew.

@@ -51,7 +51,7 @@ def density_clock():
 @pytest.fixture(scope="module")
 def uninterrupted(lively_wan_dir, arguments, density_clock):
     """Arguments of a calibration with two prompts to a target, and its plan."""
-    asked = arguments | {"prompts": ["a red circle moves left", "a blue square"], "target_psnr": 25.0}
+    asked = arguments | {"prompts": ["a red circle moves left", "a blue square"], "target_psnr": 25.0, "downstream": True}
     return asked, calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked)
 
 
@@ -165,7 +165,7 @@ def test_what_the_calibration_saw_is_recorded(uninterrupted, arguments):
 
 
 def test_layers_count_alike_without_gradients(pipe, arguments):
-    plan = calibrate(pipe, **arguments, density=0.5, downstream=False)
+    plan = calibrate(pipe, **arguments, density=0.5)
     assert "sensitivity" not in plan.validated
     assert plan.objective["downstream"] is False
     assert plan.validated["density_mean"] == pytest.approx(0.5, abs=0.1)
@@ -185,7 +185,7 @@ def test_target_that_only_dense_attention_reaches_says_so_in_one_line(pipe, argu
     plan = calibrate(pipe, **arguments, target_psnr=99.9)
     assert plan.validated["density_mean"] == 1.0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["target_psnr 99.9 dB: only dense attention reaches it, nothing will be faster"]
+    assert lines == ["target_psnr 99.9 dB: only the dense generation reaches it, nothing will be faster"]
 
 
 @pytest.mark.parametrize("stage", ["dense_0", "plan_*"])
@@ -274,3 +274,62 @@ def test_an_enabled_pipeline_is_refused_and_keeps_its_plan(pipe, arguments):
     with pytest.raises(ValueError, match="enabled here already"):
         calibrate(pipe, **arguments, density=0.5)
     dit_accel.disable(pipe)
+
+
+class TestCache:
+    """One target for attention and steps together."""
+
+    @pytest.fixture(scope="class")
+    def asked(self, arguments):
+        more = {"prompts": ["a red circle moves left", "a blue square"], "num_inference_steps": 14}
+        return arguments | more | {"target_psnr": 22.0, "held_out_prompts": ["a green star"]}
+
+    @pytest.fixture(scope="class")
+    def joint(self, lively_wan_dir, asked, density_clock, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("joint")
+        plan = calibrate(
+            WanPipeline.from_pretrained(lively_wan_dir), **asked, cache=True, output_dir=directory
+        )
+        return plan, directory
+
+    def test_the_plan_has_a_schedule_that_runs(self, lively_wan_dir, asked, joint):
+        plan, directory = joint
+        assert AccelPlan.from_pretrained(directory).cache == plan.cache
+        schedule = plan.cache.schedule
+        skipped = sum(len(steps) for steps in schedule.forecasts.values())
+        assert schedule.steps == 14
+        assert skipped > 0
+        pipe = WanPipeline.from_pretrained(lively_wan_dir)
+        pipe.set_progress_bar_config(disable=True)
+        dit_accel.enable(pipe, plan)
+        names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+        pipe("a green star", output_type="latent", **{name: asked[name] for name in names})
+        report = dit_accel.stats(pipe)
+        assert report["skipped_forwards"] == skipped
+        assert report["computed_forwards"] == 28 - skipped
+
+    def test_trials_say_what_was_skipped(self, joint):
+        plan, _ = joint
+        chosen = [trial for trial in plan.validated["trials"] if trial["chosen"]]
+        forecasts = plan.cache.schedule.forecasts
+        assert {trial["skipped_forwards"] for trial in chosen} == {sum(map(len, forecasts.values()))}
+        assert plan.validated["target_met"]
+        assert plan.validated["psnr_calibration"] >= 22.0
+        skipped = [point["skipped_forwards"] for point in plan.validated["frontier"]]
+        assert skipped[0] == max(skipped) > 0
+
+    def test_steps_and_attention_cost_less_than_attention_alone(self, lively_wan_dir, asked, joint):
+        """The offers with schedules contain the one without, so at one error they are never dearer."""
+        plan, directory = joint
+        alone = calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked, output_dir=directory)
+        assert alone.cache is None
+        points = [
+            [(p["error"], p["attention_ms"] - p["saved_ms"]) for p in one.validated["frontier"]]
+            for one in (plan, alone)
+        ]
+        for error, cost in points[1]:
+            assert min(c for e, c in points[0] if e <= error + 1e-12) <= cost * 1.35
+
+    def test_a_density_is_no_goal_for_it(self, lively_wan_dir, arguments):
+        with pytest.raises(ValueError, match="cache: expected a quality or a speed-up as the goal"):
+            calibrate(WanPipeline.from_pretrained(lively_wan_dir), **arguments, density=0.5, cache=True)
