@@ -7,9 +7,11 @@ schedules can be compared without running one.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dit_accel.caching import CacheConfig, Schedule, Term
+from dit_accel.caching.runtime import like
+from dit_accel.evaluation.timing import now
 
 __all__ = ["StepProducts", "StepRecorder", "cheapest_schedules"]
 
@@ -33,19 +37,14 @@ class StepProducts:
 
     Attributes:
         branches: of guidance, in the order in which a step runs them.
+        steps: of denoising.
         gram: float64 `[(branches + 1) * steps] * 2`: the outputs of each branch by step, then the latents by step, each
             product divided by the number of values.
-        lengths: float64 `[steps]`, by how much of the output each step moves the latents.
     """
 
     branches: tuple[str, ...]
+    steps: int
     gram: Tensor
-    lengths: Tensor
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps."""
-        return len(self.lengths)
 
     def __add__(self, other: StepProducts) -> StepProducts:
         if (self.branches, self.steps) != (other.branches, other.steps):
@@ -53,67 +52,80 @@ class StepProducts:
                 f"products: expected generations alike, got branches {self.branches} and {other.branches}, "
                 f"{self.steps} and {other.steps} steps"
             )
-        return StepProducts(self.branches, self.gram + other.gram, self.lengths)
+        return StepProducts(self.branches, self.steps, self.gram + other.gram)
 
 
 class StepRecorder:
-    """Keeps sampled values of a transformer's latents and outputs during one dense generation.
+    """Keeps sampled values of the latents and outputs of transformers during one dense generation.
 
-    Raises:
-        ValueError: `products` before a whole generation was seen.
+    Args:
+        transformers: the pipeline's, with the function that names the guidance branch of the running forward.
+        seed: of the sampled places.
     """
 
-    def __init__(self, transformer: nn.Module, seed: int = 0) -> None:
+    def __init__(self, transformers: Mapping[nn.Module, Callable[[], str]], seed: int = 0) -> None:
         self._seed = seed
         self._places: Tensor | None = None
         self._outputs: list[Tensor] = []
         self._latents: list[Tensor] = []
         self._branches: list[str] = []
-        self.branch = ""
-        self._handle = transformer.register_forward_hook(self._keep, with_kwargs=True)
+        self._seconds: list[float] = []
+        self._start = 0.0
+        self._handles = []
+        for transformer, branch in transformers.items():
+            self._handles.append(transformer.register_forward_pre_hook(self._begin, with_kwargs=True))
+            keep = functools.partial(self._keep, branch)
+            self._handles.append(transformer.register_forward_hook(keep, with_kwargs=True))
 
     def remove(self) -> None:
         """Stop recording."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    @property
+    def forward_ms(self) -> float:
+        """Median milliseconds of a forward."""
+        return 1000 * median(self._seconds)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._start = now(next(module.parameters()).device)
+
+    def _keep(
+        self,
+        branch: Callable[[], str],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+    ) -> None:
         sample = output[0].detach()
-        latents = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
-        latents = latents[tuple(slice(size) for size in sample.shape)]
+        self._seconds.append(now(sample.device) - self._start)
+        latents = like(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], sample).detach()
         if self._places is None:
             generator = torch.Generator().manual_seed(self._seed)
             places = torch.randperm(sample.numel(), generator=generator)[:SAMPLED_VALUES]
             self._places = places.sort().values.to(sample.device)
         self._outputs.append(sample.flatten()[self._places].float().cpu())
         self._latents.append(latents.flatten()[self._places].float().cpu())
-        self._branches.append(self.branch)
+        self._branches.append(branch())
 
-    def products(self, lengths: Sequence[float]) -> StepProducts:
-        """Inner products over the generation; `lengths` as in `StepProducts`."""
-        steps = len(lengths)
+    def products(self, steps: int) -> StepProducts | None:
+        """Inner products over the generation; None unless each of its `steps` steps ran the same guidance branches."""
         branches = tuple(dict.fromkeys(self._branches))
-        if not self._outputs or len(self._outputs) != steps * len(branches):
-            raise ValueError(
-                f"recorder: expected {steps} steps of every guidance branch, got {len(self._outputs)} forwards of "
-                f"{len(branches)} branches"
-            )
+        if self._branches != list(branches) * steps:
+            return None
         rows = [
-            output
-            for branch in branches
-            for output, name in zip(self._outputs, self._branches, strict=True)
-            if name == branch
+            output for number in range(len(branches)) for output in self._outputs[number :: len(branches)]
         ]
-        rows += self._latents[:: len(branches)]
-        values = torch.stack(rows).double()
-        gram = values @ values.T / values.shape[1]
-        return StepProducts(branches, gram, torch.tensor(lengths, dtype=torch.float64))
+        values = torch.stack([*rows, *self._latents[:: len(branches)]]).double()
+        return StepProducts(branches, steps, values @ values.T / values.shape[1])
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One schedule: its forwards that are computed, and the error it is expected to leave in the latents.
+    """One schedule: its forwards that are computed, and the error it is expected to leave.
 
-    error: mean square.
+    error: sum over the forecast steps of the mean square of the guided output's error, times the step's weight.
     """
 
     computed: int
@@ -125,7 +137,7 @@ def cheapest_schedules(
     products: StepProducts,
     *,
     guidance_scale: float,
-    gains: Sequence[float] | None = None,
+    weights: Sequence[float],
     warm_up: int = 2,
     cool_down: int = 1,
 ) -> list[Choice]:
@@ -137,7 +149,7 @@ def cheapest_schedules(
     Args:
         products: of the dense generations.
         guidance_scale: the output is `b1 + guidance_scale * (b0 - b1)` of the branches 0 and 1.
-        gains: by step, what an error of mean square 1 in the latents after it has grown to at the end; 1 if None.
+        weights: of the squared error at each step, see `schedule.step_weights`.
         warm_up, cool_down: steps computed at the start, at least 2, and at the end.
 
     Raises:
@@ -151,10 +163,8 @@ def cheapest_schedules(
     if branches > 2:
         raise ValueError(f"products: expected one or two guidance branches, got {branches}")
     solver = _Solver(products, guidance_scale)
-    gain = np.ones(steps) if gains is None else np.asarray(gains, dtype=np.float64)
-    if gain.shape != (steps,):
-        raise ValueError(f"gains: expected {steps} numbers, one for each step, got {len(gain)}")
-    weight = gain * products.lengths.numpy() ** 2
+    if len(weights) != steps:
+        raise ValueError(f"weights: expected {steps} numbers, one for each step, got {len(weights)}")
     # By history: the least error for each number of computed forwards, and where it came from.
     table: dict[_History, tuple[NDArray[Any], list[Any]]] = {
         (): (np.where(np.arange(steps * branches + 1) == 0, 0.0, np.inf), [()] * (steps * branches + 1))
@@ -166,7 +176,7 @@ def cheapest_schedules(
             for action in (branches,) if forced else range(branches + 1):
                 if not _allowed(history, step, action, branches):
                     continue
-                cost = weight[step] * solver.fit(history, step, action).error if action < branches else 0.0
+                cost = weights[step] * solver.fit(history, step, action).error if action < branches else 0.0
                 following = _follow(history, step, action, branches)
                 if following not in after:
                     after[following] = np.full_like(errors, np.inf), [None] * len(errors)

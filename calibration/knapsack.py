@@ -86,43 +86,6 @@ def mean_density(tables: Tables, choice: Tensor) -> float:
     return ((per_range * tables.calls).sum() / tables.calls.sum()).item()
 
 
-def multiplier_for_error(tables: Tables, error: float) -> float:
-    """The smallest multiplier whose plan has at most this total error (the largest tried if none does)."""
-    return _bracket(tables, lambda choice: total_error(tables, choice) <= error)[1]
-
-
-def multiplier_for_cost(tables: Tables, cost: float) -> float:
-    """The largest multiplier whose plan costs at most `cost` milliseconds (the smallest tried if none does)."""
-    return _bracket(tables, lambda choice: total_cost(tables, choice) > cost)[0]
-
-
-def frontier(tables: Tables, points: int = 24) -> list[dict[str, float]]:
-    """Plans from the fastest to dense: their `density_mean`, `error` and milliseconds of `attention_ms`.
-
-    The best plans of evenly spaced errors in logarithm, five decades down from the largest.
-    """
-    fastest = choose(tables, 0.0)
-    largest = total_error(tables, fastest)
-    plans = [fastest]
-    if largest > 0:
-        steps = torch.linspace(0, -5, points, dtype=torch.float64)
-        plans += [choose(tables, multiplier_for_error(tables, largest * 10**step)) for step in steps.tolist()]
-    rows = [
-        (total_cost(tables, plan), total_error(tables, plan), mean_density(tables, plan)) for plan in plans
-    ]
-    points_found: list[dict[str, float]] = []
-    for cost, error, density in sorted(rows):
-        # Sums of equal latencies differ in their last digits.
-        if not points_found or error < points_found[-1]["error"]:
-            points_found.append({"density_mean": density, "error": error, "attention_ms": cost})
-    return points_found
-
-
-def most_faithful_multiplier(tables: Tables) -> float:
-    """The largest multiplier whose plan has any error; the smallest tried if every plan is dense."""
-    return _bracket(tables, lambda choice: total_error(tables, choice) == 0.0)[0]
-
-
 def choose_density(tables: Tables, density: float) -> Tensor:
     """The plan of least error whose mean density is nearest to `density`, whatever the candidates' latency.
 
@@ -130,18 +93,18 @@ def choose_density(tables: Tables, density: float) -> Tensor:
     """
     cost = tables.calls[:, None] * tables.density
     by_density = replace(tables, cost=cost, plain_cost=cost[:, tables.dense])
-    sides = _bracket(by_density, lambda choice: mean_density(tables, choice) >= density)
+    sides = bracket(by_density, lambda m: mean_density(tables, choose(by_density, m)) >= density)
     plans = [choose(by_density, multiplier) for multiplier in sides]
     return min(plans, key=lambda choice: abs(mean_density(tables, choice) - density))
 
 
-def _bracket(tables: Tables, enough: Callable[[Tensor], bool]) -> tuple[float, float]:
-    """Multipliers just below and just above the one from which on a plan is `enough`."""
+def bracket(tables: Tables, enough: Callable[[float], bool]) -> tuple[float, float]:
+    """Multipliers just below and just above the one from which on `enough` holds."""
     scale = math.log(tables.cost.mean().clamp(min=1e-30).item() / max(tables.error.mean().item(), 1e-30))
     low, high = (scale + bound for bound in _LOG_MULTIPLIERS)
-    if enough(choose(tables, math.exp(low))):
+    if enough(math.exp(low)):
         return math.exp(low), math.exp(low)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if enough(choose(tables, math.exp(middle))) else (middle, high)
+        low, high = (low, middle) if enough(math.exp(middle)) else (middle, high)
     return math.exp(low), math.exp(high)

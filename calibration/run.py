@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from dit_accel.calibration.caching import StepProducts
 from dit_accel.calibration.candidates import default_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
 from dit_accel.calibration.goals import Goal, the_goal
 from dit_accel.calibration.knapsack import choose_density
+from dit_accel.calibration.offers import Pick, offers_of
 from dit_accel.calibration.schedule import range_bounds, range_starts, sampled_steps
-from dit_accel.calibration.stages import LATENCY_STEPS, Stages
+from dit_accel.calibration.stages import LATENCY_STEPS, DenseRun, Stages
 from dit_accel.calibration.tables import build_profile
 from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
 from dit_accel.evaluation.generate import quiet
@@ -43,6 +48,7 @@ def calibrate(
     density: float | None = None,
     speedup: float | None = None,
     downstream: bool = False,
+    cache: bool = False,
     output_dir: str | Path | None = None,
     seed: int = 0,
     held_out_prompts: Sequence[str] | None = None,
@@ -71,6 +77,8 @@ def calibrate(
         downstream: weigh the errors of heads by how far they move the model's prediction, which takes a backward pass
             through the transformer at each profiled step. Otherwise all layers count alike, which gave the better
             videos on the demo model.
+        cache: also choose which steps to compute, and how to forecast the others, under the same goal: the plan gets a
+            schedule, see `dit_accel.caching.Schedule`.
         output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
             any moment and called again with the same arguments, it continues and ends with the same plan.
             Called with another target_psnr or density, it keeps what was measured and only chooses anew.
@@ -96,6 +104,10 @@ def calibrate(
         "speedup": speedup,
     }
     goal = the_goal(**asked)
+    if cache and goal.name == "density":
+        raise ValueError(
+            "cache: expected a quality or a speed-up as the goal, since a density says nothing of steps"
+        )
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
     conditions: dict[str, Any] = {"seed": seed, **settings.to_dict()}
     candidates = default_candidates(pipe._execution_device.type)
@@ -134,21 +146,45 @@ def calibrate(
             model_class=family_of(pipe.transformer).transformer_class,
             config_hash=config_hash_of(pipe.transformer),
             grid=runs[0].grid,
-            objective={**asked, "downstream": downstream, **conditions},
+            objective={**asked, "cache": cache, "downstream": downstream, **conditions},
         )
-        validation = Validation(stages, draft, profile.tables, runs, prompts, held_out, seed, goal)
+        offers = offers_of(
+            profile.tables,
+            _products(runs) if cache else None,
+            bounds=bounds,
+            progress=runs[0].progress,
+            guidance_scale=guidance_scale,
+            forward_ms=fmean(run.forward_ms for run in runs),
+        )
+        validation = Validation(stages, draft, offers, runs, prompts, held_out, seed, goal)
         if goal.quality is not None:
-            choice = validation.meet_quality()
+            found = validation.meet_quality()
         elif goal.name == "speedup":
-            choice = validation.meet_speedup()
+            found = validation.meet_speedup()
         else:
-            choice = choose_density(profile.tables, goal.value)
-        validated = validation.report(choice) | profile.sensitivities()
-    plan = replace(draft, choice=choice, validated=validated, **profile.measures(choice))
-    _say(goal, validated, all_dense=bool((choice == profile.tables.dense).all()))
+            found = Pick(offers[0], choose_density(profile.tables, goal.value))
+        validated = validation.report(found) | profile.sensitivities()
+    plan = replace(
+        draft,
+        choice=found.choice,
+        cache=found.offer.cache,
+        validated=validated,
+        **profile.measures(found.choice),
+    )
+    _say(goal, validated, all_dense=found.error == 0.0)
     if output_dir is not None:
         plan.save_pretrained(output_dir)
     return plan
+
+
+def _products(runs: Sequence[DenseRun]) -> StepProducts:
+    """Those of all dense runs together."""
+    found = [run.products for run in runs]
+    if any(products is None for products in found):
+        raise ValueError(
+            "cache: expected every step to run the same guidance branches, got steps that differ; calibrate without it"
+        )
+    return functools.reduce(operator.add, found)
 
 
 def _texts(name: str, prompts: Sequence[str]) -> list[str]:
@@ -162,7 +198,7 @@ def _say(goal: Goal, validated: dict[str, Any], *, all_dense: bool) -> None:
     unit = " dB" if goal.name == "target_psnr" else ""
     if goal.quality is not None and all_dense:
         tqdm.write(
-            f"{goal.name} {goal.value:g}{unit}: only dense attention reaches it, nothing will be faster"
+            f"{goal.name} {goal.value:g}{unit}: only the dense generation reaches it, nothing will be faster"
         )
     if validated.get("target_met", True):
         return

@@ -10,7 +10,9 @@ RANGE_FRACTIONS = (0.0, 0.1, 0.3, 0.6)
 
 # Standard deviation of the latents' dominant directions, in units of the noise. Layout and large shapes are
 # common to many latent values, so along those directions the signal is several times stronger than the noise.
-_SIGNAL_STD = 4.0
+# Measured on the demo model (20 steps, one step at a time repeated): errors in the first half of the steps come out 85,
+# 65, 39 and 34 times as large in square at the noise levels .99, .93, .90 and .85; 9 gives 82, 64, 48 and 31.
+_SIGNAL_STD = 9.0
 
 
 def range_bounds(steps: int, fractions: Sequence[float] = RANGE_FRACTIONS) -> tuple[int, ...]:
@@ -42,13 +44,12 @@ def range_starts(bounds: Sequence[int], progress: Sequence[float]) -> tuple[floa
     return (0.0, *((progress[b - 1] + progress[b]) / 2 for b in bounds[1:-1]))
 
 
-def range_weights(bounds: Sequence[int], progress: Sequence[float]) -> tuple[float, ...]:
-    """How much an equal relative error of the prediction in each range counts in the final latents.
+def step_weights(progress: Sequence[float]) -> tuple[float, ...]:
+    """How much an equal squared error of the prediction at each step counts in the final latents.
 
     An error at noise level s = 1 - progress moves the latents by the step's length. Along a direction in
     which the data is Gaussian with standard deviation a, the flow from there to the end scales it by a /
     sqrt((1 - s)^2 a^2 + s^2), the ratio of the standard deviations of x_0 and x_s = (1 - s) x_0 + s * noise.
-    Errors of different steps add in squares.
     """
     ends = [*progress[1:], 1.0]
     effect = []
@@ -56,4 +57,10 @@ def range_weights(bounds: Sequence[int], progress: Sequence[float]) -> tuple[flo
         noise = 1.0 - now
         gain = _SIGNAL_STD / ((now * _SIGNAL_STD) ** 2 + noise**2) ** 0.5
         effect.append(((end - now) * gain) ** 2)
+    return tuple(effect)
+
+
+def range_weights(bounds: Sequence[int], progress: Sequence[float]) -> tuple[float, ...]:
+    """`step_weights` summed over each range: errors of different steps add in squares."""
+    effect = step_weights(progress)
     return tuple(sum(effect[start:stop]) for start, stop in itertools.pairwise(bounds))

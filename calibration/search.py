@@ -7,17 +7,14 @@ one point to that line, whatever its prompt.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from torch import Tensor
 
-from dit_accel.calibration.knapsack import choose, most_faithful_multiplier, multiplier_for_error, total_error
-from dit_accel.calibration.tables import Tables
+from dit_accel.calibration.offers import Offer, Pick, most_faithful, pick_for_error
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 
 TOLERANCE_DB = 0.7  # a plan may exceed the target by this much before a faster one is looked for
@@ -25,7 +22,7 @@ _AIM_DB = TOLERANCE_DB / 2
 _LARGEST_MOVE = 1.0  # decades of error beyond the points measured so far
 
 # What is believed before the first generation, as (mean, standard deviation).
-_HEIGHT_DB = (3.0, 8.0)
+_HEIGHT_DB = (5.0, 8.0)
 _SLOPE_DB = (8.0, 3.0)  # per decade of squared error; 10 would be an error that reaches the frames unchanged
 _PROMPT_DB = (0.0, 2.0)
 # A line describes the curve only near the target, so points far from it say less.
@@ -86,20 +83,20 @@ def next_log_error(trials: Sequence[Trial], prompts: int, target: float) -> floa
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found: the plan's multiplier, its mean quality in dB, and whether that meets the target.
+    """What a search found: the plan, its mean quality in dB, and whether that meets the target; all trials run."""
 
-    `trials` are all that were run and `plan` names the one chosen among them; None is the all-dense plan.
-    """
-
-    multiplier: float
+    pick: Pick
     quality: float
     met: bool
-    plan: str | None
     trials: tuple[Trial, ...]
 
 
 def search(
-    tables: Tables, prompts: int, target: float, measure: Callable[[Tensor, int], float], max_trials: int
+    offers: Sequence[Offer],
+    prompts: int,
+    target: float,
+    measure: Callable[[Pick, int], float],
+    max_trials: int,
 ) -> Outcome:
     """Looks for the fastest plan whose mean quality over the prompts is at least `target`.
 
@@ -108,40 +105,34 @@ def search(
     `max_trials` generations.
 
     Args:
-        measure: `measure(choice, prompt)` generates and returns the quality in dB.
+        measure: `measure(pick, prompt)` generates and returns the quality in dB.
     """
     trials: list[Trial] = []
-    multipliers: dict[str, float] = {}
+    picks: dict[str, Pick] = {}
     while len(trials) < max_trials:
         wanted = _unfinished(trials, prompts, target)
         if wanted is None:
-            multiplier = multiplier_for_error(tables, 10 ** next_log_error(trials, prompts, target))
-            if not trials and total_error(tables, choose(tables, multiplier)) == 0.0:
-                # Belief alone does not rule out every sparse plan.
-                multiplier = most_faithful_multiplier(tables)
-            name = plan_name(choose(tables, multiplier))
-            multipliers.setdefault(name, multiplier)
+            found = pick_for_error(offers, 10 ** next_log_error(trials, prompts, target))
+            if not trials and found.error == 0.0:
+                # Belief alone does not rule out every plan that errs.
+                found = most_faithful(offers)
+            name = found.name
+            picks.setdefault(name, found)
             left = [p for p in range(prompts) if not any((t.plan, t.prompt) == (name, p) for t in trials)]
             if not left:
                 break  # the error wanted lies between two neighbouring plans, and both are known
             wanted = name, min(left, key=lambda p: sum(t.prompt == p for t in trials))
         name, prompt = wanted
-        choice = choose(tables, multipliers[name])
-        error = total_error(tables, choice)
+        error = picks[name].error
         if error == 0.0:
-            return Outcome(multipliers[name], PSNR_CEILING_DB, True, None, tuple(trials))
-        trials.append(Trial(name, prompt, math.log10(error), measure(choice, prompt)))
+            return Outcome(picks[name], PSNR_CEILING_DB, True, tuple(trials))
+        trials.append(Trial(name, prompt, math.log10(error), measure(picks[name], prompt)))
         values = _measured(trials, name)
         if len(values) == prompts and target <= fmean(values.values()) <= target + TOLERANCE_DB:
             break
     name = _best(trials, prompts, target)
     quality = _expected(trials, name, prompts, target)
-    return Outcome(multipliers[name], quality, quality >= target, name, tuple(trials))
-
-
-def plan_name(choice: Tensor) -> str:
-    """Equal for equal choices."""
-    return hashlib.sha256(choice.numpy().tobytes()).hexdigest()[:16]
+    return Outcome(picks[name], quality, quality >= target, tuple(trials))
 
 
 def _best(trials: Sequence[Trial], prompts: int, target: float) -> str:

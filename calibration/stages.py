@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dit_accel.calibration.caching import StepProducts, StepRecorder
 from dit_accel.calibration.capture import Recorder
 from dit_accel.calibration.checkpoint import Checkpoint, Stage
 from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
@@ -36,6 +38,8 @@ class DenseRun:
 
     frames: `[frames, height, width, 3]`, float in [0, 1]; latents: what the last denoising step left.
     seconds: of the generation alone; profile_seconds come on top.
+    forward_ms: of one forward of the transformer.
+    products: of its steps; None where the branches of guidance change from step to step.
     sums: by guidance branch.
     progress: of each step.
     """
@@ -44,6 +48,8 @@ class DenseRun:
     latents: Tensor
     seconds: float
     profile_seconds: float
+    forward_ms: float
+    products: StepProducts | None
     sums: dict[str, ProfileSums]
     progress: list[float]
     grid: TokenGrid
@@ -102,6 +108,13 @@ class Stages:
                 seed=seed,
             )
             with self._enabled(AccelPlan.preset("dense")) as all_states, ExitStack() as listening:
+                steps_of = StepRecorder(
+                    {
+                        transformer: functools.partial(getattr, state, "branch")
+                        for state, transformer in zip(all_states, self._transformers(), strict=True)
+                    }
+                )
+                listening.callback(steps_of.remove)
                 for state, transformer in zip(all_states, self._transformers(), strict=True):
                     listening.enter_context(recorder.attached(state, transformer))
                 made = self._generate(name, prompt, seed)
@@ -113,11 +126,16 @@ class Stages:
                     f"got {len(recorder.progress)}; give the pipeline another scheduler"
                 )
             tensors = {"frames": made.frames, "latents": made.latents}
+            products = steps_of.products(steps)
+            if products is not None:
+                tensors["products"] = products.gram
             for branch, profiled in recorder.sums.items():
                 tensors |= {f"{key}.{branch}": tensor for key, tensor in profiled.tensors().items()}
             values: dict[str, Any] = {
                 "seconds": made.seconds - recorder.seconds,
                 "profile_seconds": recorder.seconds,
+                "forward_ms": steps_of.forward_ms,
+                "step_branches": [] if products is None else list(products.branches),
                 "branches": list(recorder.sums),
                 "progress": recorder.progress,
                 "grid": asdict(grid),
@@ -128,11 +146,17 @@ class Stages:
             branch: ProfileSums({key: tensors[f"{key}.{branch}"] for key in ProfileSums.NAMES})
             for branch in values["branches"]
         }
+        products = None
+        if "products" in tensors:
+            branches = tuple(values["step_branches"])
+            products = StepProducts(branches, len(values["progress"]), tensors["products"])
         return DenseRun(
             tensors["frames"],
             tensors["latents"],
             values["seconds"],
             values["profile_seconds"],
+            values["forward_ms"],
+            products,
             sums,
             values["progress"],
             TokenGrid(**values["grid"]),

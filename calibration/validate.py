@@ -9,23 +9,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dit_accel.calibration.goals import QUALITIES, Goal
-from dit_accel.calibration.knapsack import (
-    choose,
-    dense_cost,
-    frontier,
-    mean_density,
-    multiplier_for_cost,
-    range_cost,
-    range_error,
-    total_cost,
-    total_error,
-)
-from dit_accel.calibration.search import Line, Outcome, plan_name, search
+from dit_accel.calibration.knapsack import dense_cost, range_cost, range_error
+from dit_accel.calibration.offers import Offer, Pick, frontier, pick_for_cost
+from dit_accel.calibration.search import Line, Outcome, search
 from dit_accel.calibration.stages import AcceleratedRun, DenseRun, Stages
-from dit_accel.calibration.tables import Tables
 from dit_accel.plan import AccelPlan
 
 MAX_TRIALS = 5
@@ -49,7 +38,7 @@ def generations_needed(prompts: int, held_out: int, goal: Goal) -> int:
 class _Tried:
     """A generation with a plan of one calibration prompt."""
 
-    choice: Tensor
+    pick: Pick
     prompt: int
     run: AcceleratedRun
 
@@ -61,7 +50,7 @@ class Validation:
         self,
         stages: Stages,
         draft: AccelPlan,
-        tables: Tables,
+        offers: Sequence[Offer],
         runs: Sequence[DenseRun],
         prompts: Sequence[str],
         held_out: Sequence[str],
@@ -70,7 +59,8 @@ class Validation:
     ) -> None:
         self._stages = stages
         self._draft = draft
-        self._tables = tables
+        self._offers = offers
+        self._tables = offers[0].tables  # every step computed
         self._runs = runs
         self._prompts = prompts
         self._held_out = held_out
@@ -80,22 +70,22 @@ class Validation:
         self._met = True
         self._tried: list[_Tried] = []
 
-    def meet_quality(self) -> Tensor:
-        """The choice of the fastest plan found that meets the goal's quality, see `search`."""
+    def meet_quality(self) -> Pick:
+        """The fastest plan found that meets the goal's quality, see `search`."""
         quality = QUALITIES[self._goal.name]
 
-        def measure(choice: Tensor, prompt: int) -> float:
-            return quality.decibel(getattr(self._accelerated(choice, prompt), quality.metric))
+        def measure(found: Pick, prompt: int) -> float:
+            return quality.decibel(getattr(self._accelerated(found, prompt), quality.metric))
 
         searched = min(len(self._prompts), _SEARCH_PROMPTS)
         target = quality.decibel(self._goal.value)
-        self._outcome = search(self._tables, searched, target, measure, MAX_TRIALS)
+        self._outcome = search(self._offers, searched, target, measure, MAX_TRIALS)
         self._met = self._outcome.met
         self._stages.skip(MAX_TRIALS - len(self._tried))
-        return choose(self._tables, self._outcome.multiplier)
+        return self._outcome.pick
 
-    def meet_speedup(self) -> Tensor:
-        """The choice of the most faithful plan whose generation of the first prompt is as much faster as asked for.
+    def meet_speedup(self) -> Pick:
+        """The most faithful plan whose generation of the first prompt is as much faster as asked for.
 
         What a generation takes besides attention is first what the dense one takes, then what was measured last. If
         no plan is fast enough the fastest one tried is taken.
@@ -104,29 +94,27 @@ class Validation:
         besides = dense - dense_cost(self._tables) / 1000
         best: _Tried | None = None
         for _ in range(_SPEED_TRIALS):
-            # A trace of room, so that a plan which takes exactly as long is not lost to rounding.
-            multiplier = multiplier_for_cost(self._tables, 1000 * (dense / wanted - besides) + 1e-6 * dense)
-            choice = choose(self._tables, multiplier)
-            if total_error(self._tables, choice) == 0.0:
+            found = pick_for_cost(self._offers, 1000 * (dense / wanted - besides) + 1e-6 * dense)
+            if found.error == 0.0:
                 self._stages.skip(_SPEED_TRIALS - len(self._tried))
                 self._met = wanted == 1.0
-                return choice
-            if any(plan_name(choice) == plan_name(tried.choice) for tried in self._tried):
+                return found
+            if any(found.name == tried.pick.name for tried in self._tried):
                 break
-            run = self._accelerated(choice, 0)
+            run = self._accelerated(found, 0)
             tried, speedup = self._tried[-1], dense / run.seconds
             if best is None or _better(speedup, dense / best.run.seconds, wanted):
                 best = tried
             if wanted <= speedup <= wanted * _SPEED_TOLERANCE:
                 break
-            besides = run.seconds - total_cost(self._tables, choice) / 1000
+            besides = run.seconds - found.cost / 1000
         self._stages.skip(_SPEED_TRIALS - len(self._tried))
         if best is None:
             raise RuntimeError("a search for a speed-up ends with a plan that was tried")
         self._met = dense / best.run.seconds >= wanted
-        return best.choice
+        return best.pick
 
-    def report(self, choice: Tensor) -> dict[str, Any]:
+    def report(self, found: Pick) -> dict[str, Any]:
         """Quality and speed of the plan chosen, as JSON values; the remaining prompts are generated for it.
 
         `psnr_*` are means in dB; `speedup` is that of whole generations, on the held-out prompts where there
@@ -134,21 +122,21 @@ class Validation:
         took, held-out prompts apart, in units of one dense generation. `trials` are the generations with plans,
         `frontier` the plans that the tables offer, `ranges` what each step range spends.
         """
-        tables, name = self._tables, plan_name(choice)
+        tables, name = self._tables, found.name
         values: dict[str, Any] = {
-            "density_mean": mean_density(tables, choice),
-            "attention_speedup_expected": dense_cost(tables) / total_cost(tables, choice),
+            "density_mean": found.density,
+            "attention_speedup_expected": dense_cost(tables) / max(found.attention_ms, 1e-9),
         }
         if self._goal.searched:
             values["target_met"] = self._met
         if self._outcome is not None:
             for number in range(_SEARCH_PROMPTS, len(self._prompts)):
-                self._accelerated(choice, number)
+                self._accelerated(found, number)
             values |= self._calibration_quality(name, self._outcome)
         pairs = [
             (self._runs[tried.prompt].seconds, tried.run.seconds)
             for tried in self._tried
-            if plan_name(tried.choice) == name
+            if tried.pick.name == name
         ]
         spent = [run.seconds + run.profile_seconds for run in self._runs] + [
             tried.run.seconds for tried in self._tried
@@ -158,7 +146,7 @@ class Validation:
             for number, prompt in enumerate(self._held_out):
                 seed = self._seed + len(self._prompts) + number
                 dense = self._stages.dense(f"held_out_dense_{number}", prompt, seed)
-                plan = replace(self._draft, choice=choice)
+                plan = self._plan(found)
                 run = self._stages.accelerated(f"plan_{name}_held_out_{number}", plan, prompt, seed, dense)
                 pairs.append((dense.seconds, run.seconds))
                 made.append(run)
@@ -172,11 +160,9 @@ class Validation:
             dense_seconds, accelerated = (sum(seconds) for seconds in zip(*pairs, strict=True))
             values["speedup"] = dense_seconds / accelerated
         values["calibration_dense_generations"] = sum(spent) / fmean(run.seconds for run in self._runs)
-        values["trials"] = [
-            self._trial(tried, chosen=plan_name(tried.choice) == name) for tried in self._tried
-        ]
+        values["trials"] = [self._trial(tried, chosen=tried.pick.name == name) for tried in self._tried]
         values["frontier"] = self._frontier()
-        values["ranges"] = self._ranges(choice)
+        values["ranges"] = self._ranges(found)
         return values
 
     def _calibration_quality(self, name: str, outcome: Outcome) -> dict[str, float]:
@@ -186,30 +172,39 @@ class Validation:
         levels = [outcome.quality] * searched + [
             quality.decibel(getattr(tried.run, quality.metric))
             for tried in self._tried
-            if tried.prompt >= searched and plan_name(tried.choice) == name
+            if tried.prompt >= searched and tried.pick.name == name
         ]
         return {f"{quality.metric}_calibration": quality.value(fmean(levels))}
 
     def _trial(self, tried: _Tried, *, chosen: bool) -> dict[str, Any]:
-        run, dense = tried.run, self._runs[tried.prompt].seconds
-        attention_ms = total_cost(self._tables, tried.choice)
+        run, dense, found = tried.run, self._runs[tried.prompt].seconds, tried.pick
         return {
             "prompt": tried.prompt,
             "chosen": chosen,
-            "density": mean_density(self._tables, tried.choice),
-            "error_expected": total_error(self._tables, tried.choice),
+            "density": found.density,
+            "skipped_forwards": _skipped(found),
+            "error_expected": found.error,
             "psnr": run.psnr,
             "ssim": run.ssim,
             "latent_rel_l2": run.latent_rel_l2,
             "seconds": run.seconds,
-            "attention_ms_expected": attention_ms,
-            "seconds_expected": dense + (attention_ms - dense_cost(self._tables)) / 1000,
+            "attention_ms_expected": found.attention_ms,
+            "seconds_expected": dense + (found.cost - dense_cost(self._tables)) / 1000,
             "seconds_dense": dense,
         }
 
     def _frontier(self) -> list[dict[str, float]]:
         """What the tables offer; where a quality was searched also what the fitted line expects of it."""
-        points = frontier(self._tables)
+        points = [
+            {
+                "density_mean": found.density,
+                "skipped_forwards": _skipped(found),
+                "error": found.error,
+                "attention_ms": found.attention_ms,
+                "saved_ms": found.offer.saved,
+            }
+            for found in frontier(self._offers)
+        ]
         quality, outcome = self._goal.quality, self._outcome
         if quality is None or outcome is None or not outcome.trials:
             return points
@@ -221,12 +216,12 @@ class Validation:
                 point["quality_expected"] = quality.value(level)
         return points
 
-    def _ranges(self, choice: Tensor) -> list[dict[str, float]]:
-        dense = torch.full_like(choice, self._tables.dense)
+    def _ranges(self, found: Pick) -> list[dict[str, float]]:
+        dense = torch.full_like(found.choice, self._tables.dense)
         parts = (
             self._draft.range_starts,
-            range_error(self._tables, choice),
-            range_cost(self._tables, choice),
+            range_error(found.offer.tables, found.choice),
+            range_cost(found.offer.tables, found.choice),
             range_cost(self._tables, dense),
         )
         return [
@@ -234,14 +229,24 @@ class Validation:
             for start, error, cost, of_dense in zip(*parts, strict=True)
         ]
 
-    def _accelerated(self, choice: Tensor, number: int) -> AcceleratedRun:
-        plan = replace(self._draft, choice=choice)
-        name = f"plan_{plan_name(choice)}_{number}"
+    def _plan(self, found: Pick) -> AccelPlan:
+        return replace(self._draft, choice=found.choice, cache=found.offer.cache)
+
+    def _accelerated(self, found: Pick, number: int) -> AcceleratedRun:
+        name = f"plan_{found.name}_{number}"
         run = self._stages.accelerated(
-            name, plan, self._prompts[number], self._seed + number, self._runs[number]
+            name, self._plan(found), self._prompts[number], self._seed + number, self._runs[number]
         )
-        self._tried.append(_Tried(choice, number, run))
+        self._tried.append(_Tried(found, number, run))
         return run
+
+
+def _skipped(found: Pick) -> int:
+    """Forwards that a plan's schedule leaves out."""
+    cache = found.offer.cache
+    if cache is None or cache.schedule is None:
+        return 0
+    return sum(len(steps) for steps in cache.schedule.forecasts.values())
 
 
 def _better(speedup: float, than: float, wanted: float) -> bool:

@@ -283,12 +283,12 @@ class StepCache:
             if key in schedule.needed:
                 forward.generation.outputs[key] = sample
             return
-        value = sample - _like(forward.latents, sample) if self.config.residual else sample
+        value = sample - like(forward.latents, sample) if self.config.residual else sample
         self._history(forward).push(forward.step, (value,))
 
     def _forecast_output(self, forward: _Forward, sample: Tensor) -> Tensor:
         schedule = self.config.schedule
-        latents = _like(forward.latents, sample)
+        latents = like(forward.latents, sample)
         if schedule is not None and forward.steps == schedule.steps:
             terms = schedule.forecasts[forward.branch][forward.step]
             outputs = forward.generation.outputs
@@ -332,7 +332,7 @@ def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def _like(latents: Tensor, sample: Tensor) -> Tensor:
+def like(latents: Tensor, sample: Tensor) -> Tensor:
     """The part of the transformer's input that its output speaks of: image-to-video appends channels to it."""
     part = latents[tuple(slice(size) for size in sample.shape)]
     if latents.ndim != sample.ndim or part.shape != sample.shape:

@@ -27,6 +27,8 @@ def configure(subparsers: Any) -> None:
                       help="relative L2 distance of the final latents to keep instead")  # fmt: skip
     goal.add_argument("--speedup", type=float, metavar="X", help="speed-up over dense to reach instead")
     goal.add_argument("--density", type=float, metavar="D", help="mean density to reach instead, in (0, 1]")
+    parser.add_argument("--cache", action="store_true",
+                        help="also choose which steps to compute and forecast the others")  # fmt: skip
     add_settings(parser)
     add_device(parser)
     add_output(parser, "outputs/plan")
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         **goal,
+        cache=args.cache,
         output_dir=args.output,
         seed=args.seed,
         held_out_prompts=held_out,

@@ -8,6 +8,9 @@ import torch
 from diffusers import WanPipeline
 from torch import nn
 
+from dit_accel.calibration import stages
+from dit_accel.calibration.cost import Latency
+
 
 @pytest.fixture(scope="session")
 def lively_wan_dir(tiny_wan_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,3 +45,15 @@ def arguments() -> dict[str, Any]:
         "guidance_scale": 4.0,
         "progress": False,
     }
+
+
+@pytest.fixture(scope="module")
+def density_clock():
+    """Latency as on large models, proportional to density: at 198 tokens launching is all that takes time."""
+
+    def measure(query, key, value, grid, candidates, original, **options):
+        return Latency(torch.tensor([0.01 + c.density for c in candidates], dtype=torch.float64), 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "measure_latency", measure)
+        yield

@@ -11,6 +11,7 @@ import torch
 from dit_accel import AccelPlan, disable, enable, stats
 from dit_accel.calibration import caching
 from dit_accel.calibration.caching import StepProducts, StepRecorder, cheapest_schedules
+from dit_accel.calibration.schedule import step_weights
 
 SCALE = 4.0
 
@@ -30,11 +31,14 @@ def trajectory(steps, branches=2, values=400, seed=0):
 def products_of(outputs, latents):
     rows = torch.cat([outputs.flatten(0, 1), latents])
     names = ("cond", "uncond")[: len(outputs)]
-    lengths = torch.linspace(0.02, 0.2, len(latents), dtype=torch.float64)
-    return StepProducts(names, rows @ rows.T / rows.shape[1], lengths)
+    return StepProducts(names, len(latents), rows @ rows.T / rows.shape[1])
 
 
-def error_of(config, outputs, latents, lengths, gains):
+def weights_of(steps):
+    return [(0.02 + 0.18 * step / steps) ** 2 for step in range(steps)]
+
+
+def error_of(config, outputs, latents, weights):
     """What the schedule leaves, from the outputs themselves."""
     names = [*("cond", "uncond")[: len(outputs)], "latents"]
     rows = torch.cat([outputs, latents[None]])
@@ -47,7 +51,7 @@ def error_of(config, outputs, latents, lengths, gains):
                 guess = sum(term.weight * rows[names.index(term.branch), term.step] for term in terms)
                 wrong[branch] = outputs[branch, step] - guess
         guided = wrong[0] if len(wrong) == 1 else wrong[1] + SCALE * (wrong[0] - wrong[1])
-        total += float(gains[step] * lengths[step] ** 2 * guided.square().mean())
+        total += float(weights[step] * guided.square().mean())
     return total
 
 
@@ -55,11 +59,10 @@ def error_of(config, outputs, latents, lengths, gains):
 def test_errors_are_those_of_the_outputs(branches):
     outputs, latents = trajectory(9, branches)
     products = products_of(outputs, latents)
-    gains = [2.0 / (1 + step) for step in range(9)]
-    choices = cheapest_schedules(products, guidance_scale=SCALE, gains=gains)
+    choices = cheapest_schedules(products, guidance_scale=SCALE, weights=weights_of(9))
     assert len(choices) >= 5
     for choice in choices:
-        expected = error_of(choice.config, outputs, latents, products.lengths, gains)
+        expected = error_of(choice.config, outputs, latents, weights_of(9))
         assert choice.error == pytest.approx(expected, rel=1e-6, abs=1e-12)
         skipped = sum(len(steps) for steps in choice.config.schedule.forecasts.values())
         assert choice.computed + skipped == 9 * branches
@@ -71,16 +74,17 @@ def test_no_schedule_is_better(branches):
     steps = 6
     outputs, latents = trajectory(steps, branches, seed=3)
     products = products_of(outputs, latents)
-    choices = {c.computed: c.error for c in cheapest_schedules(products, guidance_scale=SCALE)}
+    choices = {
+        c.computed: c.error
+        for c in cheapest_schedules(products, guidance_scale=SCALE, weights=weights_of(steps))
+    }
     best = {}
     for free in itertools.product(range(branches + 1), repeat=steps - 3):
         actions = (branches, branches, *free, branches)
         error, history = 0.0, [[] for _ in range(branches)]
         for step, action in enumerate(actions):
             if action < branches:
-                error += float(products.lengths[step] ** 2) * least_error(
-                    outputs, latents, history, step, action
-                )
+                error += weights_of(steps)[step] * least_error(outputs, latents, history, step, action)
             for branch in range(action):
                 history[branch] = [step, *history[branch]][:2]
         computed = sum(actions)
@@ -119,17 +123,17 @@ def least_error(outputs, latents, history, step, action):
 def test_constant_outputs_cost_nothing():
     outputs = torch.randn(2, 1, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     products = products_of(outputs.expand(2, 10, 200), torch.zeros(10, 200, dtype=torch.float64))
-    cheapest = cheapest_schedules(products, guidance_scale=SCALE)[0]
+    cheapest = cheapest_schedules(products, guidance_scale=SCALE, weights=[1e-2] * 10)[0]
     # two at the start, one at the end, and one as soon as the longest gap is over
     assert cheapest.computed == 2 * 4
     assert cheapest.error < 1e-6
 
 
-def test_gains_move_the_skips():
+def test_weights_move_the_skips():
     outputs, latents = trajectory(12, seed=5)
     products = products_of(outputs, latents)
-    early = cheapest_schedules(products, guidance_scale=SCALE, gains=[1e-6] * 6 + [1.0] * 6)
-    late = cheapest_schedules(products, guidance_scale=SCALE, gains=[1.0] * 6 + [1e-6] * 6)
+    early = cheapest_schedules(products, guidance_scale=SCALE, weights=[1e-6] * 6 + [1.0] * 6)
+    late = cheapest_schedules(products, guidance_scale=SCALE, weights=[1.0] * 6 + [1e-6] * 6)
 
     def skipped(choices):
         return next(c for c in choices if c.computed == 16).config.schedule.forecasts["cond"]
@@ -139,25 +143,26 @@ def test_gains_move_the_skips():
 
 def test_recorded_products_and_a_run(wan_pipeline):
     pipe = wan_pipeline()
-    recorder = StepRecorder(pipe.transformer)
+    branch = itertools.cycle(("cond", "uncond"))
+    recorder = StepRecorder({pipe.transformer: lambda: next(branch)})
     seen = []
     handle = pipe.transformer.register_forward_hook(
         lambda _, args, kwargs, out: seen.append((kwargs["hidden_states"].clone(), out[0].clone())),
         with_kwargs=True,
     )
-    branch = itertools.cycle(("cond", "uncond"))
-    before = pipe.transformer.register_forward_pre_hook(lambda *_: setattr(recorder, "branch", next(branch)))
     expected = pipe.latents(steps=14)
-    for hook in (recorder, handle, before):
+    for hook in (recorder, handle):
         hook.remove()
-    lengths = (-pipe.scheduler.sigmas.diff()).tolist()
-    products = recorder.products(lengths)
+    assert recorder.products(13) is None
+    assert recorder.forward_ms > 0
+    products = recorder.products(14)
     rows = [o for _, o in seen[0::2]] + [o for _, o in seen[1::2]] + [x for x, _ in seen[0::2]]
     rows = torch.stack([row.flatten() for row in rows]).double()
     torch.testing.assert_close(products.gram, rows @ rows.T / rows.shape[1], rtol=1e-5, atol=1e-6)
     both = products + products
     torch.testing.assert_close(both.gram, 2 * products.gram)
-    choices = cheapest_schedules(products, guidance_scale=4.0)
+    weights = step_weights((1 - pipe.scheduler.sigmas[:-1]).tolist())
+    choices = cheapest_schedules(products, guidance_scale=4.0, weights=weights)
     errors = []
     for choice in choices[:: len(choices) // 4]:
         plan = dataclasses.replace(AccelPlan.preset("dense"), cache=choice.config)
@@ -169,20 +174,15 @@ def test_recorded_products_and_a_run(wan_pipeline):
     assert errors[-1] < 0.2 * errors[0]
 
 
-def test_refusals(wan_pipeline):
+def test_refusals():
     outputs, latents = trajectory(8)
     products = products_of(outputs, latents)
     for options, message in (
         ({"warm_up": 1}, "expected at least 2 and 1, 8 steps in all, got 1 and 1"),
         ({"cool_down": 7}, "got 2 and 7"),
-        ({"gains": [1.0] * 3}, "gains: expected 8 numbers, one for each step, got 3"),
+        ({"weights": [1.0] * 3}, "weights: expected 8 numbers, one for each step, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            cheapest_schedules(products, guidance_scale=SCALE, **options)
+            cheapest_schedules(products, **{"guidance_scale": SCALE, "weights": weights_of(8), **options})
     with pytest.raises(ValueError, match="expected generations alike"):
         products + products_of(*trajectory(9))
-    recorder = StepRecorder(wan_pipeline().transformer)
-    with pytest.raises(
-        ValueError, match="recorder: expected 8 steps of every guidance branch, got 0 forwards"
-    ):
-        recorder.products([0.1] * 8)

@@ -1,7 +1,6 @@
 """The choice is the exact minimum, on tables small enough to try every plan."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -10,11 +9,7 @@ from dit_accel.calibration.knapsack import (
     choose,
     choose_density,
     dense_cost,
-    frontier,
     mean_density,
-    most_faithful_multiplier,
-    multiplier_for_cost,
-    multiplier_for_error,
     range_cost,
     range_error,
     total_cost,
@@ -73,26 +68,6 @@ def test_error_falls_and_cost_rises_with_the_multiplier(seed):
     assert errors[0] > errors[-1]
 
 
-@pytest.mark.parametrize("error", [0.05, 0.5, 2.0])
-def test_multiplier_for_error_keeps_the_error_and_is_the_smallest(error):
-    t = tables(layers=2, heads=4, candidates=5)
-    multiplier = multiplier_for_error(t, error)
-    assert total_error(t, choose(t, multiplier)) <= error
-    assert total_error(t, choose(t, multiplier * 0.999)) > error
-
-
-def test_multiplier_for_error_of_nothing_is_dense():
-    t = tables()
-    assert total_error(t, choose(t, multiplier_for_error(t, 0.0))) == 0.0
-
-
-def test_most_faithful_multiplier_is_the_last_before_dense():
-    t = tables(layers=2, heads=4, candidates=5, plain=5.0)
-    multiplier = most_faithful_multiplier(t)
-    assert total_error(t, choose(t, multiplier)) > 0
-    assert total_error(t, choose(t, multiplier * (1 + 1e-6))) == 0.0
-
-
 @pytest.mark.parametrize("density", [0.2, 0.45, 0.9])
 def test_choose_density_hits_the_density(density):
     t = tables(ranges=3, layers=4, heads=5, candidates=7)
@@ -131,51 +106,6 @@ def test_tables_refuse_shapes_that_do_not_fit(name, value, message):
         Tables(**parts)
 
 
-def test_multipliers_follow_the_scale_of_the_tables():
-    t = tables(layers=2, heads=4, candidates=5)
-    scaled = Tables(t.error * 1e-9, t.cost * 1e3, t.plain_cost * 1e3, t.density, t.calls, t.dense)
-    multiplier = multiplier_for_error(scaled, 0.5e-9)
-    assert math.isfinite(multiplier)
-    assert torch.equal(choose(scaled, multiplier), choose(t, multiplier_for_error(t, 0.5)))
-
-
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 1.0])
-def test_multiplier_for_cost_keeps_the_cost_and_is_the_largest(share):
-    t = tables(layers=2, heads=4, candidates=5, plain=1.5)
-    fastest, dense = total_cost(t, choose(t, 0.0)), dense_cost(t)
-    cost = fastest + share * (dense - fastest)
-    multiplier = multiplier_for_cost(t, cost)
-    assert total_cost(t, choose(t, multiplier)) <= cost
-    if share < 1.0:
-        assert total_cost(t, choose(t, multiplier * 1.001)) > cost
-
-
-def test_a_cost_that_no_plan_has_gives_the_fastest():
-    t = tables(layers=2, heads=4, candidates=5)
-    assert total_cost(t, choose(t, multiplier_for_cost(t, 0.0))) == pytest.approx(
-        total_cost(t, choose(t, 0.0))
-    )
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_tighter_errors_are_never_faster_and_never_worse(seed):
-    t = tables(layers=3, heads=5, candidates=6, seed=seed, plain=1.5)
-    plans = [choose(t, multiplier_for_error(t, error)) for error in (8.0, 3.0, 1.0, 0.3, 0.1, 0.0)]
-    errors = [total_error(t, plan) for plan in plans]
-    costs = [total_cost(t, plan) for plan in plans]
-    assert errors == sorted(errors, reverse=True)
-    assert costs == sorted(costs)
-
-
-def test_no_plan_as_cheap_has_less_error():
-    """Against brute force: what the multiplier gives for an error lies on the front of all plans."""
-    t = tables(ranges=1, heads=4, candidates=4, seed=2)
-    for error in (0.1, 0.6, 1.5):
-        found = choose(t, multiplier_for_error(t, error))
-        rivals = [plan for plan in all_plans(t) if total_cost(t, plan) <= total_cost(t, found) + 1e-12]
-        assert total_error(t, found) == pytest.approx(min(total_error(t, plan) for plan in rivals))
-
-
 def test_ranges_sum_to_the_whole():
     t = tables(ranges=3, layers=2, heads=4, candidates=5)
     choice = choose(t, 1.0)
@@ -185,20 +115,3 @@ def test_ranges_sum_to_the_whole():
     first[1:] = t.dense
     assert range_error(t, first) == pytest.approx([range_error(t, choice)[0], 0.0, 0.0])
     assert range_cost(t, first)[0] == pytest.approx(range_cost(t, choice)[0])
-
-
-def test_frontier_goes_from_the_fastest_plan_towards_dense():
-    t = tables(ranges=3, layers=4, heads=5, candidates=7, plain=1.5)
-    points = frontier(t)
-    costs, errors = ([point[name] for point in points] for name in ("attention_ms", "error"))
-    assert costs == sorted(costs)
-    assert errors == sorted(errors, reverse=True)
-    assert costs[0] == pytest.approx(total_cost(t, choose(t, 0.0)))
-    assert len(points) > 8
-    assert errors[-1] < 1e-2 * errors[0]
-
-
-def test_frontier_of_tables_without_error_is_one_plan():
-    t = tables()
-    t.error.zero_()
-    assert [point["error"] for point in frontier(t)] == [0.0]

@@ -15,15 +15,14 @@ from diffusers import WanPipeline
 
 import dit_accel
 from dit_accel import AccelPlan
-from dit_accel.calibration import calibrate, stages
-from dit_accel.calibration.cost import Latency
+from dit_accel.calibration import calibrate
 
 # Calibrates in a process of its own; the clock is replaced as in `density_clock`.
 SCRIPT = """
 import json, sys
 import torch
 from diffusers import WanPipeline
-from dit_accel.calibration import calibrate, stages
+from dit_accel.calibration import calibrate
 from dit_accel.calibration.cost import Latency
 
 def density_clock(query, key, value, grid, candidates, original, **options):
@@ -37,21 +36,13 @@ calibrate(WanPipeline.from_pretrained(model), output_dir=output_dir, **json.load
 
 
 @pytest.fixture(scope="module")
-def density_clock():
-    """Latency as on large models, proportional to density: at 198 tokens launching is all that takes time."""
-
-    def measure(query, key, value, grid, candidates, original, **options):
-        return Latency(torch.tensor([0.01 + c.density for c in candidates], dtype=torch.float64), 1.0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "measure_latency", measure)
-        yield
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(lively_wan_dir, arguments, density_clock):
     """Arguments of a calibration with two prompts to a target, and its plan."""
-    asked = arguments | {"prompts": ["a red circle moves left", "a blue square"], "target_psnr": 25.0, "downstream": True}
+    asked = arguments | {
+        "prompts": ["a red circle moves left", "a blue square"],
+        "target_psnr": 25.0,
+        "downstream": True,
+    }
     return asked, calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked)
 
 
@@ -274,62 +265,3 @@ def test_an_enabled_pipeline_is_refused_and_keeps_its_plan(pipe, arguments):
     with pytest.raises(ValueError, match="enabled here already"):
         calibrate(pipe, **arguments, density=0.5)
     dit_accel.disable(pipe)
-
-
-class TestCache:
-    """One target for attention and steps together."""
-
-    @pytest.fixture(scope="class")
-    def asked(self, arguments):
-        more = {"prompts": ["a red circle moves left", "a blue square"], "num_inference_steps": 14}
-        return arguments | more | {"target_psnr": 22.0, "held_out_prompts": ["a green star"]}
-
-    @pytest.fixture(scope="class")
-    def joint(self, lively_wan_dir, asked, density_clock, tmp_path_factory):
-        directory = tmp_path_factory.mktemp("joint")
-        plan = calibrate(
-            WanPipeline.from_pretrained(lively_wan_dir), **asked, cache=True, output_dir=directory
-        )
-        return plan, directory
-
-    def test_the_plan_has_a_schedule_that_runs(self, lively_wan_dir, asked, joint):
-        plan, directory = joint
-        assert AccelPlan.from_pretrained(directory).cache == plan.cache
-        schedule = plan.cache.schedule
-        skipped = sum(len(steps) for steps in schedule.forecasts.values())
-        assert schedule.steps == 14
-        assert skipped > 0
-        pipe = WanPipeline.from_pretrained(lively_wan_dir)
-        pipe.set_progress_bar_config(disable=True)
-        dit_accel.enable(pipe, plan)
-        names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
-        pipe("a green star", output_type="latent", **{name: asked[name] for name in names})
-        report = dit_accel.stats(pipe)
-        assert report["skipped_forwards"] == skipped
-        assert report["computed_forwards"] == 28 - skipped
-
-    def test_trials_say_what_was_skipped(self, joint):
-        plan, _ = joint
-        chosen = [trial for trial in plan.validated["trials"] if trial["chosen"]]
-        forecasts = plan.cache.schedule.forecasts
-        assert {trial["skipped_forwards"] for trial in chosen} == {sum(map(len, forecasts.values()))}
-        assert plan.validated["target_met"]
-        assert plan.validated["psnr_calibration"] >= 22.0
-        skipped = [point["skipped_forwards"] for point in plan.validated["frontier"]]
-        assert skipped[0] == max(skipped) > 0
-
-    def test_steps_and_attention_cost_less_than_attention_alone(self, lively_wan_dir, asked, joint):
-        """The offers with schedules contain the one without, so at one error they are never dearer."""
-        plan, directory = joint
-        alone = calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked, output_dir=directory)
-        assert alone.cache is None
-        points = [
-            [(p["error"], p["attention_ms"] - p["saved_ms"]) for p in one.validated["frontier"]]
-            for one in (plan, alone)
-        ]
-        for error, cost in points[1]:
-            assert min(c for e, c in points[0] if e <= error + 1e-12) <= cost * 1.35
-
-    def test_a_density_is_no_goal_for_it(self, lively_wan_dir, arguments):
-        with pytest.raises(ValueError, match="cache: expected a quality or a speed-up as the goal"):
-            calibrate(WanPipeline.from_pretrained(lively_wan_dir), **arguments, density=0.5, cache=True)

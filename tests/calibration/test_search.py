@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dit_accel.calibration.knapsack import choose, total_cost, total_error
+from dit_accel.calibration.offers import Offer, Pick
 from dit_accel.calibration.search import TOLERANCE_DB, search
 from dit_accel.calibration.tables import Tables
 
@@ -23,20 +23,20 @@ def tables(layers=6, heads=4) -> Tables:
 class Curve:
     """PSNR by error: a line in log10(error) that saturates at low PSNR, at another height for each prompt."""
 
-    def __init__(self, t: Tables, height: float, slope: float, offsets: tuple[float, ...]) -> None:
-        self.t, self.height, self.slope, self.offsets = t, height, slope, offsets
+    def __init__(self, height: float, slope: float, offsets: tuple[float, ...]) -> None:
+        self.height, self.slope, self.offsets = height, slope, offsets
         self.asked: list[int] = []
 
-    def __call__(self, choice: torch.Tensor, prompt: int) -> float:
+    def __call__(self, found: Pick, prompt: int) -> float:
         self.asked.append(prompt)
-        return self.psnr(choice, prompt)
+        return self.psnr(found, prompt)
 
-    def psnr(self, choice: torch.Tensor, prompt: int) -> float:
-        line = self.height + self.offsets[prompt] - self.slope * math.log10(total_error(self.t, choice))
+    def psnr(self, found: Pick, prompt: int) -> float:
+        line = self.height + self.offsets[prompt] - self.slope * math.log10(found.error)
         return 12 + 4 * math.log1p(math.exp((line - 12) / 4))
 
-    def mean(self, choice: torch.Tensor) -> float:
-        return sum(self.psnr(choice, p) for p in range(len(self.offsets))) / len(self.offsets)
+    def mean(self, found: Pick) -> float:
+        return sum(self.psnr(found, p) for p in range(len(self.offsets))) / len(self.offsets)
 
 
 @pytest.mark.parametrize("offsets", [(0.0,), (1.5, -1.5), (-2.5, 2.0)], ids=["one", "two", "two-apart"])
@@ -44,19 +44,18 @@ class Curve:
 @pytest.mark.parametrize("target", [25.0, 28.0, 34.0])
 def test_target_is_met_within_the_tolerance(target, height, slope, offsets):
     t = tables()
-    curve = Curve(t, height, slope, offsets)
-    found = search(t, len(offsets), target, curve, max_trials=6)
-    choice = choose(t, found.multiplier)
+    curve = Curve(height, slope, offsets)
+    found = search([Offer(None, t)], len(offsets), target, curve, max_trials=6)
     assert found.met
-    assert target - 0.1 <= curve.mean(choice) <= target + TOLERANCE_DB + 0.1
-    assert found.quality == pytest.approx(curve.mean(choice), abs=0.2)
+    assert target - 0.1 <= curve.mean(found.pick) <= target + TOLERANCE_DB + 0.1
+    assert found.quality == pytest.approx(curve.mean(found.pick), abs=0.2)
     assert len(curve.asked) == len(found.trials) <= 6
 
 
 def test_prompts_take_turns():
     t = tables()
-    curve = Curve(t, 10, 8, (2.0, -2.0))
-    search(t, 2, 28.0, curve, max_trials=6)
+    curve = Curve(10, 8, (2.0, -2.0))
+    search([Offer(None, t)], 2, 28.0, curve, max_trials=6)
     assert curve.asked[:2] == [0, 1]
 
 
@@ -64,31 +63,33 @@ def test_unreachable_target_gives_the_most_faithful_plan_tried():
     t = tables()
     tried = []
 
-    def hopeless(choice: torch.Tensor, prompt: int) -> float:
-        tried.append(total_error(t, choice))
+    def hopeless(one: Pick, prompt: int) -> float:
+        tried.append(one.error)
         return 15.0 + 0.1 * len(tried)
 
-    found = search(t, 1, 40.0, hopeless, max_trials=4)
+    found = search([Offer(None, t)], 1, 40.0, hopeless, max_trials=4)
     assert not found.met
     assert len(tried) == 4
-    assert total_error(t, choose(t, found.multiplier)) == min(tried)
+    assert found.pick.error == min(tried)
     assert found.quality < 40
 
 
 def test_dense_is_the_answer_when_nothing_else_is_worth_it():
     t = tables()
     slow = Tables(t.error, t.cost + 100 * t.calls[:, None], t.plain_cost, t.density, t.calls, t.dense)
-    found = search(slow, 1, 28.0, lambda *_: pytest.fail("a dense plan needs no generation"), max_trials=4)
+    found = search(
+        [Offer(None, slow)], 1, 28.0, lambda *_: pytest.fail("a dense plan needs no generation"), max_trials=4
+    )
     assert found.met
-    assert found.plan is None
-    assert (choose(slow, found.multiplier) == slow.dense).all()
+    assert found.pick.error == 0.0
+    assert (found.pick.choice == slow.dense).all()
 
 
 def test_higher_targets_cost_more():
     t = tables()
     costs = []
     for target in (22.0, 26.0, 30.0, 34.0):
-        found = search(t, 1, target, Curve(t, 10, 8, (0.0,)), max_trials=6)
-        costs.append(total_cost(t, choose(t, found.multiplier)))
+        found = search([Offer(None, t)], 1, target, Curve(10, 8, (0.0,)), max_trials=6)
+        costs.append(found.pick.cost)
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]

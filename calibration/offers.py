@@ -1,0 +1,168 @@
+"""What can be bought: for each way to spend the steps, the tables of attention at the forwards it computes.
+
+One multiplier is the dial for both. The best plan at a multiplier is the best choice of each offer, and of those the
+best; so an error is spent where it saves most time, on attention or on steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dit_accel.caching import CacheConfig
+from dit_accel.calibration.caching import StepProducts, cheapest_schedules
+from dit_accel.calibration.knapsack import bracket, choose, mean_density, total_cost, total_error
+from dit_accel.calibration.schedule import step_weights
+from dit_accel.calibration.tables import Tables
+
+_WARM_UP = 0.2  # share of the steps, at least two, that every schedule computes: prompts differ most there
+
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """One way to spend the steps.
+
+    Attributes:
+        cache: None computes every step.
+        tables: of attention, with the cost of the computed forwards alone.
+        error: what the cache leaves, in the unit of the tables' error.
+        saved: milliseconds that it saves beside attention.
+    """
+
+    cache: CacheConfig | None
+    tables: Tables
+    error: float = 0.0
+    saved: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Pick:
+    """An offer with a choice for every head."""
+
+    offer: Offer
+    choice: Tensor
+
+    @functools.cached_property
+    def error(self) -> float:
+        """Expected error of attention and steps together; 0 is the dense generation."""
+        return self.offer.error + total_error(self.offer.tables, self.choice)
+
+    @functools.cached_property
+    def attention_ms(self) -> float:
+        """Expected milliseconds of attention over one generation."""
+        return total_cost(self.offer.tables, self.choice)
+
+    @property
+    def cost(self) -> float:
+        """`attention_ms` less what the steps left out save beside attention."""
+        return self.attention_ms - self.offer.saved
+
+    @property
+    def density(self) -> float:
+        """Mean density over the attention calls that are made."""
+        return mean_density(self.offer.tables, self.choice)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Equal for equal plans."""
+        cache = None if self.offer.cache is None else self.offer.cache.to_dict()
+        content = self.choice.numpy().tobytes() + (b"" if cache is None else json.dumps(cache).encode())
+        return hashlib.sha256(content).hexdigest()[:16]
+
+
+def pick(offers: Sequence[Offer], multiplier: float) -> Pick:
+    """The exact minimiser of cost + multiplier * error over all offers and choices."""
+    picks = [Pick(offer, choose(offer.tables, multiplier)) for offer in offers]
+    return min(picks, key=lambda found: found.cost + multiplier * found.error)
+
+
+def pick_for_error(offers: Sequence[Offer], error: float) -> Pick:
+    """The plan of the smallest multiplier that has at most this error (of the largest tried if none does)."""
+    return pick(offers, bracket(offers[0].tables, lambda m: pick(offers, m).error <= error)[1])
+
+
+def pick_for_cost(offers: Sequence[Offer], cost: float) -> Pick:
+    """The plan of the largest multiplier that costs at most `cost` (of the smallest tried if none does)."""
+    return pick(offers, bracket(offers[0].tables, lambda m: pick(offers, m).cost > cost)[0])
+
+
+def most_faithful(offers: Sequence[Offer]) -> Pick:
+    """The plan of the largest multiplier that has any error; that of the smallest tried if all are dense."""
+    return pick(offers, bracket(offers[0].tables, lambda m: pick(offers, m).error == 0.0)[0])
+
+
+def frontier(offers: Sequence[Offer], points: int = 24) -> list[Pick]:
+    """Plans from the fastest to dense: the best of evenly spaced errors in logarithm, five decades down."""
+    fastest = pick(offers, 0.0)
+    picks = [fastest]
+    if fastest.error > 0:
+        steps = torch.linspace(0, -5, points, dtype=torch.float64).tolist()
+        picks += [pick_for_error(offers, fastest.error * 10**step) for step in steps]
+    found: list[Pick] = []
+    for one in sorted(picks, key=lambda one: (one.cost, one.error)):
+        # Sums of equal latencies differ in their last digits.
+        if not found or one.error < found[-1].error:
+            found.append(one)
+    return found
+
+
+def offers_of(
+    tables: Tables,
+    products: StepProducts | None,
+    *,
+    bounds: Sequence[int],
+    progress: Sequence[float],
+    guidance_scale: float,
+    forward_ms: float,
+) -> list[Offer]:
+    """The offer that computes every step, and one for each schedule worth having.
+
+    A schedule's error becomes that of the tables, which is relative to the prediction; of its two branches guidance
+    takes the squared errors times g^2 and (g - 1)^2.
+
+    Args:
+        tables: with every step computed.
+        products: of the dense generations; None offers no schedules.
+        bounds, progress: see `schedule`.
+        forward_ms: milliseconds of one dense forward.
+    """
+    offers = [Offer(None, tables)]
+    if products is None:
+        return offers
+    steps, branches = products.steps, len(products.branches)
+    weights = torch.tensor(step_weights(progress), dtype=torch.float64)
+    size = products.gram.diagonal()[:steps]
+    guided = guidance_scale**2 + (guidance_scale - 1) ** 2 if branches == 2 else 1.0
+    schedules = cheapest_schedules(
+        products,
+        weights=(weights / (guided * size)).tolist(),
+        guidance_scale=guidance_scale,
+        warm_up=max(2, round(_WARM_UP * steps)),
+    )
+    _, layers, heads, _ = tables.error.shape
+    attention_ms = layers * heads * tables.plain_cost / tables.calls  # of one forward, by range
+    for found in schedules:
+        schedule = found.config.schedule
+        assert schedule is not None
+        if not any(schedule.forecasts.values()):
+            continue  # computes every step
+        left_out = torch.zeros(len(bounds) - 1, dtype=torch.float64)
+        for steps_of_branch in schedule.forecasts.values():
+            for step in steps_of_branch:
+                left_out[next(r for r, stop in enumerate(bounds[1:]) if step < stop)] += 1
+        share = 1 - left_out / tables.calls
+        offered = replace(
+            tables,
+            cost=tables.cost * share[:, None],
+            plain_cost=tables.plain_cost * share,
+            calls=tables.calls * share,
+        )
+        saved = float((left_out * (forward_ms - attention_ms).clamp(min=0)).sum())
+        offers.append(Offer(found.config, offered, found.error, saved))
+    return offers

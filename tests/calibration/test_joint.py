@@ -1,0 +1,64 @@
+"""One target for attention and steps together, on a tiny Wan pipeline."""
+
+import pytest
+from diffusers import WanPipeline
+
+import dit_accel
+from dit_accel import AccelPlan
+from dit_accel.calibration import calibrate
+
+
+@pytest.fixture(scope="module")
+def asked(arguments):
+    more = {"prompts": ["a red circle moves left", "a blue square"], "num_inference_steps": 14}
+    return arguments | more | {"target_psnr": 22.0, "held_out_prompts": ["a green star"]}
+
+
+@pytest.fixture(scope="module")
+def joint(lively_wan_dir, asked, density_clock, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("joint")
+    plan = calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked, cache=True, output_dir=directory)
+    return plan, directory
+
+
+def test_the_plan_has_a_schedule_that_runs(lively_wan_dir, asked, joint):
+    plan, directory = joint
+    assert AccelPlan.from_pretrained(directory).cache == plan.cache
+    schedule = plan.cache.schedule
+    skipped = sum(len(steps) for steps in schedule.forecasts.values())
+    assert schedule.steps == 14
+    assert skipped > 0
+    pipe = WanPipeline.from_pretrained(lively_wan_dir)
+    pipe.set_progress_bar_config(disable=True)
+    dit_accel.enable(pipe, plan)
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    pipe("a green star", output_type="latent", **{name: asked[name] for name in names})
+    report = dit_accel.stats(pipe)
+    assert report["skipped_forwards"] == skipped
+    assert report["computed_forwards"] == 28 - skipped
+
+
+def test_trials_say_what_was_skipped(joint):
+    plan, _ = joint
+    chosen = [trial for trial in plan.validated["trials"] if trial["chosen"]]
+    forecasts = plan.cache.schedule.forecasts
+    assert {trial["skipped_forwards"] for trial in chosen} == {sum(map(len, forecasts.values()))}
+    assert plan.validated["target_met"]
+    assert plan.validated["psnr_calibration"] >= 22.0
+    skipped = [point["skipped_forwards"] for point in plan.validated["frontier"]]
+    assert skipped[0] == max(skipped) > 0
+
+
+def test_attention_alone_is_chosen_from_the_same_measurements(lively_wan_dir, asked, joint):
+    plan, directory = joint
+    dense = directory / "calibration" / "dense_0.safetensors"
+    before = dense.stat().st_mtime_ns
+    alone = calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked, output_dir=directory)
+    assert alone.cache is None
+    assert dense.stat().st_mtime_ns == before
+    assert all(point["skipped_forwards"] == 0 for point in alone.validated["frontier"])
+
+
+def test_a_density_is_no_goal_for_it(lively_wan_dir, arguments):
+    with pytest.raises(ValueError, match="cache: expected a quality or a speed-up as the goal"):
+        calibrate(WanPipeline.from_pretrained(lively_wan_dir), **arguments, density=0.5, cache=True)

@@ -1,0 +1,238 @@
+"""Plans over attention and steps: the best of all there are, on tables small enough to try every one."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from dit_accel.caching import CacheConfig, Schedule, Term
+from dit_accel.calibration.caching import StepProducts
+from dit_accel.calibration.knapsack import choose, dense_cost, total_cost
+from dit_accel.calibration.offers import (
+    Offer,
+    Pick,
+    frontier,
+    most_faithful,
+    offers_of,
+    pick,
+    pick_for_cost,
+    pick_for_error,
+)
+from dit_accel.calibration.schedule import step_weights
+from dit_accel.calibration.tables import Tables
+
+
+def tables(ranges=2, layers=1, heads=3, candidates=3, seed=0, plain=0.8) -> Tables:
+    """Random tables in which dense (candidate 0) has no error and the dearest list."""
+    generator = torch.Generator().manual_seed(seed)
+    error = torch.rand(ranges, layers, heads, candidates, generator=generator, dtype=torch.float64)
+    error[..., 0] = 0.0
+    density = torch.linspace(1.0, 0.1, candidates, dtype=torch.float64)
+    calls = torch.arange(1, ranges + 1, dtype=torch.float64)
+    noise = torch.rand(ranges, candidates, generator=generator, dtype=torch.float64)
+    cost = calls[:, None] * density * (0.8 + 0.4 * noise)
+    return Tables(error, cost, plain * calls, density, calls, dense=0)
+
+
+def alone(**sizes):
+    return [Offer(None, tables(**sizes))]
+
+
+def several(**sizes):
+    """Three ways to spend the steps, the cheaper the more they err."""
+    every = tables(**sizes)
+    made = [Offer(None, every)]
+    for share, error in ((0.7, 0.2), (0.4, 0.9)):
+        fewer = dataclasses.replace(
+            every, cost=every.cost * share, plain_cost=every.plain_cost * share, calls=every.calls * share
+        )
+        schedule = Schedule(12, {"": {4: (Term("", 3, share),)}})
+        config = CacheConfig("schedule", target="output", schedule=schedule)
+        made.append(Offer(config, fewer, error, saved=2 * (1 - share)))
+    return made
+
+
+def all_picks(offers):
+    for offer in offers:
+        ranges, layers, heads, candidates = offer.tables.error.shape
+        for plan in itertools.product(range(candidates), repeat=ranges * layers * heads):
+            yield Pick(offer, torch.tensor(plan, dtype=torch.int16).view(ranges, layers, heads))
+
+
+@pytest.mark.parametrize("make", [alone, several])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_pick_is_the_minimum_over_all_plans(make, seed):
+    offers = make(seed=seed)
+    for multiplier in (0.0, 0.5, 2.0, 100.0):
+        best = min(one.cost + multiplier * one.error for one in all_picks(offers))
+        found = pick(offers, multiplier)
+        assert found.cost + multiplier * found.error == pytest.approx(best, rel=1e-12)
+
+
+def test_steps_are_left_out_where_that_is_cheaper():
+    offers = several()
+    used = {pick(offers, multiplier).offer.cache is None for multiplier in (0.01, 0.1, 1.0, 10.0, 1000.0)}
+    assert used == {True, False}
+    assert pick(offers, 1e6).error == 0.0
+
+
+@pytest.mark.parametrize("make", [alone, several])
+@pytest.mark.parametrize("error", [0.05, 0.5, 2.0])
+def test_no_plan_as_cheap_has_less_error(make, error):
+    """Against brute force: what a multiplier gives for an error lies on the front of all plans."""
+    offers = make(ranges=1, heads=4, candidates=4, seed=2)
+    found = pick_for_error(offers, error)
+    assert found.error <= error
+    rivals = [one for one in all_picks(offers) if one.cost <= found.cost + 1e-12]
+    assert found.error == pytest.approx(min(one.error for one in rivals))
+
+
+def test_an_error_of_nothing_is_dense():
+    assert pick_for_error(several(), 0.0).error == 0.0
+    assert pick_for_error(several(), 0.0).offer.cache is None
+
+
+def test_the_most_faithful_errs_least_of_all_that_err():
+    offers = several(layers=2, heads=4, candidates=5, plain=5.0)
+    found = most_faithful(offers)
+    assert found.error > 0
+    assert all(
+        one.error == 0 or one.error >= found.error for one in (pick(offers, 2.0**n) for n in range(-9, 30))
+    )
+
+
+@pytest.mark.parametrize("make", [alone, several])
+def test_tighter_errors_are_never_faster_and_never_worse(make):
+    offers = make(layers=3, heads=5, candidates=6, plain=1.5)
+    picks = [pick_for_error(offers, error) for error in (8.0, 3.0, 1.0, 0.3, 0.1, 0.0)]
+    errors, costs = [one.error for one in picks], [one.cost for one in picks]
+    assert errors == sorted(errors, reverse=True)
+    assert costs == sorted(costs)
+    assert errors[0] > errors[-1] == 0.0
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_cost_is_kept_and_used(share):
+    offers = several(layers=2, heads=4, candidates=5, plain=1.5)
+    fastest, dense = pick(offers, 0.0).cost, dense_cost(offers[0].tables)
+    cost = fastest + share * (dense - fastest)
+    found = pick_for_cost(offers, cost)
+    assert found.cost <= cost
+    better = [pick(offers, 1.01**n) for n in range(-800, 800)]
+    assert not any(one.cost <= cost and one.error < found.error - 1e-12 for one in better)
+
+
+def test_a_cost_that_no_plan_has_gives_the_fastest():
+    offers = several()
+    assert pick_for_cost(offers, -100.0).cost == pytest.approx(pick(offers, 0.0).cost)
+
+
+def test_multipliers_follow_the_scale_of_the_tables():
+    t = tables(layers=2, heads=4, candidates=5)
+    scaled = Tables(t.error * 1e-9, t.cost * 1e3, t.plain_cost * 1e3, t.density, t.calls, t.dense)
+    found = pick_for_error([Offer(None, scaled)], 0.5e-9)
+    assert torch.equal(found.choice, pick_for_error([Offer(None, t)], 0.5).choice)
+
+
+def test_names_tell_plans_apart():
+    offers = several()
+    choice = choose(offers[0].tables, 1.0)
+    names = {Pick(offer, choice).name for offer in offers}
+    assert len(names) == 3
+    assert Pick(offers[1], choice).name == Pick(several()[1], choice.clone()).name
+
+
+def test_the_frontier_goes_from_the_fastest_plan_towards_dense():
+    offers = several(ranges=3, layers=4, heads=5, candidates=7, plain=1.5)
+    points = frontier(offers)
+    costs, errors = [one.cost for one in points], [one.error for one in points]
+    assert costs == sorted(costs)
+    assert errors == sorted(errors, reverse=True)
+    assert costs[0] == pytest.approx(pick(offers, 0.0).cost)
+    assert len(points) > 8
+    assert errors[-1] < 1e-2 * errors[0]
+
+
+def test_a_frontier_without_error_is_one_plan():
+    t = tables()
+    t.error.zero_()
+    assert [one.error for one in frontier([Offer(None, t)])] == [0.0]
+
+
+class TestOffers:
+    STEPS, BOUNDS, SCALE = 12, (0, 4, 12), 4.0
+    PROGRESS = tuple((step / 12) ** 2 for step in range(12))
+
+    def products(self) -> tuple[StepProducts, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        time = torch.linspace(0, 1, self.STEPS, dtype=torch.float64)[:, None]
+        shapes = torch.randn(3, 3, 300, generator=generator, dtype=torch.float64)
+        rows = torch.cat([time**0, time, (4 * time).sin()], dim=1) @ shapes
+        rows += 0.03 * torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+        flat = rows.flatten(0, 1)
+        return StepProducts(("cond", "uncond"), self.STEPS, flat @ flat.T / 300), rows
+
+    def offers(self, forward_ms=10.0):
+        t = tables(layers=2, heads=2)
+        t = dataclasses.replace(t, calls=torch.tensor([8.0, 16.0], dtype=torch.float64))
+        made = offers_of(
+            t,
+            self.products()[0],
+            bounds=self.BOUNDS,
+            progress=self.PROGRESS,
+            guidance_scale=self.SCALE,
+            forward_ms=forward_ms,
+        )
+        return t, made
+
+    def test_costs_are_those_of_the_computed_forwards(self):
+        t, offers = self.offers()
+        assert offers[0].cache is None
+        assert len(offers) > 5
+        for offer in offers[1:]:
+            forecasts = offer.cache.schedule.forecasts
+            early = sum(step < 4 for steps in forecasts.values() for step in steps)
+            late = sum(step >= 4 for steps in forecasts.values() for step in steps)
+            shares = torch.tensor([1 - early / 8, 1 - late / 16], dtype=torch.float64)
+            torch.testing.assert_close(offer.tables.cost, t.cost * shares[:, None])
+            torch.testing.assert_close(offer.tables.plain_cost, t.plain_cost * shares)
+            dense = torch.zeros(2, 2, 2, dtype=torch.int16)
+            assert total_cost(offer.tables, dense) == pytest.approx(float((4 * t.plain_cost * shares).sum()))
+            besides = 10.0 - 4 * t.plain_cost / t.calls
+            assert offer.saved == pytest.approx(float(early * besides[0] + late * besides[1]))
+            assert torch.equal(offer.tables.error, t.error)
+
+    def test_errors_are_relative_to_the_prediction(self):
+        """From the outputs themselves: guided error over what guidance makes of the branches' size, by step weight."""
+        _, offers = self.offers()
+        rows = self.products()[1]
+        weights, names = step_weights(self.PROGRESS), ["cond", "uncond", "latents"]
+        for offer in offers[1:]:
+            expected = 0.0
+            for step in range(self.STEPS):
+                wrong = []
+                for branch in range(2):
+                    terms = offer.cache.schedule.forecasts[names[branch]].get(step)
+                    guess = (
+                        0
+                        if terms is None
+                        else sum(t.weight * rows[names.index(t.branch), t.step] for t in terms)
+                    )
+                    wrong.append(torch.zeros(300) if terms is None else rows[branch, step] - guess)
+                guided = (self.SCALE * wrong[0] + (1 - self.SCALE) * wrong[1]).square().mean()
+                size = (self.SCALE**2 + (1 - self.SCALE) ** 2) * rows[0, step].square().mean()
+                expected += weights[step] * float(guided / size)
+            assert offer.error == pytest.approx(expected, rel=1e-6)
+
+    def test_the_first_fifth_is_computed(self):
+        _, offers = self.offers()
+        skipped = [s for o in offers[1:] for steps in o.cache.schedule.forecasts.values() for s in steps]
+        assert min(skipped) >= 2
+        assert math.isclose(max(skipped), 10)
+
+    def test_no_products_no_schedules(self):
+        t = tables()
+        made = offers_of(t, None, bounds=(0, 1), progress=(0.0,), guidance_scale=4.0, forward_ms=1.0)
+        assert [(offer.cache, offer.error, offer.saved) for offer in made] == [(None, 0.0, 0.0)]
