@@ -24,7 +24,9 @@ def configure(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Calibrate, generate held-out prompts dense and accelerated, write plan, JSON, videos and pictures.
+    """Calibrate, generate held-out prompts dense and accelerated, write plans, JSON, videos and pictures.
+
+    Two plans meet the same target: one with sparse attention alone, one that leaves out steps as well.
 
     Killed and started again it goes on where it was.
     """
@@ -34,21 +36,30 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from dit_accel.evaluation.report import console_table
     from dit_accel.evaluation.run import evaluate
     from dit_accel.evaluation.variants import DENSE, plan_variant
+    from dit_accel.plan import AccelPlan
 
     calibration_prompts, held_out_prompts = _prompts(args)
     pipe, settings = load(args)
-    stage("1 of 2: calibrate (dense generations, profiled, then the search for the plan)")
-    plan = calibrate(
-        pipe,
-        calibration_prompts,
-        **settings.to_dict(),
-        target_psnr=args.target_psnr,
-        output_dir=args.output / "plan",
-        seed=args.seed,
-        progress=True,
-    )
-    stage("2 of 2: generate held-out prompts, dense and accelerated")
-    variants = [DENSE, plan_variant(plan, "accelerated")]
+
+    def calibrated(*, cache: bool) -> AccelPlan:
+        return calibrate(
+            pipe,
+            calibration_prompts,
+            **settings.to_dict(),
+            target_psnr=args.target_psnr,
+            cache=cache,
+            output_dir=args.output / "plan",  # what is measured serves both
+            seed=args.seed,
+            progress=True,
+        )
+
+    stage("1 of 3: calibrate attention and steps together (dense generations, profiled, then the search)")
+    joint = calibrated(cache=True)
+    joint.save_pretrained(args.output / "joint_plan")
+    stage("2 of 3: the same for attention alone")
+    plan = calibrated(cache=False)
+    stage("3 of 3: generate held-out prompts, dense and accelerated")
+    variants = [DENSE, plan_variant(plan, "accelerated"), plan_variant(joint, "joint")]
     result = evaluate(
         pipe,
         variants,
@@ -63,7 +74,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     written = write_outputs(result, variants, args.output)
     data = result.to_dict()
-    return data, "\n".join([console_table(data), "", f"plan: {args.output / 'plan'}", *map(str, written)])
+    return data, "\n".join(
+        [
+            console_table(data),
+            "",
+            f"plans: {args.output / 'plan'}, {args.output / 'joint_plan'}",
+            *map(str, written),
+        ]
+    )
 
 
 def _prompts(args: argparse.Namespace) -> tuple[list[str], list[str]]:

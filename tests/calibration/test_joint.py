@@ -50,7 +50,7 @@ def test_trials_say_what_was_skipped(joint):
 
 
 def test_attention_alone_is_chosen_from_the_same_measurements(lively_wan_dir, asked, joint):
-    plan, directory = joint
+    _, directory = joint
     dense = directory / "calibration" / "dense_0.safetensors"
     before = dense.stat().st_mtime_ns
     alone = calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked, output_dir=directory)

@@ -22,7 +22,7 @@ SCRIPT = """
 import json, sys
 import torch
 from diffusers import WanPipeline
-from dit_accel.calibration import calibrate
+from dit_accel.calibration import calibrate, stages
 from dit_accel.calibration.cost import Latency
 
 def density_clock(query, key, value, grid, candidates, original, **options):

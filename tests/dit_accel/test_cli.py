@@ -261,16 +261,22 @@ def test_demo(run, tiny_wan_dir, prompts, tmp_path):
     code, out, err = run(*arguments, "--output", tmp_path, "--json")
     data = json.loads(out)
     assert code == 0
-    assert "1 of 2: calibrate" in err
-    assert "2 of 2: generate" in err
+    for part in (
+        "1 of 3: calibrate attention and steps",
+        "2 of 3: the same for attention",
+        "3 of 3: generate",
+    ):
+        assert part in err
     assert data["prompts"] == PROMPTS[1:3]
     assert data["seed"] == 1
-    assert [row["name"] for row in data["variants"]] == ["dense", "accelerated"]
-    assert AccelPlan.from_pretrained(tmp_path / "plan").layers == ("blocks.0.attn1", "blocks.1.attn1")
+    assert [row["name"] for row in data["variants"]] == ["dense", "accelerated", "joint"]
+    for plan in ("plan", "joint_plan"):
+        assert AccelPlan.from_pretrained(tmp_path / plan).layers == ("blocks.0.attn1", "blocks.1.attn1")
+    assert AccelPlan.from_pretrained(tmp_path / "plan").cache is None
     assert _is_a_picture(tmp_path / "comparison.png")
     assert _is_a_picture(tmp_path / "heads.png")
     videos = sorted(path.name for path in tmp_path.glob("*.mp4"))
-    assert videos == ["000-accelerated.mp4", "000-dense.mp4", "001-accelerated.mp4", "001-dense.mp4"]
+    assert videos == [f"00{n}-{name}.mp4" for n in range(2) for name in ("accelerated", "dense", "joint")]
     code, out, err = run(*arguments, "--output", tmp_path, "--json")
     assert code == 0
     assert json.loads(out)["runs"] == data["runs"]
