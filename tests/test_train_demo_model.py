@@ -13,12 +13,21 @@ from dit_accel.pipelines import demo
 from dit_accel.pipelines.demo.architecture import build_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PROMPT = "a red triangle moves down right over a checkered background"
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_demo_model.py"
 
 
 def train(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, SCRIPT, "--recipe", "smoke", "--device", "cpu", "--output", output, *more]
     return subprocess.run([str(c) for c in command], text=True, capture_output=True, timeout=300)
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("train_demo_model", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_smoke_recipe_trains_resumes_and_loads(tmp_path: Path) -> None:
@@ -52,9 +61,7 @@ def test_training_further_keeps_the_vae(tmp_path: Path) -> None:
 
 
 def test_some_frames_keep_their_places_in_time() -> None:
-    spec = importlib.util.spec_from_file_location("train_demo_model", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script()
     rope = build_transformer().rope
     some = module.FrameRope(rope)
     whole = rope(torch.empty(1, 8, 7, 4, 6))
@@ -77,3 +84,41 @@ def test_help_names_the_recipes(tmp_path: Path) -> None:
     done = train(tmp_path, "--help")
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("cpu", "gpu", "--seed", "--output"))
+
+
+def test_labels_say_what_the_pixels_show() -> None:
+    """Each token's label against the colour that is really drawn there."""
+    module = load_script()
+    prompts = ["a red circle moves left and a blue star moves up over a dotted background", PROMPT]
+    drawn = [
+        module.render_owned(module.parse(prompt), frames=9, height=96, width=112, seed=5 + n)
+        for n, prompt in enumerate(prompts)
+    ]
+    labels = module.token_labels(prompts, torch.stack([owner for _, owner in drawn]), (2, 8, 8))
+    assert labels.shape == (2, 5, 12, 14, 4)
+    backgrounds, shapes, colours, directions = labels.unbind(-1)
+    assert [b.unique().tolist() for b in backgrounds] == [[2], [1]]
+    for number, (video, _) in enumerate(drawn):
+        centres = video[::2, 4::8, 4::8]
+        red = (centres[..., 0] > 0.35) & (centres[..., 1] < 0.3) & (centres[..., 2] < 0.3)
+        says_red = colours[number] == 1
+        assert (red == says_red).float().mean() > 0.97
+        assert bool(says_red.any())
+        assert ((shapes[number] > 0) == (directions[number] > 0)).all()
+    assert set(shapes[1].unique().tolist()) == {0, 3}
+    assert set(directions[1].unique().tolist()) == {0, 8}
+
+
+def test_the_reader_learns_through_the_block_it_reads() -> None:
+    module = load_script()
+    torch.manual_seed(0)
+    block = torch.nn.Linear(4, 16)
+    reader = module.Reader(block, 16)
+    labels = torch.randint(0, 4, (2, 6, 4))
+    block(torch.randn(2, 6, 4))
+    loss = reader.loss(labels)
+    # untrained, each kind costs about the logarithm of its number of answers
+    expected = sum(torch.tensor(float(kinds)).log() for kinds in module.Reader.KINDS)
+    assert abs(loss.item() - expected.item()) < 1.0
+    loss.backward()
+    assert block.weight.grad.abs().sum() > 0
