@@ -61,6 +61,15 @@ class Checkpoint:
                 f"{path} is not a readable calibration stage ({error}); delete it to redo it"
             ) from error
 
+    def names(self, prefix: str) -> list[str]:
+        """Finished stages whose name begins like this, sorted."""
+        known = (
+            self._memory
+            if self._directory is None
+            else [p.stem for p in self._directory.glob("*.safetensors")]
+        )
+        return sorted(name for name in known if name.startswith(prefix))
+
     def save(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> Stage:
         """Keeps and returns the result of a stage; after this the stage is never done again."""
         if self._directory is None:

@@ -97,6 +97,7 @@ def search(
     target: float,
     measure: Callable[[Pick, int], float],
     max_trials: int,
+    known: Sequence[Trial] = (),
 ) -> Outcome:
     """Looks for the fastest plan whose mean quality over the prompts is at least `target`.
 
@@ -106,13 +107,14 @@ def search(
 
     Args:
         measure: `measure(pick, prompt)` generates and returns the quality in dB.
+        known: trials of other searches over the same dense generations; they say where to begin.
     """
     trials: list[Trial] = []
     picks: dict[str, Pick] = {}
     while len(trials) < max_trials:
         wanted = _unfinished(trials, prompts, target)
         if wanted is None:
-            found = pick_for_error(offers, 10 ** next_log_error(trials, prompts, target))
+            found = pick_for_error(offers, 10 ** next_log_error([*known, *trials], prompts, target))
             if not trials and found.error == 0.0:
                 # Belief alone does not rule out every plan that errs.
                 found = most_faithful(offers)

@@ -197,6 +197,20 @@ class Stages:
             stage = self._checkpoint.save(name, {"choice": plan.choice}, values)
         return AcceleratedRun(**stage[1])
 
+    def known_trials(self, goal: str, search: str) -> list[dict[str, Any]]:
+        """Trials of the searches for goals of that name that were finished when this one first began."""
+        stage = self._checkpoint.load(f"known_{search}")
+        if stage is None:
+            others = [name for name in self._checkpoint.names(f"search_{goal}") if name != f"search_{search}"]
+            loaded = [self._checkpoint.load(name) for name in others]
+            trials = [trial for found in loaded if found is not None for trial in found[1]["trials"]]
+            stage = self._checkpoint.save(f"known_{search}", {}, {"trials": trials})
+        return stage[1]["trials"]
+
+    def keep_trials(self, search: str, trials: Sequence[Mapping[str, Any]]) -> None:
+        """Leave the trials of a finished search to others."""
+        self._checkpoint.save(f"search_{search}", {}, {"trials": list(trials)})
+
     def skip(self, generations: int) -> None:
         """Takes generations that are not needed off the progress bar."""
         self._bar.total = (self._bar.total or 0) - generations * self._settings.num_inference_steps

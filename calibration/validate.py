@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import log10
 from statistics import fmean
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from dit_accel.calibration.goals import QUALITIES, Goal
 from dit_accel.calibration.knapsack import dense_cost, range_cost, range_error
 from dit_accel.calibration.offers import Offer, Pick, frontier, pick_for_cost
-from dit_accel.calibration.search import Line, Outcome, search
+from dit_accel.calibration.search import Line, Outcome, Trial, search
 from dit_accel.calibration.stages import AcceleratedRun, DenseRun, Stages
 from dit_accel.plan import AccelPlan
 
@@ -79,7 +79,11 @@ class Validation:
 
         searched = min(len(self._prompts), _SEARCH_PROMPTS)
         target = quality.decibel(self._goal.value)
-        self._outcome = search(self._offers, searched, target, measure, MAX_TRIALS)
+        goal = self._goal
+        name = f"{goal.name}_{goal.value:g}_{'steps' if len(self._offers) > 1 else 'attention'}"
+        known = [Trial(**trial) for trial in self._stages.known_trials(goal.name, name)]
+        self._outcome = search(self._offers, searched, target, measure, MAX_TRIALS, known)
+        self._stages.keep_trials(name, [asdict(trial) for trial in self._outcome.trials])
         self._met = self._outcome.met
         self._stages.skip(MAX_TRIALS - len(self._tried))
         return self._outcome.pick

@@ -49,7 +49,7 @@ class Guard:
     """
 
     def __init__(
-        self, plan: AccelPlan, *, factor: float = 2.0, floor: float = 0.05, rows: int = 64, every: int = 4
+        self, plan: AccelPlan, *, factor: float = 3.0, floor: float = 0.05, rows: int = 64, every: int = 4
     ) -> None:
         families = [(candidate.family, candidate.precision) for candidate in plan.candidates]
         if plan.rel_l2 is None or ("dense", "native") not in families:

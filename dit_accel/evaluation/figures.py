@@ -3,7 +3,7 @@
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,31 +40,47 @@ DIFFERENCE_GAIN = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
-    """One prompt's dense and accelerated videos `[frames, height, width, 3]` in [0, 1], and notes."""
+class Take:
+    """One video of a prompt: the variant's name, frames `[frames, height, width, 3]` in [0, 1], and a note."""
+
+    name: str
+    frames: Tensor
+    note: str
+
+
+@dataclass(frozen=True, eq=False)
+class Takes:
+    """A prompt's dense video, and those to compare with it."""
 
     prompt: str
-    dense: Tensor
-    accelerated: Tensor
-    dense_note: str
-    accelerated_note: str
+    dense: Take
+    others: tuple[Take, ...]
+
+    def strips(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Names, notes and frames from top to bottom: every video but the dense one with its amplified difference."""
+        yield self.dense.name, self.dense.note, self.dense.frames
+        for take in self.others:
+            yield take.name, take.note, take.frames
+            difference = (take.frames - self.dense.frames).abs() * DIFFERENCE_GAIN
+            yield f"difference ×{DIFFERENCE_GAIN}", "", difference
 
 
-def save_comparison(pairs: Sequence[Pair], path: Path, *, columns: int = 6) -> None:
-    """Dense over accelerated over their amplified difference, evenly spaced frames, prompts as titles.
+def save_comparison(prompts: Sequence[Takes], path: Path, *, columns: int = 6) -> None:
+    """Dense over the other videos, each over its amplified difference, evenly spaced frames, prompts as titles.
 
     Raises:
-        ValueError: There is no pair.
+        ValueError: There is no prompt.
     """
-    if not pairs:
-        raise ValueError("pairs: expected at least one prompt to draw, got none")
-    # Inches: a margin for the notes on the left, and for each pair a title over three strips of frames.
+    if not prompts:
+        raise ValueError("prompts: expected at least one to draw, got none")
+    # Inches: a margin for the notes on the left, and for each prompt a title over strips of frames.
     margin, title, gap, frame_width = 1.55, 0.5, 0.05, 1.93
-    strip = _strip(pairs[0].dense, columns)
-    strip_width = frame_width * min(columns, len(pairs[0].dense))
+    strip = _strip(prompts[0].dense.frames, columns)
+    strip_width = frame_width * min(columns, len(prompts[0].dense.frames))
     strip_height = strip_width * strip.shape[0] / strip.shape[1]
     width = margin + strip_width + 0.15
-    height = len(pairs) * (title + 3 * (strip_height + gap) + 0.2) + 0.1
+    strips = sum(1 + 2 * len(takes.others) for takes in prompts)
+    height = len(prompts) * (title + 0.2) + strips * (strip_height + gap) + 0.1
     figure = Figure(figsize=(width, height), facecolor=PAPER)
 
     def write(x: float, y: float, text: str, size: float, *, strong: bool, above: bool) -> None:
@@ -80,15 +96,11 @@ def save_comparison(pairs: Sequence[Pair], path: Path, *, columns: int = 6) -> N
         )
 
     y = height
-    for pair in pairs:
+    for takes in prompts:
         y -= title
-        shown = textwrap.shorten(pair.prompt, width=max(20, int(strip_width * 11)), placeholder=" …")
+        shown = textwrap.shorten(takes.prompt, width=max(20, int(strip_width * 11)), placeholder=" …")
         write(margin, y + 0.13, shown, 11.5, strong=True, above=True)
-        for name, note, frames in (
-            ("dense", pair.dense_note, pair.dense),
-            ("accelerated", pair.accelerated_note, pair.accelerated),
-            (f"difference ×{DIFFERENCE_GAIN}", "", (pair.accelerated - pair.dense).abs() * DIFFERENCE_GAIN),
-        ):
+        for name, note, frames in takes.strips():
             y -= strip_height
             write(0.12, y + strip_height / 2, name, 10.5, strong=True, above=True)
             write(0.12, y + strip_height / 2, note, 9, strong=False, above=False)

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dit_accel.evaluation.figures import Pair, save_comparison, save_curve, save_heads
+from dit_accel.evaluation.figures import Take, Takes, save_comparison, save_curve, save_heads
 from dit_accel.evaluation.media import write_video
 from dit_accel.evaluation.report import markdown_table
 from dit_accel.evaluation.result import Evaluation
 from dit_accel.evaluation.store import slug
 from dit_accel.evaluation.variants import Variant
+
+_COMPARED = 2  # other variants in the picture; more would be too small to look at
 
 
 def write_outputs(
@@ -16,7 +18,7 @@ def write_outputs(
 ) -> list[Path]:
     """Write the table, videos and pictures of a finished evaluation; returns their paths.
 
-    `table.md`; an MP4 per pictured prompt and variant; `comparison.png` of dense and the first other variant;
+    `table.md`; an MP4 per pictured prompt and variant; `comparison.png` of dense and the first two other variants;
     `curve.png` where there are two or more others; `heads.png` of the first calibrated plan, and
     `heads-NAME.png` of further ones.
     """
@@ -30,7 +32,8 @@ def write_outputs(
             written.append(write_video(frames, folder / f"{number:03d}-{slug(variant.name)}.mp4", fps=fps))
     if others:
         written.append(folder / "comparison.png")
-        save_comparison([_pair(result, number, others[0].name) for number in pictured], written[-1])
+        names = [variant.name for variant in others[:_COMPARED]]
+        save_comparison([_takes(result, number, names) for number in pictured], written[-1])
     if len(others) > 1:
         written.append(folder / "curve.png")
         save_curve(result.to_dict(), written[-1])
@@ -44,14 +47,12 @@ def write_outputs(
     return written
 
 
-def _pair(result: Evaluation, number: int, name: str) -> Pair:
-    dense, other = result.store.get(number, "dense"), result.store.get(number, name)
-    run = next(run for run in result.runs if (run.prompt, run.variant) == (number, name))
-    speed = f"{other.seconds:.1f} s ({dense.seconds / other.seconds:.2f}×)"
-    return Pair(
-        prompt=result.prompts[number],
-        dense=dense.frames,
-        accelerated=other.frames,
-        dense_note=f"{dense.seconds:.1f} s",
-        accelerated_note=f"{speed}\nPSNR {run.psnr:.1f} dB",
-    )
+def _takes(result: Evaluation, number: int, names: Sequence[str]) -> Takes:
+    dense = result.store.get(number, "dense")
+    others = []
+    for name in names:
+        made = result.store.get(number, name)
+        run = next(run for run in result.runs if (run.prompt, run.variant) == (number, name))
+        speed = f"{made.seconds:.1f} s ({dense.seconds / made.seconds:.2f}×)"
+        others.append(Take(name, made.frames, f"{speed}\nPSNR {run.psnr:.1f} dB"))
+    return Takes(result.prompts[number], Take("dense", dense.frames, f"{dense.seconds:.1f} s"), tuple(others))

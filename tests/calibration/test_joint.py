@@ -62,3 +62,14 @@ def test_attention_alone_is_chosen_from_the_same_measurements(lively_wan_dir, as
 def test_a_density_is_no_goal_for_it(lively_wan_dir, arguments):
     with pytest.raises(ValueError, match="cache: expected a quality or a speed-up as the goal"):
         calibrate(WanPipeline.from_pretrained(lively_wan_dir), **arguments, density=0.5, cache=True)
+
+
+def test_a_repeated_search_begins_with_what_it_knew_then(lively_wan_dir, asked, joint):
+    """Searches learn from those finished before, and still end with the same plan when repeated after others."""
+    plan, directory = joint
+    calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked, output_dir=directory)
+    again = calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked, cache=True, output_dir=directory)
+    assert again.cache == plan.cache
+    assert (again.choice == plan.choice).all()
+    names = {path.stem for path in (directory / "calibration").glob("*.safetensors")}
+    assert {"known_target_psnr_22_steps", "search_target_psnr_22_attention"} <= names

@@ -93,3 +93,16 @@ def test_higher_targets_cost_more():
         costs.append(found.pick.cost)
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
+
+
+def test_what_other_searches_found_says_where_to_begin():
+    t = tables()
+    curve = Curve(22, 5, (1.5, -1.5))
+    first = search([Offer(None, t)], 2, 30.0, curve, max_trials=6)
+    blind, knowing = Curve(22, 5, (1.5, -1.5)), Curve(22, 5, (1.5, -1.5))
+    search([Offer(None, t)], 2, 33.0, blind, max_trials=6)
+    found = search([Offer(None, t)], 2, 33.0, knowing, max_trials=6, known=first.trials)
+    assert found.met
+    assert len(knowing.asked) < len(blind.asked)
+    # what is known is not a trial of this search
+    assert len(found.trials) == len(knowing.asked)

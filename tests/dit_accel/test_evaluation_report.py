@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from dit_accel import AccelPlan
-from dit_accel.evaluation.figures import Pair, save_comparison, save_curve, save_heads
+from dit_accel.evaluation.figures import Take, Takes, save_comparison, save_curve, save_heads
 from dit_accel.evaluation.media import to_images, write_frames, write_video
 from dit_accel.evaluation.report import console_table, markdown_table, plan_map
 from dit_accel.plan import Candidate
@@ -146,9 +146,9 @@ def test_the_plan_map_shows_every_head_of_every_range(plan):
 def test_the_comparison_shows_both_videos_and_their_difference(tmp_path):
     generator = torch.Generator().manual_seed(0)
     dense = torch.rand(2, 20, 30, 3, generator=generator)
-    pair = Pair("a prompt", dense, dense, "10 s", "5 s")
-    save_comparison([pair], tmp_path / "same.png")
-    save_comparison([Pair("a prompt", dense, 1 - dense, "10 s", "5 s")] * 2, tmp_path / "other.png")
+    first = Take("dense", dense, "10 s")
+    save_comparison([Takes("a prompt", first, (Take("plan", dense, "5 s"),))], tmp_path / "same.png")
+    save_comparison([Takes("a prompt", first, (Take("plan", 1 - dense, "5 s"),))] * 2, tmp_path / "other.png")
     same, other = _picture(tmp_path / "same.png"), _picture(tmp_path / "other.png")
     assert same.std() > 40
     assert other.shape[0] == pytest.approx(2 * same.shape[0], rel=0.1)
@@ -156,14 +156,20 @@ def test_the_comparison_shows_both_videos_and_their_difference(tmp_path):
     black = (same.max(axis=-1) < 8).mean()
     assert black > 0.15
     assert (other.max(axis=-1) < 8).mean() < black / 4
-    with pytest.raises(ValueError, match="at least one prompt to draw"):
+    with pytest.raises(ValueError, match="prompts: expected at least one to draw"):
         save_comparison([], tmp_path / "none.png")
 
 
 def test_one_frame_can_be_compared(tmp_path):
     image = torch.rand(1, 16, 16, 3, generator=torch.Generator().manual_seed(0))
-    save_comparison([Pair("an image", image, image, "1 s", "1 s")], tmp_path / "image.png")
+    first = Take("dense", image, "1 s")
+    save_comparison([Takes("an image", first, (Take("plan", image, "1 s"),))], tmp_path / "image.png")
     assert _picture(tmp_path / "image.png").std() > 20
+    two = (Take("plan", image, "1 s"), Take("joint", image, "1 s"))
+    save_comparison([Takes("an image", first, two)], tmp_path / "two.png")
+    one, both = (_picture(tmp_path / name).shape[0] for name in ("image.png", "two.png"))
+    # five strips instead of three
+    assert both > 1.4 * one
 
 
 def test_heads_has_the_colours_of_the_families(plan, tmp_path):
