@@ -1,9 +1,10 @@
-"""Draw the demo model's speed-quality curve: plans of several densities from one calibration, beside presets.
+"""Draw the demo model's speed-quality curve: plans of one calibration, of attention and of steps too, beside presets.
 
     dit-accel demo                                    # leaves its calibration in outputs/demo/plan
     python benchmarks/demo_curve.py --calibration outputs/demo/plan --prompts 1
 
-The calibration's measurements are used as they are; only the choice is made anew for each density. Writes
+The calibration's measurements are used as they are; only the choice is made anew for each density, and for each target
+of attention and steps together, which takes a few generations. Writes
 ``benchmarks/results/demo_curve.json`` and ``demo_curve.png``; what each generation gave is kept in ``--work``, so a
 killed run goes on where it was.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.variants import DENSE, parse_variants, plan_variant
 from dit_accel.pipelines import demo, load_demo
+from dit_accel.plan import AccelPlan
 
 
 def main() -> None:
@@ -31,6 +34,13 @@ def main() -> None:
         "--calibration", type=Path, required=True, help="a plan directory written by calibrate"
     )
     parser.add_argument("--densities", type=float, nargs="+", default=[0.08, 0.15, 0.25, 0.4, 0.6])
+    parser.add_argument(
+        "--joint",
+        type=float,
+        nargs="*",
+        default=[25.0, 28.0, 32.0, 36.0],
+        help="target PSNR of joint plans, dB",
+    )
     parser.add_argument("--presets", default="preset:pooled@0.25,preset:pooled@0.25:remainder=true")
     parser.add_argument("--prompts", type=int, default=1, help="held-out prompts to generate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -44,17 +54,16 @@ def main() -> None:
     )
     shutil.copytree(measured, args.work / "plan" / "calibration", dirs_exist_ok=True)
     pipe = load_demo(torch.bfloat16, args.device)
-    variants = [DENSE]
-    for density in args.densities:
-        plan = calibrate(
-            pipe,
-            conditions["prompts"],
-            **settings.to_dict(),
-            density=density,
-            output_dir=args.work / "plan",
-            seed=conditions["seed"],
+
+    def planned(**goal: Any) -> AccelPlan:
+        directory, seed = args.work / "plan", conditions["seed"]
+        return calibrate(
+            pipe, conditions["prompts"], **settings.to_dict(), **goal, output_dir=directory, seed=seed
         )
-        variants.append(plan_variant(plan, f"plan@{density:g}"))
+
+    variants = [DENSE]
+    variants += [plan_variant(planned(density=d), f"plan@{d:g}") for d in args.densities]
+    variants += [plan_variant(planned(target_psnr=t, cache=True), f"joint@{t:g}dB") for t in args.joint]
     variants += [variant for variant in parse_variants(args.presets) if variant.name != "dense"]
     # Seeds and prompts that neither the calibration nor the demo's comparison has seen.
     result = evaluate(

@@ -201,7 +201,14 @@ def save_curve(evaluation: Mapping[str, Any], path: Path) -> None:
     axes.plot(
         [r["speedup"] for r in best], [r["psnr_mean"] for r in best], color="#2a9d8f", alpha=0.5, zorder=1
     )
-    kinds = {"plan": "#d1495b", "preset": "#2a9d8f", "diffusers": "#e9a23b", "cache-dit": "#e9a23b"}
+    kinds = {
+        "plan": "#d1495b",
+        "accelerated": "#d1495b",
+        "joint": "#6d4bc3",
+        "preset": "#2a9d8f",
+        "diffusers": "#e9a23b",
+        "cache-dit": "#e9a23b",
+    }
     for row in rows:
         colour = kinds.get(re.split("[:@]", row["name"])[0], "#33415c")
         axes.vlines(row["speedup"], row["psnr_min"], row["psnr_mean"], color=colour, alpha=0.35, linewidth=2)
