@@ -49,6 +49,7 @@ def calibrate(
     speedup: float | None = None,
     downstream: bool = False,
     cache: bool = False,
+    max_trials: int = MAX_TRIALS,
     output_dir: str | Path | None = None,
     seed: int = 0,
     held_out_prompts: Sequence[str] | None = None,
@@ -79,6 +80,7 @@ def calibrate(
             videos on the demo model.
         cache: also choose which steps to compute, and how to forecast the others, under the same goal: the plan gets a
             schedule, see `dit_accel.caching.Schedule`.
+        max_trials: most accelerated generations that may steer the choice towards a quality, at least 1.
         output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
             any moment and called again with the same arguments, it continues and ends with the same plan.
             Called with another target_psnr or density, it keeps what was measured and only chooses anew.
@@ -104,6 +106,8 @@ def calibrate(
         "speedup": speedup,
     }
     goal = the_goal(**asked)
+    if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
+        raise ValueError(f"max_trials: expected an integer from 1, got {max_trials!r}")
     if cache and goal.name == "density":
         raise ValueError(
             "cache: expected a quality or a speed-up as the goal, since a density says nothing of steps"
@@ -120,7 +124,7 @@ def calibrate(
         **_describe(pipe),
     }
     checkpoint = Checkpoint(None if output_dir is None else Path(output_dir) / "calibration", fingerprint)
-    generations = generations_needed(len(prompts), len(held_out), goal)
+    generations = generations_needed(len(prompts), len(held_out), goal, max_trials)
     steps = generations * num_inference_steps + (0 if checkpoint.load("latency") else LATENCY_STEPS)
     bounds = range_bounds(num_inference_steps)
     with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar:
@@ -156,7 +160,7 @@ def calibrate(
             guidance_scale=guidance_scale,
             forward_ms=fmean(run.forward_ms for run in runs),
         )
-        validation = Validation(stages, draft, offers, runs, prompts, held_out, seed, goal)
+        validation = Validation(stages, draft, offers, runs, prompts, held_out, seed, goal, max_trials)
         if goal.quality is not None:
             found = validation.meet_quality()
         elif goal.name == "speedup":
@@ -171,7 +175,7 @@ def calibrate(
         validated=validated,
         **profile.measures(found.choice),
     )
-    _say(goal, validated, all_dense=found.error == 0.0)
+    _say(goal, validated, max_trials, all_dense=found.error == 0.0)
     if output_dir is not None:
         plan.save_pretrained(output_dir)
     return plan
@@ -193,7 +197,7 @@ def _texts(name: str, prompts: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
-def _say(goal: Goal, validated: dict[str, Any], *, all_dense: bool) -> None:
+def _say(goal: Goal, validated: dict[str, Any], max_trials: int, *, all_dense: bool) -> None:
     """What the user has to know of a plan that is not what was asked for, in one line."""
     unit = " dB" if goal.name == "target_psnr" else ""
     if goal.quality is not None and all_dense:
@@ -210,7 +214,7 @@ def _say(goal: Goal, validated: dict[str, Any], *, all_dense: bool) -> None:
         return
     found = validated[f"{goal.quality.metric}_calibration"]
     tqdm.write(
-        f"{goal.name} {goal.value:g}{unit} was not reached in {MAX_TRIALS} generations; the plan is the most faithful "
+        f"{goal.name} {goal.value:g}{unit} was not reached in {max_trials} generations; the plan is the most faithful "
         f"that was tried, {found:.4g}{unit} on the calibration prompts"
     )
 

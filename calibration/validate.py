@@ -24,11 +24,11 @@ _SPEED_TRIALS = 3
 _SPEED_TOLERANCE = 1.05
 
 
-def generations_needed(prompts: int, held_out: int, goal: Goal) -> int:
+def generations_needed(prompts: int, held_out: int, goal: Goal, max_trials: int = MAX_TRIALS) -> int:
     """The most generations a calibration makes."""
     trials = 0
     if goal.quality is not None:
-        trials = MAX_TRIALS + max(0, prompts - _SEARCH_PROMPTS)
+        trials = max_trials + max(0, prompts - _SEARCH_PROMPTS)
     elif goal.searched:
         trials = _SPEED_TRIALS
     return prompts + 2 * held_out + trials
@@ -56,6 +56,7 @@ class Validation:
         held_out: Sequence[str],
         seed: int,
         goal: Goal,
+        max_trials: int = MAX_TRIALS,
     ) -> None:
         self._stages = stages
         self._draft = draft
@@ -66,6 +67,7 @@ class Validation:
         self._held_out = held_out
         self._seed = seed
         self._goal = goal
+        self._max_trials = max_trials
         self._outcome: Outcome | None = None
         self._met = True
         self._tried: list[_Tried] = []
@@ -82,10 +84,10 @@ class Validation:
         goal = self._goal
         name = f"{goal.name}_{goal.value:g}_{'steps' if len(self._offers) > 1 else 'attention'}"
         known = [Trial(**trial) for trial in self._stages.known_trials(goal.name, name)]
-        self._outcome = search(self._offers, searched, target, measure, MAX_TRIALS, known)
+        self._outcome = search(self._offers, searched, target, measure, self._max_trials, known)
         self._stages.keep_trials(name, [asdict(trial) for trial in self._outcome.trials])
         self._met = self._outcome.met
-        self._stages.skip(MAX_TRIALS - len(self._tried))
+        self._stages.skip(self._max_trials - len(self._tried))
         return self._outcome.pick
 
     def meet_speedup(self) -> Pick:

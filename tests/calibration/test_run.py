@@ -260,6 +260,15 @@ def test_wrong_arguments_are_refused(pipe, arguments, change, message):
         calibrate(pipe, **arguments | change)
 
 
+@pytest.mark.parametrize("trials", [1, 2])
+def test_trials_are_limited(lively_wan_dir, arguments, density_clock, trials):
+    pipe = WanPipeline.from_pretrained(lively_wan_dir)
+    plan = calibrate(pipe, **arguments, target_psnr=25.0, max_trials=trials)
+    assert 1 <= len(plan.validated["trials"]) <= trials
+    with pytest.raises(ValueError, match="max_trials: expected an integer from 1, got 0"):
+        calibrate(pipe, **arguments, target_psnr=25.0, max_trials=0)
+
+
 def test_an_enabled_pipeline_is_refused_and_keeps_its_plan(pipe, arguments):
     dit_accel.enable(pipe, AccelPlan.preset("dense"))
     with pytest.raises(ValueError, match="enabled here already"):
