@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
+from dit_accel.kernels import available_precisions
 from dit_accel.plan import Candidate
 
 # Families that look at shapes alone serve heads that need little; what needs more is worth a selection.
@@ -23,20 +28,31 @@ _FAMILIES: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[float, ...]], ...
 )
 
 
-def default_candidates(device: str = "cpu") -> tuple[Candidate, ...]:
+def default_candidates(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Candidate, ...]:
     """Dense first, then skip without and with a remainder, then every other family at every density with one.
+
+    All but skip are offered in every precision that the device has, dense too.
 
     A remainder costs 1/block of dense attention. The softmax mass it gives a block is a lower bound of the true one
     (Jensen), while leaving the block out gives none, so it is not offered as a choice.
 
     Args:
-        device: type of the device that attention runs on. Clusters err least of all at a density, but blocks of varying
-            length have a kernel on GPUs only; on a CPU, row by row, they take longer than what they save.
+        device: what attention runs on. Clusters err least of all at a density, but blocks of varying length have a
+            kernel on GPUs only; on a CPU, row by row, they take longer than what they save.
+        dtype: of the model.
     """
-    families = _FAMILIES if device == "cpu" else (*_FAMILIES, ("clustered", (), _FIXED))
-    sparse = (
+    families = _FAMILIES if torch.device(device).type == "cpu" else (*_FAMILIES, ("clustered", (), _FIXED))
+    dense = Candidate("dense", 1.0)
+    sparse = [
         Candidate(name, density, options, remainder=True)
         for name, options, densities in families
         for density in densities
-    )
-    return (Candidate("dense", 1.0), Candidate("skip", 0.0), Candidate("skip", 0.0, remainder=True), *sparse)
+    ]
+    lower = [
+        replace(candidate, precision=precision)
+        for precision in available_precisions(device, dtype)[1:]
+        for candidate in (dense, *sparse)
+    ]
+    return (dense, Candidate("skip", 0.0), Candidate("skip", 0.0, remainder=True), *sparse, *lower)

@@ -82,7 +82,7 @@ def profile_heads(
     Raises:
         ValueError: tensors that do not fit the grid or each other, no candidates, or nothing to sample.
     """
-    candidates = default_candidates(query.device.type) if candidates is None else tuple(candidates)
+    candidates = default_candidates(query.device, query.dtype) if candidates is None else tuple(candidates)
     _check(query, key, value, grid, candidates, query_blocks)
     phase = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()
     mask = None if key_mask is None else key_mask[:, None, None]
@@ -136,7 +136,7 @@ def choose(scores: Sequence[Sequence[HeadScore]], *, max_rel_l2: float) -> list[
         raise ValueError(f"max_rel_l2: expected a number of at least 0, got {max_rel_l2!r}")
     chosen = []
     for head, of_head in enumerate(scores):
-        good = [score for score in of_head if score.rel_l2 <= max_rel_l2 or score.family == "dense"]
+        good = [score for score in of_head if score.rel_l2 <= max_rel_l2 or score.candidate.is_dense]
         if not good:
             least = min((score.rel_l2 for score in of_head), default=float("nan"))
             raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
+from dit_accel.kernels.prepare import E4M3_MAX, TINY, key_group, quantise
 from dit_accel.patterns import FAMILIES, Selection, select
 from dit_accel.plan import Candidate
 
@@ -57,6 +58,9 @@ def profile_call(
 ) -> CallProfile:
     """Profiles every candidate on one call's `[batch, seq, heads, dim]` tensors, computing in float32.
 
+    Candidates of a lower precision are computed from operands rounded as the kernel rounds them, and their weights too,
+    relative to the row's largest among all keys. Mass is that of the exact weights.
+
     Memory grows with seq * block, never with seq^2. Where query blocks vary in length, runs of `block` rows of the
     candidate's order are sampled all the same, and each row reads what its own block keeps.
 
@@ -71,6 +75,7 @@ def profile_call(
     selections = _selections(query, key, value, grid, candidates, block, scale)
     sums = torch.zeros(len(_SUMS), heads, len(candidates), dtype=torch.float64)
     remainder = torch.tensor([c.remainder for c in candidates], device=query.device)
+    precisions = [c.precision for c in candidates]
     picks = _spread(-(-seq // block), query_blocks, phase).tolist()
     for members in _by_arrangement(selections):
         first, at = selections[members[0]], torch.tensor(members)
@@ -93,10 +98,16 @@ def profile_call(
                 )
                 hidden = tiles.hidden if real is None else ~real[tiles.tokens] | tiles.hidden
                 lengths = [stop - start for start, stop, _ in spans[h]]
-                found = _profile_head(
-                    head, tiles, hidden, lengths, kept[:, h, : len(lengths)], remainder[at], scale
+                sums[:, h, at] += _profile_head(
+                    head,
+                    tiles,
+                    hidden,
+                    lengths,
+                    kept[:, h, : len(lengths)],
+                    remainder[at],
+                    [precisions[member] for member in members],
+                    scale,
                 )
-                sums[:, h, at] += found
     density = torch.tensor([s.density for s in selections], dtype=torch.float64)
     return CallProfile(**dict(zip(_SUMS, sums, strict=True)), density=density)
 
@@ -155,62 +166,139 @@ def _profile_head(
     lengths: Sequence[int],
     kept: Tensor,
     remainder: Tensor,
+    precisions: Sequence[str],
     scale: float,
 ) -> Tensor:
     """The sums `_SUMS` of a head in one arrangement, `[5, candidates]`.
 
     lengths: rows of each run of rows that read the same blocks; kept: bool `[candidates, runs, blocks]`; remainder:
-    bool `[candidates]`, whether means stand for the rest.
+    bool `[candidates]`, whether means stand for the rest; precisions: of the candidates.
     """
-    candidates, _, blocks = kept.shape
-    dim, count = head.query.shape[1], blocks if tiles.block is None else len(tiles.block)
-    keys = head.key.float().mul_(scale).masked_fill_(hidden[:, None], 0).T
-    values = head.value.float().masked_fill_(hidden[:, None], 0).view(count, -1, dim)
-    any_hidden = bool(hidden.any())
+    candidates = len(kept)
+    dim = head.query.shape[1]
+    members = {p: [m for m, own in enumerate(precisions) if own == p] for p in ("native", *precisions)}
+    operands = {p: _operands(head, tiles, hidden, p, scale) for p in members}
     # One more "candidate" that keeps everything gives the dense output from the same sums.
     selected = F.pad(kept.to(torch.float32), (0, 0, 0, 0, 0, 1), value=1.0)
     stands_in = (1 - selected) * F.pad(remainder, (0, 1))[:, None, None]
     if tiles.block is not None:
         selected = selected[..., tiles.block]
-    counts = _per_block(tiles, (~hidden).view(count, -1).sum(-1, dtype=torch.float32))
-    mean_keys = _per_block(tiles, keys.reshape(dim, count, -1).sum(-1).T) / counts.clamp(min=1)[:, None]
-    mean_values = _per_block(tiles, values.sum(1)) / counts.clamp(min=1)[:, None]
-    sums = torch.zeros(len(_SUMS), candidates, dtype=torch.float64, device=keys.device)
+    sums = torch.zeros(len(_SUMS), candidates, dtype=torch.float64, device=head.query.device)
 
     # Run by run: the scores stay in a CPU's cache.
     stop = 0
     for number, length in enumerate(lengths):
         start, stop = stop, stop + length
-        rows = head.query[start:stop]
         real = None if head.real is None else head.real[start:stop, None]
-        scores = rows @ keys
-        if any_hidden:
-            scores.masked_fill_(hidden, -torch.inf)
-        largest = scores.amax(-1, keepdim=True)
-        scores.sub_(largest).exp_()
-        if real is not None:
-            scores *= real  # rows of padding count nothing
-        by_tile = scores.view(length, count, -1)
-        # What each tile adds to the output: a candidate's output is one row of a small product.
-        parts = torch.bmm(by_tile.transpose(0, 1), values)
-        output = (selected[:, number] @ parts.view(count, -1)).view(candidates + 1, -1, dim)
-        mass = selected[:, number] @ by_tile.sum(-1).T
-        weight = mass
-        if remainder.any():
-            means = (rows @ mean_keys.T - largest).exp_() * counts
-            if real is not None:
-                means *= real
-            weight = mass + stands_in[:, number] @ means.T
-            output += torch.einsum("cb,rb,bd->crd", stands_in[:, number], means, mean_values)
-        output /= weight.clamp(min=_TINY)[..., None]
+        output = torch.empty(candidates + 1, length, dim, device=head.query.device)
+        for precision, of_precision in members.items():
+            ran = [*of_precision, candidates] if precision == "native" else of_precision
+            output[ran], mass, by_tile = operands[precision].attend(
+                slice(start, stop), selected[ran, number], stands_in[ran, number], real
+            )
+            if precision == "native":
+                # Of exact weights, whatever the precision a candidate runs in.
+                kept_mass, whole = selected[:-1, number] @ by_tile.T, mass[-1]
         error = output[:-1] - output[-1]
-        sums[0] += (mass[:-1] / mass[-1].clamp(min=_TINY)).sum(-1)
+        sums[0] += (kept_mass / whole.clamp(min=_TINY)).sum(-1)
         sums[1] += error.square().sum((1, 2))
         if head.gradient is not None:
             sums[2] += (error * head.gradient[start:stop]).sum(-1).square_().sum(-1)
         sums[3] += output[-1].square().sum()
         sums[4] += length if real is None else real.sum()
     return sums.cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class _Operands:
+    """One head in one precision, as float32 numbers that the precision has.
+
+    query `[rows, dim]`, with the softmax scale in it; key `[dim, tiles * tile]`; value `[tiles, tile, dim]`; of every
+    key block the mean key and value `[blocks, dim]` and the number of its keys `[blocks]`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mean_key: Tensor
+    mean_value: Tensor
+    counts: Tensor
+    hidden: Tensor | None
+    e4m3: bool
+
+    def attend(
+        self, rows: slice, selected: Tensor, stands_in: Tensor, real: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output `[candidates, rows, dim]`, kept mass `[candidates, rows]`, and mass by tile `[rows, tiles]`.
+
+        selected: `[candidates, tiles]`; stands_in: `[candidates, blocks]`; real: bool `[rows, 1]`, rows of padding
+        count nothing. Mass is relative to the row's largest weight.
+        """
+        query = self.query[rows]
+        count, _, dim = self.value.shape
+        scores = query @ self.key
+        if self.hidden is not None:
+            scores.masked_fill_(self.hidden, -torch.inf)
+        largest = scores.amax(-1, keepdim=True)
+        weights = self._rounded(scores.sub_(largest).exp_())
+        if real is not None:
+            weights *= real
+        by_tile = weights.view(len(query), count, -1)
+        # What each tile adds to the output: a candidate's output is one row of a small product.
+        parts = torch.bmm(by_tile.transpose(0, 1), self.value)
+        output = (selected @ parts.view(count, -1)).view(len(selected), -1, dim)
+        tile_mass = by_tile.sum(-1)
+        mass = selected @ tile_mass.T
+        weight = mass
+        if stands_in.any():
+            means = self._rounded((query @ self.mean_key.T - largest).exp_() * self.counts)
+            if real is not None:
+                means *= real
+            weight = mass + stands_in @ means.T
+            output += torch.einsum("cb,rb,bd->crd", stands_in, means, self.mean_value)
+        return output / weight.clamp(min=_TINY)[..., None], mass, tile_mass
+
+    def _rounded(self, weights: Tensor) -> Tensor:
+        return (weights * E4M3_MAX).to(torch.float8_e4m3fn).float() / E4M3_MAX if self.e4m3 else weights
+
+
+def _operands(head: _Head, tiles: _Tiles, hidden: Tensor, precision: str, scale: float) -> _Operands:
+    """See `dit_accel.kernels.prepare` for what a precision does to its operands."""
+    dim, count = head.query.shape[1], tiles.blocks if tiles.block is None else len(tiles.block)
+    query, keys, values = head.query, head.key.float(), head.value.float()
+    real = ~hidden
+    if precision != "native":
+        keys = keys - (keys * real[:, None]).sum(0) / real.sum().clamp(min=1)
+    shown = [x.masked_fill(hidden[:, None], 0).view(count, -1, dim).sum(1) for x in (keys, values)]
+    counts = _per_block(tiles, real.view(count, -1).sum(-1, dtype=torch.float32))
+    mean_key, mean_value = (_per_block(tiles, x) / counts.clamp(min=1)[:, None] for x in shown)
+    e4m3 = precision in ("int8_fp8", "fp8")
+    if precision != "native":
+        dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
+        group = key_group(len(hidden) // count) if tiles.block is None else 1
+        query, mean_key = (_rounded(x[:, None], dtype)[:, 0] for x in (query, mean_key))
+        keys = _rounded(keys.view(-1, group, dim), dtype).view(-1, dim)
+    if e4m3:
+        channel = (values.abs().amax(0) / E4M3_MAX).clamp(min=TINY)
+        values, mean_value = (
+            (x / channel).to(torch.float8_e4m3fn).float() * channel for x in (values, mean_value)
+        )
+    return _Operands(
+        query * scale,
+        keys.masked_fill(hidden[:, None], 0).T,
+        values.masked_fill(hidden[:, None], 0).view(count, -1, dim),
+        mean_key,
+        mean_value,
+        counts,
+        hidden if hidden.any() else None,
+        e4m3,
+    )
+
+
+def _rounded(groups: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[groups, tokens, dim]` in an 8-bit format with a scale per group, as float32."""
+    numbers, scales = quantise(groups, dtype)
+    return numbers.float() * scales[:, None, None]
 
 
 def _per_block(tiles: _Tiles, x: Tensor) -> Tensor:
@@ -231,8 +319,10 @@ def _selections(
 ) -> list[Selection]:
     """What every candidate keeps. Those that differ in density alone share what their family remembers."""
     memories: dict[tuple[Any, ...], dict[str, Any]] = {}
-    found = []
+    found: dict[tuple[Any, ...], Selection] = {}
     for c in candidates:
+        if (same := (c.family, c.options, c.density)) in found:
+            continue
         options: dict[str, Any] = dict(c.options)
         chosen = functools.partial(
             select,
@@ -247,7 +337,7 @@ def _selections(
             **options,
         )
         if FAMILIES[c.family].arrange is None:
-            found.append(chosen())
+            found[same] = chosen()
             continue
         name = (c.family, c.options)
         if name not in memories:
@@ -255,8 +345,8 @@ def _selections(
             chosen(memory=memories[name])
         # As in the later steps of a generation, which go on from the centroids before but choose anew.
         kept = {part: x for part, x in memories[name].items() if part not in ("selection", "left")}
-        found.append(chosen(memory=kept))
-    return found
+        found[same] = chosen(memory=kept)
+    return [found[c.family, c.options, c.density] for c in candidates]
 
 
 def _of(x: Tensor, b: int, h: int) -> Tensor:

@@ -114,7 +114,7 @@ def calibrate(
         )
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
     conditions: dict[str, Any] = {"seed": seed, **settings.to_dict()}
-    candidates = default_candidates(pipe._execution_device.type)
+    candidates = default_candidates(pipe._execution_device, pipe.transformer.dtype)
     fingerprint = {
         "prompts": prompts,
         "held_out_prompts": held_out,
@@ -136,7 +136,7 @@ def calibrate(
         profile = build_profile(
             [run.sums for run in runs],
             stages.latency(),
-            dense=[candidate.family for candidate in candidates].index("dense"),
+            dense=[candidate.is_dense for candidate in candidates].index(True),
             bounds=bounds,
             progress=runs[0].progress,
             guidance_scale=guidance_scale,

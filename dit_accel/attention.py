@@ -30,7 +30,7 @@ def attend(
     layer: int | None = None,
     cache: MutableMapping[Any, Any] | None = None,
 ) -> tuple[Tensor, float | Tensor]:
-    """Attend with a pattern per head, all heads in one launch.
+    """Attend with a pattern per head, all heads of one precision in one launch.
 
     Args:
         query, key, value: `[batch, seq, heads, dim]` in the model's order, seq = `grid.total_tokens`.
@@ -52,25 +52,38 @@ def attend(
         ValueError: arguments that do not fit together.
     """
     heads = query.shape[2]
-    numbers = _candidate_numbers(row, heads, len(candidates))
-    heads_of: dict[Candidate, list[int]] = {}
-    for head, number in enumerate(numbers):
-        heads_of.setdefault(candidates[number], []).append(head)
+    chosen = [candidates[number] for number in _candidate_numbers(row, heads, len(candidates))]
+    members_of: dict[str, list[int]] = {}
+    for head, candidate in enumerate(chosen):
+        members_of.setdefault(candidate.precision, []).append(head)
 
-    static = all(FAMILIES[candidate.family].static for candidate in heads_of)
-    name = (grid, block, query.device, tuple(candidates[number] for number in numbers))
-    launch = cache.get(name) if static and cache is not None else None
-    if launch is None:
-        memories = None if layer is None else cache
-        launch = _prepare(query, key, value, grid, heads_of, block, scale, layer or 0, memories)
-        if static and cache is not None:
-            cache[name] = launch
-    return launch.run(query, key, value, scale, key_mask, backend), launch.density
+    def run(members: list[int], precision: str, *tensors: Tensor) -> tuple[Tensor, float | Tensor]:
+        of_members = [chosen[head] for head in members]
+        static = all(FAMILIES[candidate.family].static for candidate in of_members)
+        name = (grid, block, query.device, tuple(members), tuple(of_members))
+        launch = cache.get(name) if static and cache is not None else None
+        if launch is None:
+            memories = None if layer is None else cache
+            launch = _prepare(*tensors, grid, of_members, members, block, scale, layer or 0, memories)
+            if static and cache is not None:
+                cache[name] = launch
+        return launch.run(*tensors, scale, key_mask, backend, precision), launch.density
+
+    if len(members_of) == 1:
+        ((precision, members),) = members_of.items()
+        return run(members, precision, query, key, value)
+    output, density = torch.empty_like(query), 0.0
+    for precision, members in members_of.items():
+        at = torch.tensor(members, device=query.device)
+        part, kept = run(members, precision, *(x.index_select(2, at) for x in (query, key, value)))
+        output.index_copy_(2, at, part)
+        density = density + kept * (len(members) / heads)
+    return output, density
 
 
 @dataclass(frozen=True, eq=False)
 class _Launch:
-    """The block lists of all heads, and the order they speak of."""
+    """The block lists of the heads of one precision, and the order they speak of."""
 
     index: BlockIndex
     density: float | Tensor
@@ -88,6 +101,7 @@ class _Launch:
         scale: float | None,
         key_mask: Tensor | None,
         backend: str,
+        precision: str,
     ) -> Tensor:
         return block_sparse_attention(
             query,
@@ -95,6 +109,7 @@ class _Launch:
             value,
             self.index,
             scale=scale,
+            precision=precision,
             backend=backend,
             key_mask=key_mask,
             query_order=self.query_order,
@@ -108,14 +123,21 @@ def _prepare(
     key: Tensor,
     value: Tensor,
     grid: TokenGrid,
-    heads_of: dict[Candidate, list[int]],
+    candidates: Sequence[Candidate],
+    numbers: Sequence[int],
     block: int,
     scale: float | None,
     layer: int,
     memories: MutableMapping[Any, Any] | None,
 ) -> _Launch:
-    """Select for every group of heads and merge the groups."""
+    """Select for every group of heads and merge the groups.
+
+    candidates: of every head of the tensors; numbers: which head of its layer each is.
+    """
     heads = query.shape[2]
+    heads_of: dict[Candidate, list[int]] = {}
+    for head, candidate in enumerate(candidates):
+        heads_of.setdefault(candidate, []).append(head)
     chosen: list[tuple[Selection, Tensor]] = []
     for candidate, members in heads_of.items():
         ids = torch.tensor(members)
@@ -127,11 +149,14 @@ def _prepare(
             q, k = (x[:, :, some] if family.static else x.index_select(2, at) for x in (query, key))
             v = value.index_select(2, at) if family.reads_values else value[:, :, some]
         options: dict[str, Any] = dict(candidate.options)
+        in_layer = [numbers[member] for member in members]
         memory = None
         if memories is not None:
             # The layers that share a choice share the memory of the first of them.
             owner = layer - layer % max(options.get("layers", 1), 1)
-            memory = memories.setdefault((grid, block, owner), {}).setdefault((candidate, tuple(members)), {})
+            memory = memories.setdefault((grid, block, owner), {}).setdefault(
+                (candidate, tuple(in_layer)), {}
+            )
         selection = select(
             candidate.family,
             q,
@@ -142,7 +167,7 @@ def _prepare(
             scale=scale,
             value=v,
             memory=memory,
-            heads=members,
+            heads=in_layer,
             layer=layer,
             **options,
         )

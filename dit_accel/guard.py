@@ -51,8 +51,8 @@ class Guard:
     def __init__(
         self, plan: AccelPlan, *, factor: float = 3.0, floor: float = 0.05, rows: int = 64, every: int = 4
     ) -> None:
-        families = [(candidate.family, candidate.precision) for candidate in plan.candidates]
-        if plan.rel_l2 is None or ("dense", "native") not in families:
+        dense = [candidate.is_dense for candidate in plan.candidates]
+        if plan.rel_l2 is None or not any(dense):
             raise ValueError(
                 "guard: expected a calibrated plan, which knows the errors of its heads and has a dense candidate, got "
                 "one without; calibrate, or enable without a guard"
@@ -62,7 +62,7 @@ class Guard:
                 f"guard: expected factor > 0, rows and every at least 1, got {factor}, {rows} and {every}"
             )
         self._limits = (factor * plan.rel_l2).clamp(min=floor)
-        self._dense = families.index(("dense", "native"))
+        self._dense = dense.index(True)
         self._shape = (plan.choice.shape[1], plan.choice.shape[2])
         self.rows = rows
         self.every = every

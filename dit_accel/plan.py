@@ -19,6 +19,7 @@ from torch import Tensor
 from dit_accel.caching.config import CacheConfig
 from dit_accel.caching.presets import CACHES, cache_preset
 from dit_accel.grid import TokenGrid
+from dit_accel.kernels import PRECISIONS
 from dit_accel.patterns import FAMILIES, family_named
 from dit_accel.plan_files import (
     CONFIG_FILE,
@@ -54,9 +55,10 @@ class Candidate:
     """One way to run a head: a pattern family, its density and options, a precision, and whether there is a remainder.
 
     With `remainder` the key blocks that the family leaves out still contribute, each through its mean key and value.
+    Precisions are those of `dit_accel.kernels.block_sparse_attention`.
 
     Raises:
-        ValueError: an unknown family or option, a density the family cannot have, or a remainder of nothing.
+        ValueError: an unknown family, option or precision, a density the family cannot have, or a remainder of nothing.
     """
 
     family: str
@@ -66,8 +68,8 @@ class Candidate:
     remainder: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision != "native":
-            raise ValueError(f"precision: expected 'native', got {self.precision!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         family = family_named(self.family)
         family.check_density(self.density)
         family.with_defaults(dict(self.options))
@@ -77,6 +79,11 @@ class Candidate:
             raise ValueError(
                 f"remainder: expected false, since family {self.family!r} leaves nothing out, got true"
             )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a layer of such heads runs on the model's own attention."""
+        return self.family == "dense" and self.precision == "native"
 
     @property
     def label(self) -> str:

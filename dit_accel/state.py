@@ -15,7 +15,7 @@ from dit_accel.caching import StepCache
 from dit_accel.grid import TokenGrid
 from dit_accel.guard import Guard, GuardMemory
 from dit_accel.pipelines import ModelFamily
-from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.plan import AccelPlan
 
 HOOK_NAME = "dit_accel"
 
@@ -86,7 +86,7 @@ class AccelState:
         self._branches: dict[str, BranchState] = {}
         self._finished = False
         self._rows: dict[tuple[int, int], tuple[Tensor, bool]] = {}
-        self._dense = [_is_dense(candidate) for candidate in plan.candidates]
+        self._dense = [candidate.is_dense for candidate in plan.candidates]
         self.all_dense = all(self._dense[choice] for choice in plan.choice.unique().tolist())
 
     @property
@@ -155,10 +155,6 @@ class AccelState:
             return False
         # Some schedulers visit a timestep twice, but none the first one: that is a new generation.
         return progress < position.progress or progress == position.first_progress
-
-
-def _is_dense(candidate: Candidate) -> bool:
-    return candidate.family == "dense" and candidate.precision == "native"
 
 
 class _BranchTracker(StateManager):

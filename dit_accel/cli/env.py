@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from dit_accel.evaluation.models import DTYPES, resolve_device
     from dit_accel.evaluation.store import write_json
     from dit_accel.evaluation.timing import machine, package_version
-    from dit_accel.kernels import resolve_backend
+    from dit_accel.kernels import available_precisions, resolve_backend
 
     capabilities = torch.cpu.get_capabilities()
     device, dtype = resolve_device(args.device), DTYPES[args.dtype]
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "attention_backend": resolve_backend(device, dtype),
+        "attention_precisions": list(available_precisions(device, dtype)),
     }
     if args.output is not None:
         write_json(args.output / "env.json", data)
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"AVX512-bf16 {_yes(data['avx512_bf16'])}",
         f"{'gpu':<18} {facts['gpu'] or 'none in use'}",
         f"{'device, dtype':<18} {facts['device']}, {facts['dtype']}",
-        f"{'sparse attention':<18} {data['attention_backend']}",
+        f"{'sparse attention':<18} {data['attention_backend']}, {', '.join(data['attention_precisions'])}",
     ]
     return data, "\n".join(lines)
 

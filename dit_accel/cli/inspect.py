@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _families(plan: AccelPlan) -> list[dict[str, Any]]:
-    """Each family's heads over all step ranges, and the mean of what was measured for them."""
+    """The heads of each family and precision over all step ranges, and the mean of what was measured for them."""
     import torch
 
     density = torch.tensor([candidate.density for candidate in plan.candidates])[plan.choice.long()]
@@ -86,20 +86,21 @@ def _families(plan: AccelPlan) -> list[dict[str, Any]]:
         else None,
     }
     rows = []
-    for family in dict.fromkeys(candidate.family for candidate in plan.candidates):
-        numbers = [number for number, c in enumerate(plan.candidates) if c.family == family]
+    kinds = [(candidate.family, candidate.precision) for candidate in plan.candidates]
+    for family, precision in dict.fromkeys(kinds):
+        numbers = [number for number, kind in enumerate(kinds) if kind == (family, precision)]
         at = torch.isin(plan.choice, torch.tensor(numbers, dtype=torch.int16))
         if at.any():
             means = {
                 name: None if value is None else float(value[at].mean()) for name, value in measured.items()
             }
-            rows.append({"family": family, "heads": int(at.sum()), **means})
+            rows.append({"family": family, "precision": precision, "heads": int(at.sum()), **means})
     return sorted(rows, key=lambda row: -row["heads"])
 
 
 def _table(families: list[dict[str, Any]]) -> list[str]:
-    """The families as aligned text, without columns that nothing was measured for."""
-    names = [name for name in families[0] if any(row[name] is not None for row in families)]
+    """The families as aligned text, without columns that tell nothing: not measured, or the model's own precision."""
+    names = [name for name in families[0] if any(row[name] not in (None, "native") for row in families)]
     cells = [[name.replace("_", " ") for name in names]]
     cells += [
         [f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name]) for name in names]

@@ -122,7 +122,10 @@ def _strip(frames: Tensor, columns: int) -> np.ndarray:
 
 
 def save_heads(plan: AccelPlan, path: Path) -> None:
-    """Layer × head map of a plan, a panel per step range: colour is the family, number the density in %."""
+    """Layer × head map of a plan, a panel per step range.
+
+    Colour is the family, number the density in %, and below it the precision where it is not the model's.
+    """
     ranges, layers, heads = plan.choice.shape
     used = [plan.candidates[number].family for number in sorted(set(plan.choice.flatten().tolist()))]
     families = [name for name in (*FAMILY_COLOURS, *sorted(set(used))) if name in used]
@@ -166,7 +169,13 @@ def _draw_heads(axes: Axes, plan: AccelPlan, number: int, colours: Mapping[str, 
             red, green, blue = to_rgb(colours[entry.family])
             ink = INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.6 else PAPER
             text = {"dense": "100", "skip": "0"}.get(entry.family, f"{100 * entry.density:.0f}")
-            axes.text(head, layer, text, ha="center", va="center", color=ink, fontsize=9.5)
+            own = entry.precision == "native"
+            place = {"ha": "center", "color": ink}
+            axes.text(head, layer, text, va="center" if own else "bottom", fontsize=9.5, **place)
+            if not own:
+                axes.text(
+                    head, layer + 0.06, entry.precision.replace("_", " "), va="top", fontsize=6, **place
+                )
     axes.set_xticks(range(len(table[0])))
     axes.set_yticks(range(len(table)))
     axes.set_xticks(np.arange(0.5, len(table[0]) - 1), minor=True)

@@ -167,7 +167,7 @@ def _complete(
 
 
 def _is_dense(plan: AccelPlan) -> bool:
-    return all(candidate.family == "dense" for candidate in plan.candidates)
+    return all(candidate.is_dense for candidate in plan.candidates)
 
 
 def _fingerprint(*parts: Any) -> str:

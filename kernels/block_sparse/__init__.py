@@ -1,5 +1,9 @@
 """Block-sparse attention over ragged block lists."""
 
-from dit_accel.kernels.block_sparse.api import block_sparse_attention, resolve_backend
+from dit_accel.kernels.block_sparse.api import (
+    available_precisions,
+    block_sparse_attention,
+    resolve_backend,
+)
 
-__all__ = ["block_sparse_attention", "resolve_backend"]
+__all__ = ["available_precisions", "block_sparse_attention", "resolve_backend"]

@@ -48,6 +48,13 @@ def resolve_precision(precision: str, device: torch.device | str, backend: str) 
     return found
 
 
+def available_precisions(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The precisions that "auto" runs as they are for tensors of this device and dtype, "native" first."""
+    device = torch.device(device)
+    backend = resolve_backend(device, dtype)
+    return tuple(p for p in PRECISIONS if _missing(p, device, backend) is None)
+
+
 def _missing(precision: str, device: torch.device, backend: str) -> str | None:
     """Why a backend cannot run a precision on a device, None if it can."""
     if precision == "native" or backend == "reference":

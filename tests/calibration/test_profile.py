@@ -2,13 +2,16 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dit_accel.attention import attend
 from dit_accel.calibration.candidates import default_candidates
 from dit_accel.calibration.profile import profile_call
 from dit_accel.grid import TokenGrid
+from dit_accel.kernels import PRECISIONS
 from dit_accel.patterns import select
 from dit_accel.plan import Candidate
 
@@ -184,7 +187,69 @@ def test_default_candidates_have_dense_and_skip_once_and_no_duplicates():
 def test_clusters_are_tried_where_they_have_a_kernel():
     on_gpu, on_cpu = default_candidates("cuda"), default_candidates("cpu")
     assert {c.family for c in on_gpu} - {c.family for c in on_cpu} == {"clustered"}
-    assert len(on_gpu) <= 45  # each is measured on every head and timed
+    native = [c for c in on_gpu if c.precision == "native"]
+    assert len(native) <= 45  # each is measured on every head and timed
+
+
+def test_precisions_are_tried_where_the_device_has_them():
+    on_gpu, on_cpu = default_candidates("cuda"), default_candidates("cpu")
+    assert {c.precision for c in on_cpu} == {"native"}
+    assert {c.precision for c in on_gpu} == set(PRECISIONS)
+    for precision in PRECISIONS[1:]:
+        lower = {replace(c, precision="native") for c in on_gpu if c.precision == precision}
+        assert lower == {c for c in on_gpu if c.precision == "native" and c.family != "skip"}
+    assert [c.is_dense for c in on_gpu].count(True) == 1
+    assert len(set(on_gpu)) == len(on_gpu) == len({c.label for c in on_gpu})
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all-real", "key-mask"])
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+@pytest.mark.parametrize(("grid", "batch", "heads", "block"), GRIDS)
+def test_the_error_of_a_precision_is_that_of_the_kernel_s_definition(
+    grid, batch, heads, block, precision, masked
+):
+    query, key, value = tensors(grid, batch, heads)
+    key = key + 3.0  # a large mean, which the kernel takes out
+    key_mask, real = None, torch.ones(batch, grid.total_tokens, dtype=torch.bool)
+    if masked:
+        real[-1, grid.total_tokens - 3 :] = False
+        key_mask = real
+    candidates = tuple(
+        replace(c, precision=own)
+        for c in (CANDIDATES[0], CANDIDATES[3], CANDIDATES[10], CANDIDATES[9])
+        for own in ("native", precision)
+    )
+    found = profile_call(
+        query, key, value, grid, candidates, block=block, query_blocks=EVERYTHING, key_mask=key_mask
+    )
+    exact, _ = attend(
+        *(x.double() for x in (query, key, value)), grid, candidates, [0], block=block, key_mask=key_mask
+    )
+    for number, candidate in enumerate(candidates):
+        output, _ = attend(
+            query,
+            key,
+            value,
+            grid,
+            candidates,
+            [number],
+            block=block,
+            key_mask=key_mask,
+            backend="reference",
+        )
+        error = ((output.double() - exact) * real[..., None, None]).square().sum((0, 1, 3)).sqrt()
+        norm = found.norm[:, number].sqrt()
+        # Weights are rounded to E4M3 relative to another maximum, by at most 2^-4 of themselves each: as much error of
+        # another sign. Numbers on the edge between two INT8 numbers may go either way.
+        slack = 0.02 if candidate.precision in ("int8_fp8", "fp8") else 1e-3
+        torch.testing.assert_close(
+            found.error[:, number].sqrt() / norm, error / norm, rtol=0.05, atol=slack, msg=candidate.label
+        )
+        # The mass is of exact weights.
+        torch.testing.assert_close(found.mass[:, number], found.mass[:, number - number % 2])
+    lost = (found.error / found.norm).sqrt()
+    assert (lost[:, 1] > 1e-4).all()  # dense in 8 bits errs, by less than E4M3's step, an eighth
+    assert (lost[:, 1] < 0.125).all()
 
 
 @pytest.mark.parametrize("name", ["B2-text-last", "B1-S105-H2-block16"])

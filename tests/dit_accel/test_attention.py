@@ -1,5 +1,7 @@
 """Attention with a pattern per head equals SDPA with the masks of those patterns."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,6 +137,61 @@ def test_every_head_has_its_own_remainder(grid: TokenGrid, row: list[int]) -> No
         differs = bool((alone - masked).abs().max() > 1e-3)
         # A single block that a row reads whole leaves nothing out.
         assert differs == CANDIDATES[number].remainder
+
+
+@pytest.mark.parametrize(
+    ("row", "precisions"),
+    [
+        pytest.param([2, 2, 2], ["int8", "native", "int8"], id="window"),
+        pytest.param([6, 4, 8], ["fp8", "int8_fp8", "fp8"], id="orders-and-remainder"),
+        pytest.param([10, 0, 6], ["native", "int8", "native"], id="clusters-and-dense"),
+        pytest.param([6], ["int8_fp8"], id="broadcast"),
+    ],
+)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_head_has_its_own_precision(grid: TokenGrid, row: list[int], precisions: list[str]) -> None:
+    query, key, value = inputs(grid, dtype=torch.float32)
+    candidates = tuple(
+        replace(CANDIDATES[number], precision=precision)
+        for number, precision in zip(row, precisions, strict=True)
+    )
+    cache: dict = {}
+    for _ in range(2):  # chosen anew, then from what a cache kept
+        output, density = attend(
+            query,
+            key,
+            value,
+            grid,
+            candidates,
+            range(len(row)),
+            block=BLOCK,
+            backend="reference",
+            cache=cache,
+        )
+        kept = []
+        for head in range(3):
+            one = [x[:, :, head : head + 1] for x in (query, key, value)]
+            number = head % len(row)
+            alone, of_head = attend(*one, grid, candidates, [number], block=BLOCK, backend="reference")
+            kept.append(of_head)
+            # Sums over other shapes may move a number over the edge between two 8-bit numbers, none of them by much.
+            error = (output[:, :, head : head + 1] - alone).norm() / alone.norm()
+            assert error < (1e-5 if precisions[number] == "native" else 5e-3)
+            native, _ = attend(*one, grid, [CANDIDATES[row[number]]], [0], block=BLOCK, backend="reference")
+            differs = (output[:, :, head : head + 1] - native).norm() / native.norm()
+            assert (differs > 1e-4) == (precisions[number] != "native")
+        assert density == pytest.approx(sum(kept) / 3)
+
+
+def test_a_precision_that_the_backend_lacks_is_replaced_and_said() -> None:
+    grid = TokenGrid(3, 5, 7)
+    query, key, value = inputs(grid, dtype=torch.float32)
+    candidates = (Candidate("window", 0.3, precision="fp8"), Candidate("window", 0.3))
+    with pytest.warns(UserWarning, match="precision 'fp8': backend 'torch' computes .* using 'native'"):
+        output, _ = attend(query, key, value, grid, candidates, [0, 1, 0], block=BLOCK)
+    assert torch.equal(output, attend(query, key, value, grid, candidates, [1], block=BLOCK)[0])
+    with pytest.raises(ValueError, match="precision 'fp8': backend 'torch' computes in the inputs' dtype"):
+        attend(query, key, value, grid, candidates, [0], block=BLOCK, backend="torch")
 
 
 def test_head_layout_of_the_inputs_does_not_matter() -> None:

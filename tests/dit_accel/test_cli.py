@@ -180,6 +180,7 @@ def test_env(run, tmp_path):
     assert code == 0
     assert data["versions"]["torch"] == torch.__version__
     assert data["attention_backend"] in {"torch", "flex", "triton", "reference"}
+    assert data["attention_precisions"][0] == "native"
     assert isinstance(data["amx"], bool)
     assert json.loads((tmp_path / "env.json").read_text()) == data
     _, text, _ = run("env", "--device", "cpu", "--dtype", "float32")

@@ -1,6 +1,7 @@
 """`dit-accel inspect` on a plan that carries what a calibration measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_the_text_tells_what_each_range_spends(plan, capsys, tmp_path):
     assert lines[head + 1].split()[-2:] == ["75.0%", "3.00"]
     assert lines[head + 2].split()[-2:] == ["25.0%", "2.50"]
     assert any(line.split()[:2] == ["window", "8"] for line in lines)
+    assert not any("precision" in line for line in lines)
+
+
+def test_families_are_listed_by_precision_where_it_differs(plan, capsys, tmp_path):
+    dense, window, hashed = plan.candidates
+    lower = replace(window, precision="int8_fp8")
+    replace(plan, candidates=(dense, window, lower, hashed)).save_pretrained(tmp_path / "plan")
+    _, text = inspect(capsys, tmp_path / "plan", "--json")
+    rows = {(row["family"], row["precision"]): row["heads"] for row in json.loads(text)["families"]}
+    assert rows == {("dense", "native"): 8, ("window", "native"): 8, ("window", "int8_fp8"): 8}
+    _, text = inspect(capsys, tmp_path / "plan")
+    assert any(line.split()[:3] == ["window", "int8_fp8", "8"] for line in text.splitlines())
+    assert "window@0.25 int8_fp8 remainder" in text
 
 
 def test_what_was_not_measured_is_named_and_not_drawn(capsys, tmp_path):

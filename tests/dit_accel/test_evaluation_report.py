@@ -1,6 +1,7 @@
 """Tables and pictures."""
 
 import subprocess
+from dataclasses import replace
 
 import imageio_ffmpeg
 import numpy as np
@@ -177,6 +178,15 @@ def test_heads_has_the_colours_of_the_families(plan, tmp_path):
     pixels = {tuple(map(int, colour)) for colour in _picture(tmp_path / "heads.png").reshape(-1, 3)[::7]}
     assert {(0x33, 0x41, 0x5C), (0x2A, 0x9D, 0x8F), (0xE9, 0xA2, 0x3B), (0xD5, 0xD9, 0xE0)} <= pixels
     assert (0xD1, 0x49, 0x5B) not in pixels
+
+
+def test_heads_name_a_precision_that_is_not_the_model_s(plan, tmp_path):
+    save_heads(plan, tmp_path / "native.png")
+    lower = tuple(replace(c, precision="int8_fp8") for c in plan.candidates)
+    save_heads(replace(plan, candidates=lower), tmp_path / "heads.png")
+    pictures = [_picture(tmp_path / name) for name in ("native.png", "heads.png")]
+    assert pictures[0].shape == pictures[1].shape
+    assert (pictures[0] != pictures[1]).any()
 
 
 def test_heads_of_a_preset(tmp_path):

@@ -23,6 +23,7 @@ def _hooks(pipe):
     ("name", "family", "density", "options"),
     [
         ("preset:window@0.3", "window", 0.3, {}),
+        ("preset:window@0.3:precision=int8_fp8", "window", 0.3, {}),
         ("preset:pooled@0.25:order=space", "pooled", 0.25, {"order": "space"}),
         (
             "preset:pooled@0.25:order=tile:2x4x4:top_p=0.9",

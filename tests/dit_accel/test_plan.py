@@ -167,7 +167,7 @@ def change(directory: Path, **fields) -> None:
                     }
                 ]
             },
-            r"candidates\[0\]: .*precision: expected 'native', got 'int4'",
+            r"candidates\[0\]: .*precision: expected one of native, int8, int8_fp8, fp8, got 'int4'",
         ),
         (
             {"candidates": [{"family": "window", "density": 0.3, "options": {}}]},
@@ -377,7 +377,10 @@ def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
         ({"name": "window"}, "preset 'window' needs a density, for instance density=0.3"),
         ({"name": "dense", "density": 0.3}, "family 'dense' has density 1.0 only, got 0.3"),
         ({"name": "bands", "density": 0.3, "width": 3}, "family 'bands' has no option 'width'"),
-        ({"name": "bands", "density": 0.3, "precision": "fp8"}, "precision: expected 'native', got 'fp8'"),
+        (
+            {"name": "bands", "density": 0.3, "precision": "int4"},
+            "precision: expected one of native, int8, int8_fp8, fp8, got 'int4'",
+        ),
         ({"name": "bands", "density": 0.3, "remainder": 1}, "remainder: expected true or false, got 1"),
         ({"name": "dense", "remainder": True}, "expected false, since family 'dense' leaves nothing out"),
         ({"name": "bands", "density": 0.3, "block": 0}, "block: expected a positive integer, got 0"),

@@ -1,6 +1,7 @@
 """A plan goes on real diffusers models and comes off again without a trace."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,31 @@ def test_full_density_through_the_kernel_errs_like_the_plain_model(any_tiny):
     # top.
     band = 8 * torch.finfo(torch.float32).eps * exact.abs().max()
     assert (output - exact).abs().max() <= 2 * (plain - exact).abs().max() + band
+
+
+def test_heads_of_one_layer_run_in_different_precisions(any_tiny):
+    native = AccelPlan.preset("window", density=0.6, block=16)
+    candidate = native.candidates[0]
+    lower = replace(candidate, precision="int8")
+    layers = list(family_of(any_tiny.transformer).attention_modules(any_tiny.transformer))
+    plain = any_tiny.run()
+    outputs = {}
+    for name, choice in {"native": [0, 0], "one": [1, 0], "both": [1, 1]}.items():
+        plan = replace(
+            native,
+            candidates=(candidate, lower),
+            choice=torch.tensor([choice] * len(layers), dtype=torch.int16)[None],
+            layers=tuple(layers),
+        )
+        enable(any_tiny.transformer, plan, backend="reference", guard=False)
+        outputs[name] = any_tiny.run()
+        assert stats(any_tiny.transformer)["sparse_calls"] == len(layers)
+        disable(any_tiny.transformer)
+    moved = (outputs["native"] - plain).norm()
+    one, both = ((outputs[name] - outputs["native"]).norm() for name in ("one", "both"))
+    assert 0 < one < 0.2 * moved  # INT8 is far from as coarse as leaving 40 % of the pairs out
+    assert 0 < both < 0.2 * moved
+    assert not torch.equal(outputs["one"], outputs["both"])
 
 
 @pytest.mark.parametrize(("frames", "height", "width", "batch"), [(3, 5, 7, 2), (1, 9, 11, 2), (2, 13, 3, 1)])
