@@ -25,6 +25,7 @@ class Generation:
     density: kept ÷ all query–key pairs of the swapped attention; None where nothing was swapped.
     skipped_share: forwards of the transformer in which blocks were skipped ÷ all; None where that is unknown.
     cache_bytes: memory that a cache held between steps; None where that is unknown.
+    guarded_heads: heads that the guard made dense; None where nothing was guarded.
     """
 
     frames: Tensor
@@ -33,6 +34,7 @@ class Generation:
     density: float | None = None
     skipped_share: float | None = None
     cache_bytes: int | None = None
+    guarded_heads: int | None = None
 
 
 def generate(
@@ -92,12 +94,14 @@ def generate_variant(
 
         made = generate(pipe, prompt, settings, seed=seed, on_step=on_step)
         found = stats(pipe)
+        guarded = found.get("guarded_heads")
         skipped, computed = found.get("skipped_forwards", 0.0), found.get("computed_forwards", 1.0)
         return replace(
             made,
             density=found["density_mean"],
             skipped_share=skipped / (skipped + computed),
             cache_bytes=int(found.get("cache_bytes", 0)),
+            guarded_heads=None if guarded is None else int(guarded),
         )
 
 

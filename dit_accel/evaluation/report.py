@@ -22,13 +22,14 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("density", "density_mean", ".3f"),
     ("skipped", "skipped_share", ".0%"),
     ("cache MB", "cache_mb", ".1f"),
+    ("guarded heads", "guarded_heads", ".1f"),
     ("semantic", "semantic", ".3f"),
 )
 
 
 # Shown where some variant has them, and where some variant has more than 0 of them.
 OPTIONAL = ("semantic", "attention_speedup")
-OF_CACHES = ("skipped_share", "cache_mb")
+IF_ANY = ("skipped_share", "cache_mb", "guarded_heads")
 
 
 def _cells(evaluation: Mapping[str, Any]) -> list[list[str]]:
@@ -37,7 +38,7 @@ def _cells(evaluation: Mapping[str, Any]) -> list[list[str]]:
         column
         for column in COLUMNS
         if (column[1] not in OPTIONAL or any(row[column[1]] is not None for row in variants))
-        and (column[1] not in OF_CACHES or any(row[column[1]] for row in variants))
+        and (column[1] not in IF_ANY or any(row[column[1]] for row in variants))
     ]
     rows = [["variant", *(heading for heading, _, _ in columns)]]
     for row in variants:
@@ -53,8 +54,12 @@ def _cells(evaluation: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _in_megabytes(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A variant's row with what results from before caches were measured do not have."""
-    row = {"skipped_share": None, "cache_bytes": None, "identical_to_dense": False, **row}
+    """A variant's row with what older results do not have."""
+    row = {
+        **dict.fromkeys(("skipped_share", "cache_bytes", "guarded_heads")),
+        "identical_to_dense": False,
+        **row,
+    }
     return {**row, "cache_mb": None if row["cache_bytes"] is None else row["cache_bytes"] / 1e6}
 
 

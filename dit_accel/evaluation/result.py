@@ -36,6 +36,7 @@ class Run:
     semantic: dict[str, bool] | None
     skipped_share: float | None = None
     cache_bytes: int | None = None
+    guarded_heads: int | None = None
 
 
 @dataclass(eq=False)
@@ -82,6 +83,7 @@ class Evaluation:
                 semantic=None if scorer is None else scorer(made.frames, self.prompts[prompt]),
                 skipped_share=made.skipped_share,
                 cache_bytes=made.cache_bytes,
+                guarded_heads=made.guarded_heads,
             )
             self.runs.append(run)
         if prompt not in self.pictured():
@@ -98,6 +100,7 @@ class Evaluation:
         attention = self.attention.get(name)
         skipped = [run.skipped_share for run in runs if run.skipped_share is not None]
         held = [run.cache_bytes for run in runs if run.cache_bytes is not None]
+        guarded = [run.guarded_heads for run in runs if run.guarded_heads is not None]
         return {
             "name": name,
             "seconds_dense_p50": dense_p50,
@@ -114,6 +117,7 @@ class Evaluation:
             "attention_seconds": attention[0] if attention else None,
             "skipped_share": fmean(skipped) if skipped else None,
             "cache_bytes": max(held) if held else None,
+            "guarded_heads": fmean(guarded) if guarded else None,
             # A technique that touches nothing must not pass for a speed-up.
             "identical_to_dense": name != "dense" and all(run.latent_rel_l2 == 0.0 for run in runs),
         }

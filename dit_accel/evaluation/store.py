@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dit_accel.evaluation.generate import Generation
 
 # Changes with what a file of the store holds.
-STORE_VERSION = 2
+STORE_VERSION = 3
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -61,7 +61,7 @@ class GenerationStore:
         except SafetensorError as error:
             raise ValueError(f"{path}: expected a generation, got a broken file; delete it") from error
         seconds, *others = tensors["numbers"].tolist()
-        density, skipped, held = (None if math.isnan(number) else number for number in others)
+        density, skipped, held, guarded = (None if math.isnan(number) else number for number in others)
         return Generation(
             frames=tensors["frames"],
             latents=tensors["latents"],
@@ -69,6 +69,7 @@ class GenerationStore:
             density=density,
             skipped_share=skipped,
             cache_bytes=None if held is None else int(held),
+            guarded_heads=None if guarded is None else int(guarded),
         )
 
     def put(self, prompt: int, variant: str, generation: Generation) -> None:
@@ -79,7 +80,8 @@ class GenerationStore:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
-        numbers = (generation.seconds, generation.density, generation.skipped_share, generation.cache_bytes)
+        made = generation
+        numbers = (made.seconds, made.density, made.skipped_share, made.cache_bytes, made.guarded_heads)
         tensors = {
             "frames": generation.frames,
             "latents": generation.latents.contiguous(),

@@ -122,6 +122,15 @@ def test_columns_of_caches_appear_when_something_is_cached(evaluation):
     ]
 
 
+def test_heads_that_the_guard_made_dense_are_told(evaluation):
+    evaluation["variants"][1]["guarded_heads"] = 0.0
+    assert "guarded" not in markdown_table(evaluation)
+    evaluation["variants"][1]["guarded_heads"] = 1.5
+    lines = markdown_table(evaluation).splitlines()
+    assert lines[0].endswith("| guarded heads |")
+    assert [line.split("|")[-2] for line in lines[2:5]] == [" – ", " 1.5 ", " – "]
+
+
 def test_what_is_identical_to_dense_has_no_speed_up(evaluation):
     evaluation["variants"][1] |= {"identical_to_dense": True}
     table = markdown_table(evaluation)

@@ -42,6 +42,7 @@ FIELDS = {
     "attention_seconds": float | None,
     "skipped_share": float | None,
     "cache_bytes": int | None,
+    "guarded_heads": float | None,
     "identical_to_dense": bool,
 }
 

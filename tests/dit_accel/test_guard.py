@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel import AccelPlan, disable, enable, stats
+from dit_accel.evaluation.generate import generate_variant
 from dit_accel.evaluation.metrics import psnr
+from dit_accel.evaluation.models import GenerationSettings, load_model
+from dit_accel.evaluation.variants import plan_variant
 from dit_accel.guard import Guard
 from dit_accel.pipelines import demo, family_of
 from dit_accel.plan import Candidate
@@ -157,6 +160,19 @@ def test_a_shuffled_plan_is_caught_on_the_demo_model():
     assert bool(found[:, ::2].all())
     assert results["unguarded"] < results["fallback"] - 10
     assert results["guarded"] > results["fallback"] - 1
+
+
+def test_an_evaluation_counts_them(tiny_wan_dir):
+    pipe = load_model(str(tiny_wan_dir), dtype=torch.float32, device="cpu")
+    settings = GenerationSettings(
+        height=48, width=80, num_frames=5, num_inference_steps=2, guidance_scale=3.0
+    )
+    claimed = plan_of(
+        pipe.transformer, [[1e-3, 1e3], [1e3, 1e3]], candidates=(CANDIDATES[0], Candidate("skip", 0.0))
+    )
+    for plan, expected in ((claimed, 1), (AccelPlan.preset("window", density=0.3, block=16), None)):
+        made = generate_variant(pipe, plan_variant(plan, "plan"), "a red circle", settings, seed=0)
+        assert made.guarded_heads == expected
 
 
 @pytest.mark.parametrize("change", [{"rel_l2": None}, {"candidates": (SPARSE, SPARSE)}])
