@@ -249,6 +249,36 @@ def _caches(report: dict[str, Any]) -> str:
     return "\n".join([markdown_table(evaluation), *notes])
 
 
+def _elastic(report: dict[str, Any]) -> str:
+    """One line per setting: the plan beside the preset of its density."""
+    rows = []
+    for move in report["moves"]:
+        evaluation = move["evaluation"]
+        settings = evaluation["settings"]
+        _, plan, preset = evaluation["variants"]
+        rows.append(
+            [
+                move["name"],
+                f"{settings['num_frames']} of {settings['width']}×{settings['height']}",
+                str(settings["num_inference_steps"]),
+                f"{plan['seconds_dense_p50']:.1f}",
+                f"{plan['speedup']:.2f}",
+                f"{plan['psnr_mean']:.2f}",
+                f"{preset['speedup']:.2f}",
+                f"{preset['psnr_mean']:.2f}",
+            ]
+        )
+    head = ["setting", "frames", "steps", "dense s", "plan: speed-up", "PSNR", "preset: speed-up", "PSNR"]
+    evaluation = report["moves"][0]["evaluation"]
+    count = len(evaluation["prompts"])
+    preset = evaluation["variants"][2]["name"]
+    caption = (
+        f"Demo, {count} held-out {'prompt' if count == 1 else 'prompts'}; preset: `{preset}`; "
+        f"dense: {evaluation['dense_backend']}; {_where(evaluation['machine'])}."
+    )
+    return "\n".join([_rows(head, rows), "", caption])
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("demo_evaluation.json",), markdown_table),
     "curve": (("demo_curve.json",), markdown_table),
@@ -258,6 +288,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "preset_heads": (("presets.json",), _preset_heads),
     "preset_generations": (("presets.json",), _preset_generations),
     "caches": (("caches.json",), _caches),
+    "elastic": (("elastic.json",), _elastic),
     "card": (("demo_card.json", "demo_evaluation.json"), _demo_card),
 }
 
