@@ -4,9 +4,9 @@
     python benchmarks/elastic.py --plan outputs/demo/plan
 
 A plan keeps its budgets as shares of the tokens and its step ranges as noise levels, so it runs anywhere. For each
-other setting the demo model generates densely, with the plan, and with a preset of the plan's density, which has nothing
-to lose by the move. Writes ``benchmarks/results/elastic.json``; finished generations are kept in ``--work``, so a killed
-run goes on where it was.
+other setting the demo model generates densely, with the plan, and with a preset of the plan's density, which loses
+nothing by the move. Writes ``benchmarks/results/elastic.json``; finished generations are kept in ``--work``, so a
+killed run goes on where it was.
 """
 
 import argparse
