@@ -65,9 +65,10 @@ PRESETS: dict[str, Preset] = {
     "sparge": Preset("pooled", 1.0, {"parts": 1, "guard": 0.1, "top_p": 0.9}),
     # 4-bit estimates. https://arxiv.org/abs/2505.24179
     "sale": Preset("lowbit", 0.3, {"order": "frame"}),
-    # Bands in frame-major or space-major order, whichever serves 64 rows better; ten dense steps of 50. The first 3 %
-    # of layers, which the authors keep dense, are not: a preset knows no layers. https://arxiv.org/abs/2502.01776
-    "svg": Preset("profiled", 0.3, {"orders": "fhw+hwf", "samples": 64}, block=128, warm_up=0.05),
+    # Bands in frame-major or space-major order, whichever serves 64 rows better; ten dense steps of 50; a sink as on
+    # Wan (HunyuanVideo has none). The first 3 % of layers, which the authors keep dense, are not: a preset knows no
+    # layers. https://arxiv.org/abs/2502.01776
+    "svg": Preset("profiled", 0.3, {"orders": "fhw+hwf", "samples": 64, "sink": 1}, block=128, warm_up=0.05),
     # k-means, .9 of the estimated mass and at least a tenth of the clusters. https://arxiv.org/abs/2505.18875
     "svg2": Preset("clustered", 1.0, {"top_p": 0.9, "least": 0.1, "iterations": 50}, block=128, warm_up=0.08),
     # Tiles of 6 x 8 x 8 tokens, a window for all heads where the authors calibrate one each.

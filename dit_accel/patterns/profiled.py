@@ -2,8 +2,10 @@
 
 Sparse VideoGen (https://arxiv.org/abs/2502.01776): at run time some query rows are computed in full and with the band
 of each order; the order with the smallest squared error of their output is the head's. The two orders of the authors
-are frame-major (their spatial heads) and space-major (temporal heads). With the six axis orders it is the choice that
-PAROAttention (https://arxiv.org/abs/2506.16054) makes per head, from the call itself where the authors calibrate.
+are frame-major (their spatial heads) and space-major (temporal heads); on Wan every row also reads as many keys at the
+beginning of that order as a frame has (`sink` = 1), here out of the same budget. With the six axis orders it is the
+choice that PAROAttention (https://arxiv.org/abs/2506.16054) makes per head, from the call itself where the authors
+calibrate.
 """
 
 import functools
@@ -31,14 +33,17 @@ def _arrange(
     memory: Memory,
     orders: str,
     samples: int,
+    sink: int,
 ) -> Selection:
-    """`orders`: their names with a plus between; `samples`: rows."""
+    """`orders`: their names with a plus between; `samples`: rows; `sink`: frames' worth of first keys, in any order."""
+    if sink < 0:
+        raise ValueError(f"option 'sink' of family 'profiled': expected at least 0, got {sink!r}")
     if samples < 1:
         raise ValueError(f"option 'samples' of family 'profiled': expected at least 1, got {samples!r}")
     names = order_names(orders)
     device, heads = query.device, query.shape[2]
     space = BlockSpace(grid, names[0], block, device)
-    mask, index = _band(space, density, heads)
+    mask, index = _band(space, density, heads, -(-sink * grid.height * grid.width // block))
     places = torch.stack([grid.order(name, device) for name in names])
     if len(names) == 1 or not space.video_blocks:
         return Selection(index, places[:1], places[:1], grid, names[0])
@@ -61,12 +66,12 @@ def _arrange(
 
 # Blocks are numbered in the order they are in, so that one band serves all orders.
 @functools.lru_cache(maxsize=32)
-def _band(space: BlockSpace, density: float, heads: int) -> tuple[Tensor, BlockIndex]:
+def _band(space: BlockSpace, density: float, heads: int, sinks: int) -> tuple[Tensor, BlockIndex]:
     """Mask `[blocks, blocks]` and lists of the band, text included."""
     with torch.inference_mode(False):
         mask = everything(space)
         if space.video_blocks:
-            mask = with_text(space, BANDS.choose(space, space.kept(density), sinks=0)[None, None])
+            mask = with_text(space, BANDS.choose(space, space.kept(density), sinks=sinks)[None, None])
         return mask[0, 0], lists_of(space, mask, heads)
 
 
@@ -86,5 +91,5 @@ PROFILED = Family(
     static=False,
     arrange=_arrange,
     reads_values=True,
-    options=MappingProxyType({"orders": "fhw+hwf", "samples": 64, "reuse": 1, "layers": 1}),
+    options=MappingProxyType({"orders": "fhw+hwf", "samples": 64, "sink": 0, "reuse": 1, "layers": 1}),
 )

@@ -436,6 +436,7 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
         ("bands", {"sinks": -1}, "option 'sinks' of family 'bands': expected at least 0, got -1"),
         ("sharded", {"local": 1.1}, "option 'local' of family 'sharded': expected .* 0 to 1, got 1.1"),
         ("profiled", {"value": torch.zeros(2, 105, 2, 8), "samples": 0}, "'samples' .* at least 1, got 0"),
+        ("profiled", {"value": torch.zeros(2, 105, 2, 8), "sink": -1}, "'sink' .* at least 0, got -1"),
         (
             "profiled",
             {"value": torch.zeros(2, 105, 2, 8), "orders": "fhw,hwf"},
