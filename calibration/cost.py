@@ -72,6 +72,7 @@ def measure_latency(
             backend=backend,
             layer=0,
             cache=caches[number],
+            launches=caches[number],
         )
 
     fresh = [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in candidates]

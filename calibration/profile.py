@@ -251,7 +251,10 @@ class _Operands:
         mass = selected @ tile_mass.T
         weight = mass
         if stands_in.any():
-            means = self._rounded((query @ self.mean_key.T - largest).exp_() * self.counts)
+            means = (query @ self.mean_key.T - largest).exp_() * self.counts
+            # A block's stand-in may weigh more than any single key.
+            top = means.amax(-1, keepdim=True).clamp_(min=1)
+            means = self._rounded(means / top) * top
             if real is not None:
                 means *= real
             weight = mass + stands_in @ means.T

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
-from dit_accel.kernels import BlockIndex, block_sparse_attention
+from dit_accel.kernels import BlockIndex, block_sparse_attention, resolve_backend, resolve_precision
+from dit_accel.kernels.backend import on_device
 from dit_accel.patterns import FAMILIES, Selection, select
 from dit_accel.plan import Candidate
 
@@ -29,6 +30,7 @@ def attend(
     backend: str = "auto",
     layer: int | None = None,
     cache: MutableMapping[Any, Any] | None = None,
+    launches: MutableMapping[Any, Any] | None = None,
 ) -> tuple[Tensor, float | Tensor]:
     """Attend with a pattern per head, all heads of one precision in one launch.
 
@@ -41,9 +43,10 @@ def attend(
         scale: softmax scale, 1/√dim if None.
         key_mask: bool `[batch, seq]` in the model's order, True = may be read.
         backend: of `block_sparse_attention`.
-        layer: number of the layer, which tells apart what dynamic families remember; without it they remember nothing.
-        cache: keeps what static families need between calls, and what dynamic ones remember from step to step; its
-            owner says for how long, and holds one per guidance branch.
+        layer: number of the layer, which tells apart what is kept.
+        cache: keeps what dynamic families remember from step to step; its owner says for how long, and holds one per
+            guidance branch. Without a layer nothing is remembered.
+        launches: keeps the lists of a layer whose families are all static, until the layer has another row.
 
     Returns:
         The output like `query`, in the model's order, and the density of the call, on a GPU as a number there.
@@ -55,18 +58,18 @@ def attend(
     chosen = [candidates[number] for number in _candidate_numbers(row, heads, len(candidates))]
     members_of: dict[str, list[int]] = {}
     for head, candidate in enumerate(chosen):
-        members_of.setdefault(candidate.precision, []).append(head)
+        members_of.setdefault(_precision(candidate, query, backend), []).append(head)
 
     def run(members: list[int], precision: str, *tensors: Tensor) -> tuple[Tensor, float | Tensor]:
         of_members = [chosen[head] for head in members]
         static = all(FAMILIES[candidate.family].static for candidate in of_members)
-        name = (grid, block, query.device, tuple(members), tuple(of_members))
-        launch = cache.get(name) if static and cache is not None else None
-        if launch is None:
+        place, name = (layer, tuple(members)), (grid, block, query.device, of_members)
+        kept_name, launch = (launches or {}).get(place, (None, None)) if static else (None, None)
+        if launch is None or kept_name != name:
             memories = None if layer is None else cache
             launch = _prepare(*tensors, grid, of_members, members, block, scale, layer or 0, memories)
-            if static and cache is not None:
-                cache[name] = launch
+            if static and launches is not None:
+                launches[place] = name, launch
         return launch.run(*tensors, scale, key_mask, backend, precision), launch.density
 
     if len(members_of) == 1:
@@ -74,7 +77,7 @@ def attend(
         return run(members, precision, query, key, value)
     output, density = torch.empty_like(query), 0.0
     for precision, members in members_of.items():
-        at = torch.tensor(members, device=query.device)
+        at = on_device(tuple(members), query.device)
         part, kept = run(members, precision, *(x.index_select(2, at) for x in (query, key, value)))
         output.index_copy_(2, at, part)
         density = density + kept * (len(members) / heads)
@@ -138,14 +141,13 @@ def _prepare(
     heads_of: dict[Candidate, list[int]] = {}
     for head, candidate in enumerate(candidates):
         heads_of.setdefault(candidate, []).append(head)
-    chosen: list[tuple[Selection, Tensor]] = []
+    chosen: list[tuple[Selection, list[int]]] = []
     for candidate, members in heads_of.items():
-        ids = torch.tensor(members)
         family = FAMILIES[candidate.family]
         q, k, v = query, key, value
         if len(members) < heads:
             # A static family looks at shapes alone, so any heads will do for it.
-            some, at = slice(len(members)), ids.to(query.device)
+            some, at = slice(len(members)), on_device(tuple(members), query.device)
             q, k = (x[:, :, some] if family.static else x.index_select(2, at) for x in (query, key))
             v = value.index_select(2, at) if family.reads_values else value[:, :, some]
         options: dict[str, Any] = dict(candidate.options)
@@ -171,27 +173,35 @@ def _prepare(
             layer=layer,
             **options,
         )
-        chosen.append((selection, ids))
+        chosen.append((selection, members))
     index = chosen[0][0].index
     if len(chosen) > 1:
-        index = BlockIndex.merge_heads([(selection.index, ids) for selection, ids in chosen], heads)
+        index = BlockIndex.merge_heads([(selection.index, members) for selection, members in chosen], heads)
     remainder = _remainder(heads_of, heads, query.device)
     # On a GPU the host must not wait for a number that only statistics need.
-    density = index.kept_share() if query.device.type == "cuda" else index.density
+    share = sum(selection.kept_share() * (len(members) / heads) for selection, members in chosen)
+    density = share if query.device.type == "cuda" else float(share)
     if all(selection.in_model_order for selection, _ in chosen):
         return _Launch(index, density, None, None, remainder)
     names = {selection.order_name for selection, _ in chosen}
     if len(chosen) == 1 or (len(names) == 1 and None not in names):
         first = chosen[0][0]
         return _Launch(index, density, first.query_order, first.key_order, remainder)
-    batch = max(
-        order.shape[0] if order.ndim == 3 else 1 for s, _ in chosen for order in (s.query_order, s.key_order)
-    )
-    orders = torch.empty(2, batch, heads, grid.total_tokens, dtype=torch.int64, device=query.device)
-    for selection, ids in chosen:
-        orders[0][:, ids.to(orders.device)] = selection.query_order
-        orders[1][:, ids.to(orders.device)] = selection.key_order
-    return _Launch(index, density, orders[0], orders[1], remainder)
+    query_order = _merged([(selection.query_order, members) for selection, members in chosen], heads)
+    if all(selection.key_order is selection.query_order for selection, _ in chosen):
+        return _Launch(index, density, query_order, query_order, remainder)
+    key_order = _merged([(selection.key_order, members) for selection, members in chosen], heads)
+    return _Launch(index, density, query_order, key_order, remainder)
+
+
+def _merged(parts: Sequence[tuple[Tensor, list[int]]], heads: int) -> Tensor:
+    """One order for all heads, `[1 or batch, heads, seq]`."""
+    first = parts[0][0]
+    batch = max(order.shape[0] if order.ndim == 3 else 1 for order, _ in parts)
+    merged = first.new_empty(batch, heads, first.shape[-1])
+    for order, members in parts:
+        merged[:, on_device(tuple(members), first.device)] = order
+    return merged
 
 
 def _remainder(heads_of: dict[Candidate, list[int]], heads: int, device: torch.device) -> Tensor | bool:
@@ -199,10 +209,18 @@ def _remainder(heads_of: dict[Candidate, list[int]], heads: int, device: torch.d
     wanted = {candidate.remainder for candidate in heads_of if candidate.family != "dense"}
     if len(wanted) < 2:
         return wanted == {True}
-    flags = torch.zeros(heads, dtype=torch.bool)
+    flags = [0] * heads
     for candidate, members in heads_of.items():
-        flags[members] = candidate.remainder
-    return flags.to(device)
+        for member in members:
+            flags[member] = int(candidate.remainder)
+    return on_device(tuple(flags), device).bool()
+
+
+def _precision(candidate: Candidate, query: Tensor, backend: str) -> str:
+    """The precision that a candidate runs in."""
+    if backend != "auto" or candidate.precision == "native":
+        return candidate.precision
+    return resolve_precision(candidate.precision, query.device, resolve_backend(query.device, query.dtype))
 
 
 def _candidate_numbers(row: Tensor | Sequence[int], heads: int, candidates: int) -> list[int]:

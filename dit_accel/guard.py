@@ -1,14 +1,14 @@
 """Watches a calibrated plan while it runs: heads that err far more than they did at calibration go dense.
 
 Every few steps each sparse layer's output is compared, at a few query rows, with exact attention. The comparison stays
-on the device and its verdicts are read once, when the next forward begins; only in the first forward of a generation,
-which lays the picture out, they are read after each layer, and a layer that errs runs again at once.
+on the device and its verdicts are read once, when the next forward begins; only in the first forward of each guidance
+branch, which lays the picture out, they are read after each layer, and a layer that errs runs again at once.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,11 +25,16 @@ logger = logging.getLogger("dit_accel")
 
 @dataclass
 class GuardMemory:
-    """What the guard found in one generation: verdicts not yet read, by layer, and the heads it made dense."""
+    """What the guard found in one generation.
+
+    pending: verdicts not yet read, by layer; dense: the heads it made dense; last: by guidance branch and layer, the
+    forward that was checked last.
+    """
 
     pending: dict[int, Tensor]
     dense: Tensor  # bool [layers, heads]
     checks: int = 0
+    last: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 class Guard:
@@ -42,7 +47,7 @@ class Guard:
         plan: a calibrated plan, with `rel_l2` and a dense candidate.
         factor, floor: see above, without unit.
         rows: query rows that are compared, per head; of a sequence of n tokens they cost rows ÷ n of dense attention.
-        every: denoising steps from one check to the next.
+        every: denoising steps, at least, from one check to the next; a cache may skip those in between.
 
     Raises:
         ValueError: a plan that was not calibrated.
@@ -71,9 +76,12 @@ class Guard:
         """For a new generation."""
         return GuardMemory({}, torch.zeros(self._shape, dtype=torch.bool))
 
-    def due(self, forwards: int) -> bool:
-        """Whether the forward with this number in its branch, from 1, is checked."""
-        return forwards % self.every == 1 % self.every
+    def due(self, memory: GuardMemory, branch: str, layer: int, forward: int) -> bool:
+        """Whether a layer is checked in the forward with this number in its branch; then it counts as checked."""
+        if forward - memory.last.get((branch, layer), -self.every) < self.every:
+            return False
+        memory.last[branch, layer] = forward
+        return True
 
     def row(self, row: Tensor, layer: int, memory: GuardMemory) -> Tensor:
         """Candidate numbers of a layer's heads with those made dense replaced."""
@@ -114,7 +122,9 @@ class Guard:
         ).float()
         error = output[:, places].transpose(1, 2).float() - exact
         squares = [x.square().sum(dim=(0, 2, 3)) for x in (error, exact)]
-        limits = self._limits[number, layer].to(query.device)
+        if self._limits.device != query.device:
+            self._limits = self._limits.to(query.device)
+        limits = self._limits[number, layer]
         memory.pending[layer] = squares[0] > limits.square() * squares[1]
         memory.checks += 1
 

@@ -122,7 +122,7 @@ class AccelPlan:
     """What every head does in every range of denoising.
 
     Attributes:
-        candidates: the ways to run a head that the plan uses.
+        candidates: the ways to run a head that `choice` numbers; a calibration lists all that it tried.
         choice: int16 `[ranges, layers, heads]`, numbers of candidates. A preset, for any model, has one of
             each.
         range_starts: progress at which each range begins, ascending from 0.0; 0 is noise, 1 the finished

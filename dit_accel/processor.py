@@ -245,7 +245,7 @@ def _planned(
             f"dit-accel: layer {layer}: expected the tokens of {state.grid}, got a sequence of {tokens}"
         )
     key_mask = _key_mask(attn_mask, query)
-    grid, cache = state.grid, state.cache
+    grid, cache, launches = state.grid, state.cache, state.launches
 
     def run(row: Tensor) -> tuple[Tensor, float | Tensor]:
         return attend(
@@ -261,11 +261,12 @@ def _planned(
             backend=state.backend,
             layer=layer,
             cache=cache,
+            launches=launches,
         )
 
     output, density = run(row)
     guard = state.guard
-    if guard is not None and guard.due(state.forwards):
+    if guard is not None and guard.due(state.guarded, state.branch, layer, state.forwards):
         number = state.plan.range_at(state.progress)
         guard.check(query, key, value, output, number, layer, state.guarded, scale=scale, key_mask=key_mask)
         # The first forward lays the picture out: what is wrong there is put right at once.

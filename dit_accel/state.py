@@ -98,6 +98,11 @@ class AccelState:
         return self.memory["guard"]
 
     @property
+    def launches(self) -> dict[Any, Any]:
+        """The block lists of static rows, of both branches, until the generation is complete."""
+        return self.memory.setdefault("launches", {})
+
+    @property
     def forwards(self) -> int:
         """Forwards of the running branch in this generation, the running one included."""
         return self._branches[self.branch].forwards
@@ -126,6 +131,7 @@ class AccelState:
     def finish(self) -> None:
         """Mark the generation as complete; its stats stay until the next one begins."""
         self._finished = True
+        self.memory.pop("launches", None)
 
     def reset(self) -> None:
         """Forget the generation."""

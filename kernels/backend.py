@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
+import torch
 from torch import Tensor
 
 try:
@@ -12,6 +14,13 @@ except ImportError:  # Triton has no wheel outside Linux, and the torch backend 
     triton = None
 
 BACKENDS = ("auto", "torch", "triton")
+
+
+@functools.lru_cache(maxsize=4096)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 `[len(numbers)]`, copied once: a copy to a GPU has the host wait. Do not write to it."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def torch_or_triton(backend: str, tensor: Tensor, served: str | None = None) -> str:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.kernels.backend import on_device
+
 
 @dataclass(frozen=True, eq=False)
 class BlockIndex:
@@ -143,14 +145,14 @@ class BlockIndex:
         return cls(counts, offsets, indices, block_q, block_k, seq_q, seq_k)
 
     @staticmethod
-    def merge_heads(parts: Sequence[tuple[BlockIndex, Tensor]], heads: int) -> BlockIndex:
+    def merge_heads(parts: Sequence[tuple[BlockIndex, Sequence[int]]], heads: int) -> BlockIndex:
         """One index for all heads of a layer, so that mixed families need a single launch.
 
         Where some blocks vary in length all heads get starts, and as many blocks as the head that has most: those
         it lacks are empty.
 
         Args:
-            parts: (index, head_ids) pairs; `head_ids` int64 `[index.heads]` says which heads they are.
+            parts: (index, head_ids) pairs; `head_ids` are the numbers of its heads.
             heads: number of heads of the result; the head ids must cover each exactly once.
 
         Raises:
@@ -167,18 +169,18 @@ class BlockIndex:
                 raise ValueError(f"(block_q, block_k, seq_q, seq_k) must agree, got {shape} and {got}")
             if index.batch not in (1, batch):
                 raise ValueError(f"batches must be equal or 1, got {index.batch} and {batch}")
-            if head_ids.numel() != index.heads:
-                raise ValueError(f"head_ids must name {index.heads} heads, got {head_ids.numel()}")
-        order = torch.cat([head_ids.flatten() for _, head_ids in parts])
-        if sorted(order.tolist()) != list(range(heads)):
-            raise ValueError(f"head_ids must cover 0..{heads - 1} once each, got {sorted(order.tolist())}")
+            if len(head_ids) != index.heads:
+                raise ValueError(f"head_ids must name {index.heads} heads, got {len(head_ids)}")
+        order = [head for _, head_ids in parts for head in head_ids]
+        if sorted(order) != list(range(heads)):
+            raise ValueError(f"head_ids must cover 0..{heads - 1} once each, got {sorted(order)}")
         if any(index.varies for index, _ in parts):
             rows, cols = max(i.rows for i, _ in parts), max(i.cols for i, _ in parts)
             parts = [(index._with_blocks(rows, cols), head_ids) for index, head_ids in parts]
         bases = [0]
         for index, _ in parts:
             bases.append(bases[-1] + index.indices.numel())
-        places = order.argsort().to(first.counts.device)
+        places = on_device(tuple(sorted(range(heads), key=order.__getitem__)), first.counts.device)
         counts = torch.cat([i.counts.expand(batch, -1, -1) for i, _ in parts], dim=1)
         offsets = torch.cat(
             [i.offsets.expand(batch, -1, -1) + base for (i, _), base in zip(parts, bases, strict=False)],

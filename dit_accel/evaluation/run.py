@@ -167,7 +167,7 @@ def _complete(
 
 
 def _is_dense(plan: AccelPlan) -> bool:
-    return all(candidate.is_dense for candidate in plan.candidates)
+    return all(plan.candidates[number].is_dense for number in plan.choice.unique().tolist())
 
 
 def _fingerprint(*parts: Any) -> str:

@@ -84,8 +84,11 @@ def plan_variant(plan: AccelPlan, name: str) -> Variant:
     ]
     if plan.cache is not None:
         content.append(plan.cache.to_dict())
-    choice = plan.choice.contiguous().numpy().tobytes()
-    digest = hashlib.sha256(json.dumps(content).encode() + choice).hexdigest()
+    # The guard compares with what the calibration measured.
+    tensors = [
+        tensor.contiguous().numpy().tobytes() for tensor in (plan.choice, plan.rel_l2) if tensor is not None
+    ]
+    digest = hashlib.sha256(b"".join([json.dumps(content).encode(), *tensors])).hexdigest()
     return Variant(name, apply, plan, f"{name} {digest}")
 
 

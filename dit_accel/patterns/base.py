@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -146,6 +146,7 @@ class Selection:
             ordered token.
         grid: the token grid.
         order_name: what the grid calls this order; None if it comes from the data.
+        share: the density as a number on the device, from a family that knows it without counting its lists.
     """
 
     index: BlockIndex
@@ -153,6 +154,11 @@ class Selection:
     key_order: Tensor
     grid: TokenGrid
     order_name: str | None
+    share: Tensor | None = None
+
+    def kept_share(self) -> Tensor:
+        """The density as a float64 number on the device, for which the host does not wait."""
+        return self.index.kept_share() if self.share is None else self.share
 
     @property
     def in_model_order(self) -> bool:
@@ -200,11 +206,15 @@ def lists_of(space: BlockSpace, mask: Tensor, heads: int, longest: int | None = 
     tokens = space.grid.total_tokens
     # Only a GPU runs ahead of the host; on a CPU lists without gaps are faster.
     room = longest if mask.device.type == "cuda" else None
-    index = BlockIndex.from_mask(mask, space.block, space.block, tokens, tokens, room=room)
+    return for_heads(BlockIndex.from_mask(mask, space.block, space.block, tokens, tokens, room=room), heads)
+
+
+def for_heads(index: BlockIndex, heads: int) -> BlockIndex:
+    """Lists of equal blocks with those of one head for all."""
     if index.heads == heads:
         return index
     counts, offsets = (part.expand(-1, heads, -1).contiguous() for part in (index.counts, index.offsets))
-    return BlockIndex(counts, offsets, index.indices, space.block, space.block, tokens, tokens)
+    return replace(index, counts=counts, offsets=offsets)
 
 
 def keep_best(scores: Tensor, kept: int) -> Tensor:

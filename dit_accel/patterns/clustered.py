@@ -73,6 +73,10 @@ def _arrange(
         enough = (mass.cumsum(-1) - mass < top_p).sum(-1).clamp(min=math.ceil(least * key_clusters))
         keep = torch.minimum(keep, enough)
     keep = keep.clamp(min=1)
+    read = sizes.cumsum(-1).gather(-1, keep[..., None] - 1)[..., 0] + grid.text_tokens
+    # Counting the lists' blocks, which vary in length, would take a mask of them.
+    by_text = grid.text_tokens / grid.total_tokens
+    share = (q.sizes * read).double().sum(-1).mean() / grid.total_tokens**2 + by_text
 
     text = -(-grid.text_tokens // block)
     rows, cols = query_clusters + text, key_clusters + text
@@ -86,7 +90,7 @@ def _arrange(
     index = BlockIndex(
         lists.counts, lists.offsets, lists.indices, block, block, seq, seq, query_starts, key_starts
     )
-    return Selection(index, query_order, key_order, grid, None)
+    return Selection(index, query_order, key_order, grid, None, share)
 
 
 def cluster_numbers(tokens: int, query_clusters: int, key_clusters: int) -> tuple[int, int]:

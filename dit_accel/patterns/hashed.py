@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
-from dit_accel.patterns.base import BlockSpace, Family, Memory, Selection
+from dit_accel.patterns.base import BlockSpace, Family, Memory, Selection, for_heads, lists_of
 
 
 def _arrange(
@@ -37,15 +37,20 @@ def _arrange(
     query_order, key_order = (
         _sorted_by_hash(grid, x[:, grid.video_slice].float(), normals) for x in (query, key)
     )
-    kept = space.kept(density)
-    rows = torch.arange(space.blocks, device=query.device)
-    first = (rows - kept // 2).clamp(0, max(space.video_blocks - kept, 0))[:, None]
-    mask = (rows >= first) & (rows < first + kept)
-    mask[space.video_blocks :] = True
-    mask[:, space.video_blocks :] = True
-    seq, shape = grid.total_tokens, (1, query.shape[2], -1, -1)
-    index = BlockIndex.from_mask(mask.expand(shape), block, block, seq, seq, room=space.blocks)
-    return Selection(index, query_order, key_order, grid, None)
+    return Selection(for_heads(_band(space, density), query.shape[2]), query_order, key_order, grid, None)
+
+
+@functools.lru_cache(maxsize=128)
+def _band(space: BlockSpace, density: float) -> BlockIndex:
+    """Lists of one head."""
+    with torch.inference_mode(False):
+        kept = space.kept(density)
+        rows = torch.arange(space.blocks, device=space.device)
+        first = (rows - kept // 2).clamp(0, max(space.video_blocks - kept, 0))[:, None]
+        mask = (rows >= first) & (rows < first + kept)
+        mask[space.video_blocks :] = True
+        mask[:, space.video_blocks :] = True
+        return lists_of(space, mask[None, None], 1)
 
 
 # A copy to the device would have the host wait.

@@ -17,7 +17,16 @@ from torch import Tensor
 from dit_accel.grid import AXIS_ORDERS, TokenGrid
 from dit_accel.kernels import BlockIndex
 from dit_accel.patterns.bands import BANDS
-from dit_accel.patterns.base import BlockSpace, Family, Memory, Selection, everything, lists_of, with_text
+from dit_accel.patterns.base import (
+    BlockSpace,
+    Family,
+    Memory,
+    Selection,
+    everything,
+    for_heads,
+    lists_of,
+    with_text,
+)
 from dit_accel.patterns.samples import sampled_rows
 
 
@@ -43,7 +52,8 @@ def _arrange(
     names = order_names(orders)
     device, heads = query.device, query.shape[2]
     space = BlockSpace(grid, names[0], block, device)
-    mask, index = _band(space, density, heads, -(-sink * grid.height * grid.width // block))
+    mask, lists = _band(space, density, -(-sink * grid.height * grid.width // block))
+    index = for_heads(lists, heads)
     places = torch.stack([grid.order(name, device) for name in names])
     if len(names) == 1 or not space.video_blocks:
         return Selection(index, places[:1], places[:1], grid, names[0])
@@ -65,14 +75,14 @@ def _arrange(
 
 
 # Blocks are numbered in the order they are in, so that one band serves all orders.
-@functools.lru_cache(maxsize=32)
-def _band(space: BlockSpace, density: float, heads: int, sinks: int) -> tuple[Tensor, BlockIndex]:
-    """Mask `[blocks, blocks]` and lists of the band, text included."""
+@functools.lru_cache(maxsize=128)
+def _band(space: BlockSpace, density: float, sinks: int) -> tuple[Tensor, BlockIndex]:
+    """Mask `[blocks, blocks]` and lists of one head of the band, text included."""
     with torch.inference_mode(False):
         mask = everything(space)
         if space.video_blocks:
             mask = with_text(space, BANDS.choose(space, space.kept(density), sinks=sinks)[None, None])
-        return mask[0, 0], lists_of(space, mask, heads)
+        return mask[0, 0], lists_of(space, mask, 1)
 
 
 def order_names(orders: str) -> list[str]:

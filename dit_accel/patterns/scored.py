@@ -71,7 +71,7 @@ def _family(name: str, score: Score, **options: Option) -> Family:
         if not guard:
             return _best(mass, kept, top_p)
         trusted_q, trusted_k = (_self_similarity(space, x) >= guard for x in (query, key))
-        mass *= trusted_k[:, :, None]
+        mass.clamp_(min=0).mul_(trusted_k[:, :, None])  # squares that were not looked into have a mass of -1
         mass /= mass.sum(-1, keepdim=True).clamp(min=TINY)
         return _best(mass, kept, top_p) | ~trusted_k[:, :, None] | ~trusted_q[..., None]
 

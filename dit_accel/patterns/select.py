@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from dit_accel.patterns.base import (
     Option,
     Selection,
     everything,
+    for_heads,
     lists_of,
     with_text,
 )
@@ -108,8 +110,9 @@ def select(
     if len(numbers) != query.shape[2]:
         raise ValueError(f"heads: expected {query.shape[2]} numbers, one for each head, got {len(numbers)}")
     if family.static:
-        which = numbers if family.per_head else len(numbers)
-        return _static_selection(name, tuple(chosen.items()), grid, density, block, which, query.device)
+        which = numbers if family.per_head else None
+        found = _static_selection(name, tuple(chosen.items()), grid, density, block, which, query.device)
+        return replace(found, index=for_heads(found.index, len(numbers)))
     if family.reads_values:
         if value is None or value.shape[:3] != key.shape[:3]:
             got = None if value is None else tuple(value.shape)
@@ -173,7 +176,7 @@ def _chosen(
     return Selection(index, order, key_order, grid, order_name)
 
 
-# A grid and all it depends on is in the key; a mask of one head serves all, its lists are shared.
+# A grid and all it depends on is in the key; a mask of one head serves all.
 @functools.lru_cache(maxsize=128)
 def _static_selection(
     name: str,
@@ -181,19 +184,18 @@ def _static_selection(
     grid: TokenGrid,
     density: float,
     block: int,
-    heads: int | tuple[int, ...],
+    numbers: tuple[int, ...] | None,
     device: torch.device,
 ) -> Selection:
-    """`heads`: how many, or their numbers if the family's choice depends on them."""
+    """`numbers`: of the heads if the family's choice depends on them; else the lists are those of one head."""
     family, chosen = FAMILIES[name], dict(options)
     with torch.inference_mode(False):
         space = BlockSpace(grid, str(chosen.pop("order", "frame")), block, device)
         mask = everything(space)
-        numbers = {}
-        if isinstance(heads, tuple):
-            numbers, heads = {"heads": heads}, len(heads)
         if space.video_blocks:
-            mask = family.choose(space, space.kept(density), **numbers, **chosen)
+            mask = family.choose(
+                space, space.kept(density), **({} if numbers is None else {"heads": numbers}), **chosen
+            )
             mask = with_text(space, mask[(None,) * (4 - mask.ndim)], family.reads_text)
         order = space.order[None]
-        return Selection(lists_of(space, mask, heads), order, order, grid, space.order_name)
+        return Selection(lists_of(space, mask, mask.shape[1]), order, order, grid, space.order_name)

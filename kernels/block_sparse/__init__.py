@@ -4,6 +4,7 @@ from dit_accel.kernels.block_sparse.api import (
     available_precisions,
     block_sparse_attention,
     resolve_backend,
+    resolve_precision,
 )
 
-__all__ = ["available_precisions", "block_sparse_attention", "resolve_backend"]
+__all__ = ["available_precisions", "block_sparse_attention", "resolve_backend", "resolve_precision"]

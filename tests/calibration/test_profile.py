@@ -202,14 +202,15 @@ def test_precisions_are_tried_where_the_device_has_them():
     assert len(set(on_gpu)) == len(on_gpu) == len({c.label for c in on_gpu})
 
 
+@pytest.mark.parametrize("flatness", [1.0, 0.15], ids=["peaked", "flat"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all-real", "key-mask"])
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
 @pytest.mark.parametrize(("grid", "batch", "heads", "block"), GRIDS)
 def test_the_error_of_a_precision_is_that_of_the_kernel_s_definition(
-    grid, batch, heads, block, precision, masked
+    grid, batch, heads, block, precision, masked, flatness
 ):
     query, key, value = tensors(grid, batch, heads)
-    key = key + 3.0  # a large mean, which the kernel takes out
+    query, key = flatness * query, key + 3.0  # a large mean, which the kernel takes out
     key_mask, real = None, torch.ones(batch, grid.total_tokens, dtype=torch.bool)
     if masked:
         real[-1, grid.total_tokens - 3 :] = False

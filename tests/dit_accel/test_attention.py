@@ -155,8 +155,8 @@ def test_every_head_has_its_own_precision(grid: TokenGrid, row: list[int], preci
         replace(CANDIDATES[number], precision=precision)
         for number, precision in zip(row, precisions, strict=True)
     )
-    cache: dict = {}
-    for _ in range(2):  # chosen anew, then from what a cache kept
+    launches: dict = {}
+    for _ in range(2):  # chosen anew, then from the launches kept
         output, density = attend(
             query,
             key,
@@ -166,7 +166,7 @@ def test_every_head_has_its_own_precision(grid: TokenGrid, row: list[int], preci
             range(len(row)),
             block=BLOCK,
             backend="reference",
-            cache=cache,
+            launches=launches,
         )
         kept = []
         for head in range(3):
@@ -204,17 +204,24 @@ def test_head_layout_of_the_inputs_does_not_matter() -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
 
 
-def test_cache_serves_static_rows_and_keeps_grids_apart() -> None:
-    cache: dict = {}
+def test_launches_of_static_rows_are_kept_layer_by_layer_until_the_row_changes() -> None:
+    launches: dict = {}
     for grid in (TokenGrid(3, 4, 10), TokenGrid(10, 4, 3)):
         query, key, value = inputs(grid)
         for row in ([2, 3, 4], [4, 3, 2]):
             plain, _ = attend(query, key, value, grid, CANDIDATES, row, block=BLOCK)
             for _ in range(2):
-                again, density = attend(query, key, value, grid, CANDIDATES, row, block=BLOCK, cache=cache)
+                again, density = attend(
+                    query, key, value, grid, CANDIDATES, row, block=BLOCK, layer=3, launches=launches
+                )
                 assert torch.equal(again, plain)
                 assert 0.1 < density < 0.4
-    assert len(cache) == 4
+            assert len(launches) == 1
+    kept = dict(launches)
+    attend(query, key, value, grid, CANDIDATES, [2, 2, 4], block=BLOCK, layer=4, launches=launches)
+    assert len(launches) == 2
+    attend(query, key, value, grid, CANDIDATES, [4, 3, 2], block=BLOCK, layer=3, launches=launches)
+    assert launches[3, (0, 1, 2)] is kept[3, (0, 1, 2)]
 
 
 def test_a_layer_s_choice_is_reused_as_asked_and_kept_apart_from_other_layers() -> None:
@@ -243,14 +250,14 @@ def test_a_layer_s_choice_is_reused_as_asked_and_kept_apart_from_other_layers() 
         torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
 
 
-def test_cache_never_holds_a_dynamic_choice() -> None:
-    grid, cache = TokenGrid(5, 7, 9), {}
+def test_launches_never_hold_a_dynamic_choice() -> None:
+    grid, launches = TokenGrid(5, 7, 9), {}
     query, key, value = inputs(grid)
     for q in (query, -query):
-        output, _ = attend(q, key, value, grid, CANDIDATES, [6, 2, 5], block=BLOCK, cache=cache)
+        output, _ = attend(q, key, value, grid, CANDIDATES, [6, 2, 5], block=BLOCK, launches=launches)
         expected = sdpa(q, key, value, row_mask(q, key, grid, [6, 2, 5]))
         torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
-    assert not cache
+    assert not launches
 
 
 @pytest.mark.parametrize(

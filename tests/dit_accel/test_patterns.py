@@ -363,7 +363,10 @@ def test_static_families_are_made_once_per_grid_options_and_heads(name: str) -> 
     one, other = TokenGrid(4, 6, 10), TokenGrid(6, 10, 4)
     first = chosen(name, one, 0.3, order="space")
     second = chosen(name, other, 0.3, order="space")
-    assert chosen(name, one, 0.3, order="space") is first
+    again = chosen(name, one, 0.3, order="space")
+    assert again.index.indices is first.index.indices
+    one_head = select(name, *tokens(one, heads=1), one, density=0.3, block=BLOCK, order="space")
+    assert one_head.index.indices is first.index.indices  # one head's lists serve all
     assert first.grid == one
     assert second.grid == other
     assert not torch.equal(first.mask(), second.mask())

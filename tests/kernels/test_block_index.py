@@ -64,7 +64,7 @@ def test_merge_heads_puts_every_head_in_its_place():
     dense = BlockIndex.dense(1, 2, 64, 64, 333, 517)
     ragged = BlockIndex.from_mask(random_mask(1, 2, 3, 333, 517, 64, 64), 64, 64, 333, 517)
     empty = BlockIndex.from_mask(torch.zeros(1, 1, 6, 9, dtype=torch.bool), 64, 64, 333, 517)
-    ids = [torch.tensor([4, 1]), torch.tensor([5, 0, 2]), torch.tensor([3])]
+    ids = [[4, 1], [5, 0, 2], [3]]
     merged = BlockIndex.merge_heads(list(zip([dense, ragged, empty], ids, strict=True)), heads=6)
     assert merged.batch == 2
     for part, members in zip([dense, ragged, empty], ids, strict=True):
@@ -93,7 +93,7 @@ def test_merge_heads_joins_equal_and_varying_blocks(random_starts):
     equal = BlockIndex.from_mask(random_mask(1, 1, 2, 333, 517, 64, 64), 64, 64, 333, 517)
     starts = random_starts(2, 3, 333, 4), random_starts(2, 3, 517, 20)
     varying = BlockIndex.from_mask(torch.rand(2, 3, 4, 20) < 0.5, 64, 64, 333, 517, *starts)
-    ids = [torch.tensor([4, 1]), torch.tensor([3, 0, 2])]
+    ids = [[4, 1], [3, 0, 2]]
     merged = BlockIndex.merge_heads(list(zip([equal, varying], ids, strict=True)), heads=5)
     assert (merged.rows, merged.cols) == (6, 20)
     for part, members in zip([equal, varying], ids, strict=True):
@@ -161,6 +161,6 @@ def test_fields_are_checked(change, message):
     ],
 )
 def test_merge_heads_refuses(parts, message):
-    built = [(BlockIndex.dense(*shape, 100, 100), torch.tensor(ids)) for shape, ids in parts]
+    built = [(BlockIndex.dense(*shape, 100, 100), ids) for shape, ids in parts]
     with pytest.raises(ValueError, match=message):
         BlockIndex.merge_heads(built, heads=2)
