@@ -233,7 +233,6 @@ class _Solver:
 
     def fit(self, history: _History, step: int, action: int) -> _Fit:
         """Forecasts of the branches from number `action` on."""
-        # What happened to the second branch is told apart only where it matters.
         key = history, step, action
         if key not in self._fits:
             self._fits[key] = self._solve(history, step, action)

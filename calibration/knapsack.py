@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_accel.calibration.tables import Tables
 
 _LOG_MULTIPLIERS = (-30.0, 30.0)  # natural log, around the table's own scale
-_BISECTIONS = 40
+_BISECTIONS = 28
 
 
 def choose(tables: Tables, multiplier: float) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from dit_accel.calibration.knapsack import bracket, choose, mean_density, total_
 from dit_accel.calibration.schedule import step_weights
 from dit_accel.calibration.tables import Tables
 
+_FEWEST_STEPS = 4  # of a generation that a schedule can leave any out of
 _WARM_UP = 0.2  # share of the steps, at least two, that every schedule computes: prompts differ most there
 
 
@@ -97,13 +99,17 @@ def most_faithful(offers: Sequence[Offer]) -> Pick:
     return pick(offers, bracket(offers[0].tables, lambda m: pick(offers, m).error == 0.0)[0])
 
 
-def frontier(offers: Sequence[Offer], points: int = 24) -> list[Pick]:
-    """Plans from the fastest to dense: the best of evenly spaced errors in logarithm, five decades down."""
+def frontier(offers: Sequence[Offer], points: int = 48) -> list[Pick]:
+    """Plans from the fastest to one of a 100,000th of its error, at multipliers evenly spaced in logarithm."""
     fastest = pick(offers, 0.0)
     picks = [fastest]
     if fastest.error > 0:
-        steps = torch.linspace(0, -5, points, dtype=torch.float64).tolist()
-        picks += [pick_for_error(offers, fastest.error * 10**step) for step in steps]
+        of_fastest, of_faithful = (
+            bracket(offers[0].tables, lambda m, error=error: pick(offers, m).error <= error)[1]
+            for error in (0.9 * fastest.error, 1e-5 * fastest.error)
+        )
+        spaced = torch.linspace(math.log(of_fastest), math.log(of_faithful), points, dtype=torch.float64)
+        picks += [pick(offers, math.exp(multiplier)) for multiplier in spaced.tolist()]
     found: list[Pick] = []
     for one in sorted(picks, key=lambda one: (one.cost, one.error)):
         # Sums of equal latencies differ in their last digits.
@@ -128,12 +134,12 @@ def offers_of(
 
     Args:
         tables: with every step computed.
-        products: of the dense generations; None offers no schedules.
+        products: of the dense generations; none, or fewer than 4 steps, offer no schedules.
         bounds, progress: see `schedule`.
         forward_ms: milliseconds of one dense forward.
     """
     offers = [Offer(None, tables)]
-    if products is None:
+    if products is None or products.steps < _FEWEST_STEPS:
         return offers
     steps, branches = products.steps, len(products.branches)
     weights = torch.tensor(step_weights(progress), dtype=torch.float64)

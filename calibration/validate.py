@@ -101,11 +101,10 @@ class Validation:
         best: _Tried | None = None
         for _ in range(_SPEED_TRIALS):
             found = pick_for_cost(self._offers, 1000 * (dense / wanted - besides) + 1e-6 * dense)
-            if found.error == 0.0:
-                self._stages.skip(_SPEED_TRIALS - len(self._tried))
-                self._met = wanted == 1.0
+            if found.error == 0.0 and wanted == 1.0:
+                self._stages.skip(_SPEED_TRIALS)
                 return found
-            if any(found.name == tried.pick.name for tried in self._tried):
+            if any(found.name == tried.pick.name for tried in self._tried) or (best and found.error == 0.0):
                 break
             run = self._accelerated(found, 0)
             tried, speedup = self._tried[-1], dense / run.seconds

@@ -373,7 +373,7 @@ def _parsed(file: str, field: str, parse: Callable[[Any], Any], value: Any) -> A
     """Parse a JSON value; what goes wrong is a PlanError that names the field."""
     try:
         return parse(value)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise PlanError(file, field, "a valid entry", f"{value!r} ({error})") from error
 
 

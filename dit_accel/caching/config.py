@@ -90,7 +90,13 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
-        """Build a schedule from what `to_dict` gave."""
+        """Build a schedule from what `to_dict` gave.
+
+        Raises:
+            ValueError: keys that are missing or too many, or values that make no schedule.
+        """
+        if set(values) != {"steps", "forecasts"}:
+            raise ValueError(f"schedule: expected the keys forecasts and steps, got {sorted(values)}")
         forecasts = {
             branch: {int(step): tuple(Term(*term) for term in terms) for step, terms in steps.items()}
             for branch, steps in values["forecasts"].items()
@@ -188,15 +194,6 @@ class CacheConfig:
         if (self.schedule is not None) != (self.gate == "schedule"):
             expected = "a Schedule" if self.gate == "schedule" else "none"
             raise ValueError(f"schedule: expected {expected} for gate {self.gate!r}, got {self.schedule!r}")
-
-    @property
-    def kept(self) -> int:
-        """Computed values that a forecast needs at most, per guidance branch."""
-        if self.schedule is not None:
-            return max(
-                (len(terms) for s in self.schedule.forecasts.values() for terms in s.values()), default=1
-            )
-        return self.order + 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON values, those at their default left out."""

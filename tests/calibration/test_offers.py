@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 
 import pytest
 import torch
@@ -226,11 +225,41 @@ class TestOffers:
                 expected += weights[step] * float(guided / size)
             assert offer.error == pytest.approx(expected, rel=1e-6)
 
-    def test_the_first_fifth_is_computed(self):
-        _, offers = self.offers()
-        skipped = [s for o in offers[1:] for steps in o.cache.schedule.forecasts.values() for s in steps]
-        assert min(skipped) >= 2
-        assert math.isclose(max(skipped), 10)
+    @pytest.mark.parametrize(("steps", "first"), [(12, 2), (24, 5)])
+    def test_the_first_fifth_is_computed(self, steps, first):
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.linspace(1, 2, steps, dtype=torch.float64)[:, None] * torch.randn(
+            300, generator=generator, dtype=torch.float64
+        )
+        rows = torch.cat([rows, rows])  # latents alike
+        t = dataclasses.replace(tables(), calls=torch.tensor([4.0, steps - 4.0], dtype=torch.float64))
+        made = offers_of(
+            t,
+            StepProducts(("",), steps, rows @ rows.T / 300),
+            bounds=(0, 4, steps),
+            progress=tuple(step / steps for step in range(steps)),
+            guidance_scale=1.0,
+            forward_ms=10.0,
+        )
+        skipped = [
+            s for o in made[1:] for of_branch in o.cache.schedule.forecasts.values() for s in of_branch
+        ]
+        assert min(skipped) == first
+        assert max(skipped) == steps - 2
+
+    @pytest.mark.parametrize("steps", [1, 2, 3])
+    def test_few_steps_have_no_schedules(self, steps):
+        rows = torch.eye(3 * steps, dtype=torch.float64)
+        progress = tuple(step / steps for step in range(steps))
+        made = offers_of(
+            tables(ranges=1),
+            StepProducts(("cond", "uncond"), steps, rows),
+            bounds=(0, steps),
+            progress=progress,
+            guidance_scale=4.0,
+            forward_ms=1.0,
+        )
+        assert [offer.cache for offer in made] == [None]
 
     def test_no_products_no_schedules(self):
         t = tables()
