@@ -1,7 +1,7 @@
 """Train the demo model from nothing: first the VAE, then text encoder and transformer on growing canvases.
 
-    python examples/train_demo_model.py --recipe quick --output my_demo   # two cores, 90 minutes
-    python examples/train_demo_model.py --recipe cpu --output my_demo     # two cores, an afternoon
+    python examples/train_demo_model.py --recipe quick --output my_demo   # two cores, three hours
+    python examples/train_demo_model.py --recipe cpu --output my_demo     # two cores, ten hours
     python examples/train_demo_model.py --recipe gpu --output my_demo     # one data-centre GPU, 15 minutes
 
 Data is drawn procedurally and never ends; ``--seed`` fixes it. A killed run continues from its last checkpoint. The
@@ -66,19 +66,17 @@ RECIPES = {
     "quick": Recipe(
         vae=(Phase(600, 3, 5, 64, 64, 1, 4e-3), Phase(60, 2, 17, 64, 64, 1, 6e-4)),
         transformer=(
-            Phase(1000, 6, 5, 128, 128, 1, 1.2e-3),
-            Phase(200, 3, 9, 160, 192, 2, 1e-3),
-            Phase(250, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=4),
-            Phase(50, 1, 33, 160, 192, 2, 6e-4, latent_frames=9, repeats=2),
+            Phase(600, 4, 33, 128, 128, 2, 1e-3, latent_frames=2, repeats=4),
+            Phase(640, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=4),
+            Phase(60, 1, 33, 160, 192, 2, 6e-4, latent_frames=9, repeats=2),
             Phase(20, 1, 33, 160, 192, 2, 5e-4),
         ),
     ),
     "cpu": Recipe(
         vae=(Phase(1500, 3, 5, 64, 64, 1, 4e-3), Phase(150, 2, 17, 64, 64, 1, 6e-4)),
         transformer=(
-            Phase(4000, 6, 5, 128, 128, 1, 1.2e-3),
-            Phase(600, 3, 9, 160, 192, 2, 1e-3),
-            Phase(1000, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=4),
+            Phase(2500, 4, 33, 128, 128, 2, 1e-3, latent_frames=2, repeats=4),
+            Phase(2500, 2, 33, 160, 192, 2, 1e-3, latent_frames=4, repeats=4),
             Phase(100, 1, 33, 160, 192, 2, 6e-4, latent_frames=9, repeats=2),
             Phase(40, 1, 33, 160, 192, 2, 5e-4),
         ),
