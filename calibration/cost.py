@@ -21,10 +21,15 @@ _CANDIDATES_PER_REFERENCE = 12
 
 @dataclass(frozen=True, eq=False)
 class Latency:
-    """Milliseconds per head: each candidate's in the sparse launch (float64), `plain` the original path's."""
+    """Milliseconds.
+
+    candidates: float64, of a head in the sparse launch, by candidate; plain: of a head on the original path; split:
+    what a layer takes longer if its heads need a second launch, for another precision.
+    """
 
     candidates: Tensor
     plain: float
+    split: float = 0.0
 
 
 def measure_latency(
@@ -59,20 +64,20 @@ def measure_latency(
         call()
         return now(query.device) - start
 
-    def sparse(number: int) -> Callable[[], object]:
+    def sparse(row: list[int], kept: dict[Any, Any]) -> Callable[[], object]:
         return lambda: attend(
             query,
             key,
             value,
             grid,
             fresh,
-            [number],
+            row,
             block=block,
             key_mask=key_mask,
             backend=backend,
             layer=0,
-            cache=caches[number],
-            launches=caches[number],
+            cache=kept,
+            launches=kept,
         )
 
     fresh = [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in candidates]
@@ -83,14 +88,31 @@ def measure_latency(
         for number in range(len(candidates)):
             if number % _CANDIDATES_PER_REFERENCE == 0:
                 reference = seconds(lambda: original(query, key, value))
-            taken = seconds(sparse(number))
+            taken = seconds(sparse([number], caches[number]))
             if round_number > 0:
                 references.append(reference)
                 relative[number].append(taken / reference)
             if on_call is not None:
                 on_call()
     plain = 1000 * median(references) / heads
-    return Latency(torch.tensor([plain * median(ratios) for ratios in relative], dtype=torch.float64), plain)
+    found = torch.tensor([plain * median(ratios) for ratios in relative], dtype=torch.float64)
+    pair = _in_two_precisions(candidates)
+    if pair is None or heads < 2:
+        return Latency(found, plain)
+    row, kept = [pair[head % 2] for head in range(heads)], {}
+    calls = [seconds(sparse(row, kept)) for _ in range(_ROUNDS + 1)][1:]
+    alone = float(found[row].sum())
+    return Latency(found, plain, max(0.0, 1000 * median(calls) - alone))
+
+
+def _in_two_precisions(candidates: Sequence[Candidate]) -> tuple[int, int] | None:
+    """Numbers of two candidates that differ in precision alone and leave something out, None if there are none."""
+    native = {c: number for number, c in enumerate(candidates) if c.precision == "native"}
+    for number, candidate in enumerate(candidates):
+        twin = replace(candidate, precision="native")
+        if candidate.precision != "native" and candidate.family != "dense" and twin in native:
+            return native[twin], number
+    return None
 
 
 def latency_calls(candidates: Sequence[Candidate]) -> int:

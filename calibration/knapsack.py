@@ -7,6 +7,7 @@ splits into one small minimum per layer call; `multiplier` is the single dial be
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,30 +25,67 @@ def choose(tables: Tables, multiplier: float) -> Tensor:
     """The exact minimiser of cost + multiplier * error, int16 `[ranges, layers, heads]`.
 
     A layer whose heads are all dense costs `plain_cost`; one dense head among others is one more list in the
-    sparse launch and costs `cost[:, dense]`.
+    sparse launch and costs `cost[:, dense]`. Each launch beyond the first, one per precision, costs `split_ms` a call.
     """
     ranges, _, heads, _ = tables.error.shape
     objective = tables.cost.view(ranges, 1, 1, -1) + multiplier * tables.error
-    sparse = objective.clone()
-    sparse[..., tables.dense] = math.inf
-    best_sparse, sparse_choice = sparse.min(-1)
-    choice = objective.argmin(-1)
-    value = objective.amin(-1)
-
-    # The launch exists only if some head is not dense: where all of them prefer dense, the cheapest convert
-    # is made.
-    all_dense = (choice == tables.dense).all(-1)
-    if heads and bool(all_dense.any()):
-        convert = (best_sparse - value).argmin(-1, keepdim=True)
-        forced = choice.scatter(-1, convert, sparse_choice.gather(-1, convert))
-        forced_value = value.scatter(-1, convert, best_sparse.gather(-1, convert))
-        choice = torch.where(all_dense[..., None], forced, choice)
-        value = torch.where(all_dense[..., None], forced_value, value)
-
+    launches = [
+        [n for n, own in enumerate(tables.launch) if own == launch] for launch in sorted(set(tables.launch))
+    ]
+    # The best of each launch's candidates, with and without dense: every set of launches chooses among these.
+    best = [_best(objective, members) for members in launches]
+    sparse = [_best(objective, [n for n in members if n != tables.dense]) for members in launches]
+    value, choice = None, None
+    for count in range(1, len(launches) + 1):
+        extra = (count - 1) * tables.split_ms * tables.calls.view(ranges, 1)
+        for chosen in itertools.combinations(range(len(launches)), count):
+            values, picks = _with_a_sparse_head(
+                _merged([best[n] for n in chosen]), _merged([sparse[n] for n in chosen]), tables.dense
+            )
+            values = values.sum(-1) + extra
+            if value is None or choice is None:
+                value, choice = values, picks
+            else:
+                better = values < value
+                value = torch.where(better, values, value)
+                choice = torch.where(better[..., None], picks, choice)
+    assert value is not None
+    assert choice is not None
     plain = heads * tables.plain_cost.view(ranges, 1) + multiplier * tables.error[..., tables.dense].sum(-1)
-    take_plain = plain <= value.sum(-1)
-    choice[take_plain] = tables.dense
+    choice = torch.where((plain <= value)[..., None], tables.dense, choice)
     return choice.to(torch.int16)
+
+
+# Value and number of a candidate, for each range, layer and head.
+_Best = tuple[Tensor, Tensor]
+
+
+def _best(objective: Tensor, members: list[int]) -> _Best:
+    if not members:
+        return torch.full_like(objective[..., 0], math.inf), torch.zeros_like(
+            objective[..., 0], dtype=torch.int64
+        )
+    value, place = objective[..., members].min(-1)
+    return value, torch.tensor(members)[place]
+
+
+def _merged(parts: list[_Best]) -> _Best:
+    value, place = torch.stack([value for value, _ in parts], dim=-1).min(-1)
+    return value, torch.stack([number for _, number in parts], dim=-1).gather(-1, place[..., None])[..., 0]
+
+
+def _with_a_sparse_head(best: _Best, sparse: _Best, dense: int) -> _Best:
+    """The launch exists only if some head is not dense: where all prefer dense, the cheapest convert is made."""
+    value, choice = best
+    all_dense = (choice == dense).all(-1)
+    if not choice.shape[-1] or not all_dense.any():
+        return best
+    convert = (sparse[0] - value).argmin(-1, keepdim=True)
+    forced = choice.scatter(-1, convert, sparse[1].gather(-1, convert))
+    forced_value = value.scatter(-1, convert, sparse[0].gather(-1, convert))
+    return torch.where(all_dense[..., None], forced_value, value), torch.where(
+        all_dense[..., None], forced, choice
+    )
 
 
 def total_error(tables: Tables, choice: Tensor) -> float:
@@ -70,6 +108,9 @@ def range_cost(tables: Tables, choice: Tensor) -> list[float]:
     ranges, layers, heads = choice.shape
     per_head = tables.cost.view(ranges, 1, 1, -1).expand(ranges, layers, heads, -1)
     mixed = per_head.gather(-1, choice.long()[..., None])[..., 0].sum(-1)
+    launch = torch.tensor(tables.launch)[choice.long()]
+    launches = torch.stack([(launch == own).any(-1) for own in set(tables.launch)]).sum(0)
+    mixed = mixed + (launches - 1) * tables.split_ms * tables.calls.view(ranges, 1)
     plain = heads * tables.plain_cost.view(ranges, 1).expand(ranges, layers)
     return torch.where((choice == tables.dense).all(-1), plain, mixed).sum(-1).tolist()
 
@@ -92,7 +133,7 @@ def choose_density(tables: Tables, density: float) -> Tensor:
     Plans change in jumps, so the two sides of the jump across `density` are compared.
     """
     cost = tables.calls[:, None] * tables.density
-    by_density = replace(tables, cost=cost, plain_cost=cost[:, tables.dense])
+    by_density = replace(tables, cost=cost, plain_cost=cost[:, tables.dense], split_ms=0.0)
     sides = bracket(by_density, lambda m: mean_density(tables, choose(by_density, m)) >= density)
     plans = [choose(by_density, multiplier) for multiplier in sides]
     return min(plans, key=lambda choice: abs(mean_density(tables, choice) - density))

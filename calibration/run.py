@@ -26,6 +26,7 @@ from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_n
 from dit_accel.evaluation.generate import quiet
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import machine, weights_digest
+from dit_accel.kernels import PRECISIONS
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, config_hash_of
 
@@ -137,6 +138,7 @@ def calibrate(
             [run.sums for run in runs],
             stages.latency(),
             dense=[candidate.is_dense for candidate in candidates].index(True),
+            launch=tuple(PRECISIONS.index(candidate.precision) for candidate in candidates),
             bounds=bounds,
             progress=runs[0].progress,
             guidance_scale=guidance_scale,

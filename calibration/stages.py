@@ -169,7 +169,7 @@ class Stages:
             raise RuntimeError(
                 "latencies are measured during the first profiled generation, which is still to come"
             )
-        return Latency(stage[0]["candidates"], stage[1]["plain"])
+        return Latency(stage[0]["candidates"], stage[1]["plain"], stage[1]["split"])
 
     def dense(self, name: str, prompt: str, seed: int) -> Generation:
         """A plain dense generation."""
@@ -262,5 +262,5 @@ class Stages:
                 key_mask=key_mask,
                 on_call=lambda: self._bar.update(share),
             )
-        values = {"plain": latency.plain, "seconds": now(query.device) - start}
+        values = {"plain": latency.plain, "split": latency.split, "seconds": now(query.device) - start}
         self._checkpoint.save("latency", {"candidates": latency.candidates}, values)

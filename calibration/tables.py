@@ -29,6 +29,8 @@ class Tables:
         density: float64 `[candidates]`, kept pairs / all pairs.
         calls: float64 `[ranges]`, attention calls of one layer in a range: the weight of a range in a mean.
         dense: index of the dense candidate.
+        launch: of each candidate the launch that it runs in: those of one precision share it. All the same if empty.
+        split_ms: milliseconds that each launch of a layer beyond its first takes, per call.
     """
 
     error: Tensor
@@ -37,6 +39,8 @@ class Tables:
     density: Tensor
     calls: Tensor
     dense: int
+    launch: tuple[int, ...] = ()
+    split_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if self.error.ndim != 4:
@@ -55,6 +59,10 @@ class Tables:
                 raise ValueError(f"{name} must be {list(shape)}, got {tuple(getattr(self, name).shape)}")
         if not 0 <= self.dense < candidates:
             raise ValueError(f"dense must be in 0..{candidates - 1}, got {self.dense}")
+        if not self.launch:
+            object.__setattr__(self, "launch", (0,) * candidates)
+        if len(self.launch) != candidates:
+            raise ValueError(f"launch must have {candidates} numbers, got {len(self.launch)}")
 
 
 class ProfileSums:
@@ -142,6 +150,7 @@ def build_profile(
     latency: Latency,
     *,
     dense: int,
+    launch: tuple[int, ...] = (),
     bounds: Sequence[int],
     progress: Sequence[float],
     guidance_scale: float,
@@ -155,6 +164,7 @@ def build_profile(
     Args:
         runs: of each prompt the sums by branch name; "cond" and "uncond" are the guided pair, other branches
             count alike.
+        launch: see `Tables`.
         bounds, progress: see `schedule`.
         downstream: errors are the measured relative squared changes of the prediction. Otherwise a head's error enters
             relative to the norm of its whole layer's output, which the layer's projection receives, and all layers
@@ -195,6 +205,8 @@ def build_profile(
             density=both.density.sum((0, 1)) / both.calls.sum(),
             calls=calls,
             dense=dense,
+            launch=launch,
+            split_ms=latency.split,
         ),
     )
 

@@ -12,6 +12,7 @@ from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
 from dit_accel.caching import StepCache
+from dit_accel.clock import Clock
 from dit_accel.grid import TokenGrid
 from dit_accel.guard import Guard, GuardMemory
 from dit_accel.pipelines import ModelFamily
@@ -112,9 +113,15 @@ class AccelState:
         """What the pattern families keep from step to step, of the running branch."""
         return self._branches[self.branch].cache
 
-    def begin(self, grid: TokenGrid | None, progress: float, branch: str = "") -> None:
-        """Enter a forward. A generation that ended, failed or was interrupted is forgotten."""
-        if self.running or self._finished or self._starts_over(progress, branch):
+    def begin(
+        self, grid: TokenGrid | None, progress: float, branch: str = "", new: bool | None = None
+    ) -> None:
+        """Enter a forward. A generation that ended, failed or was interrupted is forgotten.
+
+        Args:
+            new: whether another generation began since the last forward; None if nobody knows.
+        """
+        if self.running or self._finished or new or self._starts_over(progress, branch, new is None):
             self.reset()
         self.grid, self.progress, self.branch = grid, progress, branch
         position = self._branches.setdefault(branch, BranchState(progress, progress))
@@ -155,12 +162,12 @@ class AccelState:
         """Count one attention call over `pairs` query-key pairs."""
         self.stats += Stats(density * pairs, pairs, int(sparse), int(not sparse))
 
-    def _starts_over(self, progress: float, branch: str) -> bool:
+    def _starts_over(self, progress: float, branch: str, guess: bool) -> bool:
         position = self._branches.get(branch)
         if position is None:
             return False
-        # Some schedulers visit a timestep twice, but none the first one: that is a new generation.
-        return progress < position.progress or progress == position.first_progress
+        # Some schedulers visit a timestep twice, but hardly one the first: where nobody knows that is a new generation.
+        return progress < position.progress or (guess and progress == position.first_progress)
 
 
 class _BranchTracker(StateManager):
@@ -189,13 +196,14 @@ class AccelHook(ModelHook):
         state: AccelState,
         restore: Callable[[], None],
         steps: StepCache | None = None,
-        schedule: Callable[[], Sequence[float]] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__()
         self.state = state
         self.restore = restore
         self.steps = steps
-        self._schedule = schedule
+        self._clock = clock
+        self._generation: Tensor | None = None
         self.tracker = _BranchTracker()
         self._handles: list[Any] = []
 
@@ -203,7 +211,7 @@ class AccelHook(ModelHook):
         """Watch the forwards of the transformer; diffusers calls this on registration."""
         self._handles = [
             module.register_forward_pre_hook(self._begin, with_kwargs=True),
-            module.register_forward_hook(self._end),
+            module.register_forward_hook(self._end, always_call=True),
         ]
         return module
 
@@ -215,6 +223,8 @@ class AccelHook(ModelHook):
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Diffusers calls this when a pipeline is done with a generation."""
+        if self.steps is not None:
+            self.steps.release(self.state.memory)
         self.state.finish()
         return module
 
@@ -231,7 +241,11 @@ class AccelHook(ModelHook):
         grid = (
             None if state.all_dense and state.capture is None else state.family.read_grid(module, arguments)
         )
-        state.begin(grid, state.family.progress(arguments), self.tracker.branch)
+        new = None
+        if self._clock is not None:
+            before, self._generation = self._generation, self._clock.generation()
+            new = self._generation is not before
+        state.begin(grid, state.family.progress(arguments), self.tracker.branch, new)
         if self.steps is not None:
             other = other_cache(module)
             if other is not None:
@@ -239,21 +253,26 @@ class AccelHook(ModelHook):
                     f"{type(module).__name__}: expected no cache beside the plan's own, got {other}; disable it or "
                     "use a plan without one"
                 )
-            step, steps = self._place()
-            self.steps.begin(arguments["hidden_states"], step, steps, state.branch, state.memory)
+            assert self._clock is not None
+            self.steps.check(arguments)
+            step, steps = self._place(self._clock.progress())
+            shared = self._clock.memory
+            self.steps.begin(arguments["hidden_states"], step, steps, state.branch, state.memory, shared)
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if output is None:  # it raised; the state stays as it is, and the next forward sees that
+            if self.steps is not None:
+                self.steps.abandon()
+            return None
         self.state.end()
         return None if self.steps is None else self.steps.end(output)
 
-    def _place(self) -> tuple[int, int]:
+    def _place(self, progress: Sequence[float]) -> tuple[int, int]:
         """Number of the denoising step, and how many the generation has.
 
         Two experts share one generation, so steps are counted from where this transformer came in.
         """
-        assert self._schedule is not None
-        progress = self._schedule()
         state = self.state
         if state.forwards == 1:
             distance = [abs(p - state.progress) for p in progress]

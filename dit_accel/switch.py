@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +11,7 @@ from diffusers.hooks import HookRegistry
 from torch import nn
 
 from dit_accel.caching import StepCache
+from dit_accel.clock import Clock
 from dit_accel.guard import Guard
 from dit_accel.kernels.block_sparse.api import BACKENDS
 from dit_accel.pipelines import family_of
@@ -51,8 +51,9 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto", guard: bool | N
     if guard:
         Guard(plan)
     caches = [_step_cache(pipe, transformer, plan) for transformer in transformers]
+    clock = None if isinstance(pipe, nn.Module) else Clock(pipe)
     for transformer, steps in zip(transformers, caches, strict=True):
-        processors = _install(transformer, plan, backend, steps, lambda: _step_progress(pipe), guard)
+        processors = _install(transformer, plan, backend, steps, clock, guard)
         cast(Any, transformer).set_attn_processor(processors)
     return pipe
 
@@ -191,20 +192,12 @@ def _step_cache(pipe: Any, transformer: nn.Module, plan: AccelPlan) -> StepCache
     return StepCache(transformer, family_of(transformer), plan.cache)
 
 
-def _step_progress(pipe: Any) -> list[float]:
-    """Progress of every step of the running generation, see `ModelFamily.progress`."""
-    scheduler = pipe.scheduler
-    steps = getattr(pipe, "num_timesteps", None) or len(scheduler.timesteps)
-    timesteps = torch.as_tensor(scheduler.timesteps)[-steps:]
-    return (1.0 - timesteps.double() / scheduler.config.num_train_timesteps).tolist()
-
-
 def _install(
     transformer: nn.Module,
     plan: AccelPlan,
     backend: str,
     steps: StepCache | None = None,
-    schedule: Callable[[], Sequence[float]] | None = None,
+    clock: Clock | None = None,
     guard: bool | None = None,
 ) -> dict[str, Any]:
     """Hook a transformer that passed `_check`; return all its processors, those of the plan swapped."""
@@ -241,6 +234,6 @@ def _install(
             if type(module.processor) in classes.values():
                 cast(Any, module).set_processor(originals[f"{name}.processor"])
 
-    registry.register_hook(AccelHook(state, restore, steps, schedule), HOOK_NAME)
+    registry.register_hook(AccelHook(state, restore, steps, clock), HOOK_NAME)
     hooked_forward = transformer.forward
     return processors

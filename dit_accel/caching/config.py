@@ -122,8 +122,9 @@ class CacheConfig:
         order: degree of the polynomial in the step number through the last `order + 1` computed values; 0 repeats the
             last one.
         first_blocks, last_blocks: blocks that run at every step, before and after the skipped part.
-        warm_up, cool_down: steps computed at the start and at the end of a generation, at least 1 each.
-        max_skips: most steps skipped in a row.
+        warm_up, cool_down: steps computed at the start and at the end of a generation, at least 1 each; a schedule has
+            its own.
+        max_skips: most steps skipped in a row; a schedule has its own.
         min_steps: generations with fewer steps are left alone.
         gate_order: degree of the forecast of the head, gate "cg-taylor".
         polynomial: coefficients, highest power first, from the change of the signal to the change of the output, gate

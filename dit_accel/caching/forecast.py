@@ -45,10 +45,11 @@ class History:
         self.steps: list[int] = []
         self.values: list[tuple[Tensor, ...]] = []
 
-    def push(self, step: int, value: tuple[Tensor, ...]) -> None:
-        """Add the value of a step; the oldest goes when there are more than `length`."""
-        self.steps = [*self.steps, step][-self.length :]
-        self.values = [*self.values, value][-self.length :]
+    def push(self, step: int, value: tuple[Tensor, ...], *, instead: bool = False) -> None:
+        """Add the value of a step, or put it in the place of the newest; the oldest goes when there are too many."""
+        kept = len(self.steps) - 1 if instead else len(self.steps)
+        self.steps = [*self.steps[:kept], step][-self.length :]
+        self.values = [*self.values[:kept], value][-self.length :]
 
     def forecast(self, step: int) -> tuple[Tensor, ...]:
         """The values at a later step; the degree is what the history allows, at most `length` - 1."""

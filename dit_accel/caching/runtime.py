@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,18 @@ class _Generation:
     decisions: dict[int, bool] = field(default_factory=dict)
     deciders: dict[int, str] = field(default_factory=dict)
     skips_in_a_row: int = 0
-    outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    outputs: dict[tuple[str, int], Tensor] = field(
+        default_factory=dict
+    )  # shared with the pipeline's other expert
     histories: dict[str, History] = field(default_factory=dict)
+    stored: int = 0  # bytes of the outputs that this transformer added
+    bytes: int = 0  # most that were held at a time
+
+    def release(self, config: CacheConfig) -> None:
+        """Let go of all tensors."""
+        self.gate = gate_of(config)
+        self.outputs.clear()
+        self.histories.clear()
 
 
 @dataclass
@@ -57,7 +67,8 @@ class _Forward:
     branch: str
     latents: Tensor
     generation: _Generation
-    skip: bool | None  # None until the gate has seen its signal
+    decides: bool  # whether this branch's gate speaks for the step
+    skip: bool | None = None  # None until the gate has seen its signal
     signal: Tensor | None = None
     start: tuple[Tensor, Tensor | None] | None = None  # input of the part that may be skipped
     head_input: Tensor | None = None
@@ -105,8 +116,27 @@ class StepCache:
 
         return remove
 
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse a forward in which blocks cannot be skipped.
+
+        Raises:
+            ValueError: a ControlNet adds to the blocks by their number.
+        """
+        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+            if self.config.target == "blocks" and arguments.get(name) is not None:
+                raise ValueError(
+                    f"cache: expected no {name} for the target 'blocks', since they are added to blocks by number, got "
+                    "some; use a cache of the target 'output', for instance preset 'cg-taylor'"
+                )
+
     def begin(
-        self, latents: Tensor, step: int, steps: int, branch: str, memory: MutableMapping[str, Any]
+        self,
+        latents: Tensor,
+        step: int,
+        steps: int,
+        branch: str,
+        memory: MutableMapping[str, Any],
+        shared: MutableMapping[str, Any] | None = None,
     ) -> None:
         """Enter a forward.
 
@@ -115,12 +145,16 @@ class StepCache:
             step, steps: number of the denoising step, and how many there are.
             branch: of guidance.
             memory: kept for one generation, shared by its branches.
+            shared: like memory, of all transformers of a pipeline.
         """
         generation = memory.get("cache")
         if generation is None:
-            generation = memory["cache"] = _Generation(gate_of(self.config))
-        forward = _Forward(step, steps, branch, latents, generation, skip=None)
-        generation.deciders.setdefault(step, branch)
+            outputs = {} if shared is None else shared.setdefault("outputs", {})
+            generation = memory["cache"] = _Generation(gate_of(self.config), outputs=outputs)
+        decides = generation.deciders.setdefault(step, branch) == branch
+        forward = _Forward(step, steps, branch, latents, generation, decides)
+        if decides and GATES[self.config.gate] == "latents":
+            forward.signal = latents
         if self.config.schedule is not None:
             forward.skip = self._allowed(forward) and self.config.schedule.skips(branch, step, steps)
         elif not self._has_history(forward):
@@ -130,11 +164,12 @@ class StepCache:
         elif not self._allowed(forward):
             forward.skip = False
         elif GATES[self.config.gate] in ("step", "latents"):
-            forward.signal = latents
-            forward.skip = generation.gate.skip(step, steps, latents)
-        if GATES[self.config.gate] == "latents":
-            forward.signal = latents
+            forward.skip = generation.gate.skip(step, steps, forward.signal)
         self._forward = forward
+
+    def abandon(self) -> None:
+        """Leave a forward that raised."""
+        self._forward = None
 
     def end(self, output: Any) -> Any:
         """Leave the forward; returns what replaces the transformer's output, None where it stays."""
@@ -144,7 +179,7 @@ class StepCache:
         sample = output[0]
         counts.computed_blocks += forward.blocks
         counts.skipped_blocks += self._total - forward.blocks
-        if forward.generation.deciders[forward.step] == forward.branch:
+        if forward.decides:
             generation.decisions[forward.step] = bool(forward.skip)
             generation.skips_in_a_row = generation.skips_in_a_row + 1 if forward.skip else 0
             if not forward.skip:
@@ -153,11 +188,29 @@ class StepCache:
             counts.computed_forwards += 1
             if self.config.target == "output":
                 self._remember_output(forward, sample)
+            held = sum(history.bytes for history in generation.histories.values())
+            generation.bytes = max(generation.bytes, generation.stored + held)
+            if forward.step == forward.steps - 1 and not self._forecasts_last(forward):
+                generation.release(self.config)
             return None
         counts.skipped_forwards += 1
         if self.config.target != "output":
             return None
         return _with_sample(output, self._forecast_output(forward, sample))
+
+    def _forecasts_last(self, forward: _Forward) -> bool:
+        """Whether a schedule has a branch forecast from the other one at the last step; gates never skip it."""
+        schedule = self.config.schedule
+        last = forward.steps - 1
+        return schedule is not None and any(
+            schedule.skips(b, last, forward.steps) for b in schedule.forecasts
+        )
+
+    def release(self, memory: MutableMapping[str, Any]) -> None:
+        """Let go of the tensors of a generation that is over; what was counted stays."""
+        generation = memory.get("cache")
+        if generation is not None:
+            generation.release(self.config)
 
     def counts(self, memory: MutableMapping[str, Any]) -> Counts:
         """What the generation that owns the memory has computed and skipped."""
@@ -165,12 +218,9 @@ class StepCache:
         return Counts() if generation is None else generation.counts
 
     def bytes(self, memory: MutableMapping[str, Any]) -> int:
-        """Memory that forecasts take in a generation, without what the gate keeps."""
+        """Most memory that forecasts took in a generation, without what the gate keeps."""
         generation = memory.get("cache")
-        if generation is None:
-            return 0
-        outputs = sum(output.numel() * output.element_size() for output in generation.outputs.values())
-        return outputs + sum(history.bytes for history in generation.histories.values())
+        return 0 if generation is None else generation.bytes
 
     def _allowed(self, forward: _Forward) -> bool:
         """Whether the plan's limits leave the gate a choice at this step."""
@@ -222,8 +272,9 @@ class StepCache:
         assert forward is not None
         hidden, encoder = block_inputs(self.family, args, kwargs)
         looks_at = GATES[self.config.gate]
-        if number == 0:
-            forward.head_input = hidden
+        if number == 0 and forward.decides:
+            if self.config.gate == "first-block":
+                forward.head_input = hidden
             if looks_at == "input":
                 forward.signal = self.family.modulated(block, named_arguments(block, args, kwargs))
                 if forward.skip is None:
@@ -236,10 +287,9 @@ class StepCache:
             forward.start = hidden, encoder
         forward.blocks += 1
         output = block(*args, **kwargs)
-        if number == self._first - 1 and looks_at == "head":
+        if number == self._first - 1 and looks_at == "head" and forward.decides:
             after = block_outputs(self.family, output)[0]
-            assert forward.head_input is not None
-            forward.signal = after - forward.head_input if self.config.gate == "first-block" else after
+            forward.signal = after if forward.head_input is None else after - forward.head_input
             if forward.skip is None:
                 forward.skip = forward.generation.gate.skip(forward.step, forward.steps, forward.signal)
         if number == self._end - 1 and not forward.skip and self.config.target == "blocks":
@@ -282,9 +332,21 @@ class StepCache:
             key = forward.branch, forward.step
             if key in schedule.needed:
                 forward.generation.outputs[key] = sample
+                forward.generation.stored += sample.numel() * sample.element_size()
             return
         value = sample - like(forward.latents, sample) if self.config.residual else sample
-        self._history(forward).push(forward.step, (value,))
+        history = self._history(forward)
+        # With more steps than the schedule's, those that stand for one of its steps are one point: lines through points
+        # close together reach far.
+        instead = (
+            schedule is not None
+            and bool(history.steps)
+            and (
+                schedule.nearest(forward.step, forward.steps)
+                == schedule.nearest(history.steps[-1], forward.steps)
+            )
+        )
+        history.push(forward.step, (value,), instead=instead)
 
     def _forecast_output(self, forward: _Forward, sample: Tensor) -> Tensor:
         schedule = self.config.schedule

@@ -1,6 +1,7 @@
 """The choice is the exact minimum, on tables small enough to try every plan."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,30 @@ def test_choice_is_the_minimum_over_all_plans(seed, plain):
         found = choose(t, multiplier)
         assert found.dtype == torch.int16
         assert total_cost(t, found) + multiplier * total_error(t, found) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("split", [0.0, 0.15, 0.6, 9.0])
+@pytest.mark.parametrize("launch", [(0, 1, 1), (0, 0, 1), (0, 1, 2)], ids=str)
+def test_a_second_launch_is_worth_its_price_or_not_made(launch, split):
+    seen = set()
+    for seed in range(2):
+        t = replace(tables(seed=seed), launch=launch, split_ms=split)
+        for multiplier in (0.3, 1.0, 3.0):
+            best = min(total_cost(t, plan) + multiplier * total_error(t, plan) for plan in all_plans(t))
+            found = choose(t, multiplier)
+            assert total_cost(t, found) + multiplier * total_error(t, found) == pytest.approx(best, rel=1e-12)
+            seen |= {len({launch[n] for n in row}) for row in found.flatten(0, 1).tolist()}
+    if split in (0.0, 9.0):
+        assert (max(seen) > 1) == (split == 0.0)
+
+
+def test_launches_cost_what_they_are_said_to():
+    t = replace(tables(), launch=(0, 0, 1), split_ms=0.25)
+    plan = torch.tensor([[[0, 1, 2]], [[1, 1, 1]]], dtype=torch.int16)
+    alone = replace(t, split_ms=0.0)
+    assert total_cost(t, plan) == pytest.approx(total_cost(alone, plan) + 0.25)  # one call in the first range
+    plan[1, 0, 0] = 2
+    assert total_cost(t, plan) == pytest.approx(total_cost(alone, plan) + 0.25 * (1 + 2))
 
 
 def test_all_dense_layers_cost_the_plain_path():

@@ -15,7 +15,8 @@ from diffusers import WanPipeline
 
 import dit_accel
 from dit_accel import AccelPlan
-from dit_accel.calibration import calibrate
+from dit_accel.calibration import calibrate, stages
+from dit_accel.calibration.cost import Latency
 
 # Calibrates in a process of its own; the clock is replaced as in `density_clock`.
 SCRIPT = """
@@ -127,6 +128,19 @@ def test_a_speedup_that_no_plan_has_gives_the_fastest_and_says_so(pipe, argument
         plan.validated["trials"][0]["seconds_dense"] / plan.validated["trials"][0]["seconds"]
     )
     assert "speedup 50 was not reached; the plan is the fastest that was tried" in capsys.readouterr().out
+
+
+def test_a_speedup_where_nothing_is_faster_than_dense_says_so(pipe, arguments, tmp_path, monkeypatch, capsys):
+    def slow(query, key, value, grid, candidates, *_, **__):
+        return Latency(torch.tensor([3.0 + c.density for c in candidates], dtype=torch.float64), 1.0)
+
+    monkeypatch.setattr(stages, "measure_latency", slow)
+    plan = calibrate(pipe, **arguments, speedup=1.5, output_dir=tmp_path)
+    assert not plan.validated["target_met"]
+    assert plan.validated["density_mean"] == 1.0
+    assert plan.validated["speedup"] == pytest.approx(1.0, abs=0.5)
+    assert AccelPlan.from_pretrained(tmp_path).density_mean == 1.0
+    assert "speedup 1.5 was not reached" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("density_clock")

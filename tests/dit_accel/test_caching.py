@@ -16,7 +16,7 @@ from dit_accel.caching.config import GATES
 from dit_accel.caching.forecast import History, polynomial_weights, weighted_sum
 from dit_accel.caching.gates import polynomial_fit
 from dit_accel.pipelines import family_of
-from dit_accel.switch import attn_processors
+from dit_accel.switch import attn_processors, states
 
 STEPS = 12
 # Every gate, at a size that fits two blocks and few steps.
@@ -304,6 +304,61 @@ class TestSkips:
         # the second expert has no history when it takes over, so its first step is computed
         assert second >= 2
 
+    def test_a_schedule_reads_what_the_first_expert_computed(self, wan_pipeline):
+        pipe = wan_pipeline(experts=2)
+        firsts = []
+        enable(pipe, scheduled({}))
+        handle = pipe.transformer_2.register_forward_pre_hook(
+            lambda *_: firsts.append(states(pipe)[1].cache.get("first_step"))
+        )
+        pipe.latents(steps=STEPS)
+        handle.remove()
+        disable(pipe)
+        (first,) = {step for step in firsts if step is not None}
+        table = {
+            b: {
+                first: (Term(b, first - 1, 1.5), Term(b, first - 2, -0.5)),
+                first + 2: (Term(b, first - 1, 1.0),),
+            }
+            for b in ("cond", "uncond")
+        }
+        enable(pipe, scheduled(table))
+        assert bool(pipe.latents(steps=STEPS).isfinite().all())
+        report = stats(pipe)
+        assert report["skipped_forwards"] == 4
+        assert report["computed_forwards"] == 2 * STEPS - 4
+        assert report["cache_bytes"] == 4 * 4 * 3 * 10 * 14 * 4  # two steps of two branches
+
+    def test_at_more_steps_the_points_of_a_line_stay_a_step_of_the_schedule_apart(self, wan_pipeline):
+        schedule = Schedule(
+            12, {b: {6: (Term(b, 5, 1.0),), 7: (Term(b, 5, 1.0),)} for b in ("cond", "uncond")}
+        )
+        pipe = wan_pipeline()
+        config = CacheConfig("schedule", target="output", schedule=schedule)
+        enable(pipe, dataclasses.replace(AccelPlan.preset("dense"), cache=config))
+        seen = []
+
+        def look(_pipe, step, _timestep, tensors):
+            histories = states(pipe)[0].memory["cache"].histories
+            seen.extend(history.steps for history in histories.values() if len(history.steps) == 2)
+            return {}
+
+        pipe.latents(steps=48, callback_on_step_end=look)
+        apart = {schedule.nearest(b, 48) - schedule.nearest(a, 48) for a, b in seen}
+        assert min(apart) == 1
+        assert len(seen) > 60
+        assert stats(pipe)["skipped_forwards"] == pytest.approx(2 * 48 * 2 / 12, abs=2)
+
+    @pytest.mark.parametrize("name", ["controlnet_block_samples", "controlnet_single_block_samples"])
+    def test_blocks_that_a_controlnet_counts_are_not_skipped(self, tiny, name):
+        transformer = tiny("flux").transformer
+        family = family_of(transformer)
+        blocks = StepCache(transformer, family, cache_preset("taylorseer", target="blocks"))
+        with pytest.raises(ValueError, match=f"cache: expected no {name} for the target 'blocks'"):
+            blocks.check({name: [torch.zeros(1)]})
+        blocks.check({name: None})
+        StepCache(transformer, family, cache_preset("cg-taylor", target="output")).check({name: [1]})
+
 
 def scheduled(table, steps=STEPS):
     config = CacheConfig("schedule", target="output", schedule=Schedule(steps, table))
@@ -420,7 +475,59 @@ class TestState:
         with pytest.raises(RuntimeError, match="out of luck"):
             pipe.latents(steps=STEPS)
         handle.remove()
+        # Whoever looks through the blocks now finds the blocks.
+        assert list(pipe.transformer.blocks) == [pipe.transformer.blocks[0], pipe.transformer.blocks[1]]
         assert torch.equal(pipe.latents(steps=STEPS), fresh.latents(steps=STEPS))
+
+    @pytest.mark.parametrize("name", CACHES)
+    def test_nothing_is_held_after_the_last_step(self, wan_pipeline, name):
+        pipe = wan_pipeline()
+        enable(pipe, cached(name, threshold=0.3))
+        held = []
+        memory = states(pipe)[0]
+        handle = pipe.transformer.register_forward_hook(
+            lambda *_: held.append(sum(h.bytes for h in memory.memory["cache"].histories.values()))
+        )
+        pipe.latents(steps=STEPS)
+        handle.remove()
+        assert stats(pipe)["cache_bytes"] == max(held) > 0
+        assert held[-1] == 0  # the VAE decodes without them
+
+    def test_an_interrupted_second_expert_is_forgotten(self, wan_pipeline):
+        """The next generation's second expert comes in at another step, which looks like a later one."""
+        pipe, fresh = wan_pipeline(experts=2), wan_pipeline(experts=2)
+        for one in (pipe, fresh):
+            enable(one, cached("taylorseer", max_skips=1, warm_up=1))
+
+        class Stop(Exception):
+            pass
+
+        def stop(_pipe, step, timestep, tensors):
+            if timestep < 500:
+                raise Stop
+            return {}
+
+        with pytest.raises(Stop):
+            pipe.latents(steps=11, callback_on_step_end=stop)
+        assert torch.equal(pipe.latents(steps=STEPS), fresh.latents(steps=STEPS))
+        assert stats(pipe) == stats(fresh)
+
+    def test_steps_that_round_to_the_first_one_are_no_new_generations(self, wan_pipeline):
+        pipe = wan_pipeline()
+        enable(pipe, cached("taylorseer"))
+        hidden = torch.randn(1, 4, 3, 10, 14, generator=torch.Generator().manual_seed(5))
+        text = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(6))
+        for _ in range(2):
+            pipe.scheduler.set_timesteps(STEPS)
+            pipe.scheduler.timesteps[1:3] = pipe.scheduler.timesteps[0]
+            pipe._num_timesteps = STEPS
+            with torch.no_grad():
+                for timestep in pipe.scheduler.timesteps:
+                    pipe.transformer(hidden, timestep.expand(1), text, return_dict=False)
+            report = stats(pipe)
+            assert states(pipe)[0].forwards == STEPS
+            assert report["computed_forwards"] + report["skipped_forwards"] == STEPS
+            assert report["skipped_forwards"] > 0
 
     def test_disable_gives_the_lists_back(self, wan_pipeline):
         pipe = wan_pipeline()

@@ -1,0 +1,43 @@
+"""Which generation a pipeline runs, and where its steps are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Clock"]
+
+
+class Clock:
+    """Tells the generations of one pipeline apart, for all of its transformers.
+
+    A generation begins with `scheduler.set_timesteps`, which makes a new tensor. Timesteps themselves cannot tell: the
+    second step may round to the first one's, and the second expert of Wan 2.2 never sees the first steps.
+
+    Attributes:
+        memory: what the transformers share for one generation.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._timesteps: Tensor | None = None
+        self._progress: list[float] | None = None
+        self.memory: dict[str, Any] = {}
+
+    def generation(self) -> Tensor:
+        """The timesteps of the running generation, the same object throughout it."""
+        timesteps = self._pipe.scheduler.timesteps
+        if timesteps is not self._timesteps:
+            self._timesteps, self._progress, self.memory = timesteps, None, {}
+        return timesteps
+
+    def progress(self) -> list[float]:
+        """Progress of every step of the running generation, see `ModelFamily.progress`."""
+        timesteps = torch.as_tensor(self.generation())
+        if self._progress is None:
+            steps = getattr(self._pipe, "num_timesteps", None) or len(timesteps)
+            train = self._pipe.scheduler.config.num_train_timesteps
+            self._progress = (1.0 - timesteps[-steps:].double() / train).tolist()
+        return self._progress
