@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_TILE = re.compile(r"tile:([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
+_SIZES = r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)"
+_TILE = re.compile(rf"tile:{_SIZES}(?:/{_SIZES})?")
 # The axes f(rames), h(eight) and w(idth) from the slowest to the fastest.
 AXIS_ORDERS = ("fhw", "fwh", "hfw", "hwf", "wfh", "whf")
 _ALIASES = {"frame": "fhw", "space": "hwf"}
@@ -75,7 +76,8 @@ class TokenGrid:
         Names: `"fhw"` and the five others of `AXIS_ORDERS` walk along the axes, the last letter fastest: frame,
         row (h), column (w), see PAROAttention (https://arxiv.org/abs/2506.16054). `"frame"` is `"fhw"`, as the
         model has it; `"space"` is `"hwf"` and keeps all frames of one place together. `"tile:TxHxW"` walks through
-        tiles of T frames × H × W tokens, see `_tile_places`.
+        tiles of T frames × H × W tokens, see `_tile_places`; `"tile:TxHxW/FxRxC"` does so with every F-th frame, R-th
+        row and C-th column, then with those beside them, and so on, so that dilated neighbourhoods stay together.
 
         Raises:
             ValueError: an unknown name.
@@ -117,6 +119,27 @@ def axes_of(name: str) -> str:
     return axes
 
 
+def dilation_of(name: str) -> tuple[int, int, int]:
+    """Return the steps between frames, rows and columns of an order of dilated tiles, 1 of all others."""
+    match = _TILE.fullmatch(name)
+    if match is None or match[4] is None:
+        return 1, 1, 1
+    return int(match[4]), int(match[5]), int(match[6])
+
+
+def residues(grid: TokenGrid, name: str) -> Tensor:
+    """Return the number of the dilated grid that each video token is in, int64 `[video_tokens]`; 0 if there is one."""
+    frames, rows, columns = dilation_of(name)
+    t, h, w = grid.coordinates().unbind(-1)
+    return (t % frames * rows + h % rows) * columns + w % columns
+
+
+def _in_tiles(grid: TokenGrid, tokens: Tensor, tile: list[int]) -> Tensor:
+    """Put the tokens of a dilated grid, int64 ascending, in the order of tiles."""
+    sizes = [axis.unique().numel() for axis in grid.coordinates()[tokens].unbind(-1)]
+    return tokens[torch.argsort(_tile_places(TokenGrid(*sizes), *tile))]
+
+
 # Orders are data of a grid, so the grid is part of the key: two grids in one process never share an entry.
 @functools.lru_cache(maxsize=64)
 def _order(grid: TokenGrid, name: str, device: torch.device) -> Tensor:
@@ -124,8 +147,11 @@ def _order(grid: TokenGrid, name: str, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         axes = axes_of(name)
         if match := _TILE.fullmatch(name):
-            frames, height, width = (int(size) for size in match.groups())
-            video = torch.argsort(_tile_places(grid, frames, height, width))
+            tile = [int(size) for size in match.groups()[:3]]
+            number = residues(grid, name)
+            video = torch.cat(
+                [_in_tiles(grid, (number == own).nonzero()[:, 0], tile) for own in number.unique()]
+            )
         else:
             video = torch.arange(grid.video_tokens).view(grid.frames, grid.height, grid.width)
             video = video.permute(*("fhw".index(axis) for axis in axes)).flatten()

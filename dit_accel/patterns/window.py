@@ -6,13 +6,18 @@ axis distances. Their number is the same for every row, so at a border the box g
 a central one. The shape "clamped" is that of the papers to the letter: at a border the box keeps its sides and is moved
 inwards, where the shape "box" takes the nearest blocks in whatever direction there are some. "ball" takes the straight
 distance (CLEAR, https://arxiv.org/abs/2412.16112).
+
+All queries of a block share its box: the stride of neighbourhood attention is the tile. Its dilation is that of the
+order, `tile:4x4x4/1x2x2` for every second row and column: a query then reads keys of its own dilated grid first.
 """
 
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.grid import dilation_of, residues
 from dit_accel.patterns.base import BlockSpace, Family, first_of
 
 
@@ -24,7 +29,10 @@ def _choose(space: BlockSpace, kept: int, *, aspect: float, shape: str) -> Tenso
         )
     if aspect <= 0:
         raise ValueError(f"option 'aspect' of family 'window': expected a number above 0, got {aspect!r}")
-    places = space.grid.coordinates(space.order.cpu())[: space.chosen_tokens].float()
+    order = space.order.cpu()
+    places = space.grid.coordinates(order)[: space.chosen_tokens] / torch.tensor(
+        dilation_of(space.order_name)
+    )
     centres = space.means(places, 0, space.block)
     centres[:, 0] /= aspect
     ahead = centres[None] - centres[:, None]
@@ -38,6 +46,12 @@ def _choose(space: BlockSpace, kept: int, *, aspect: float, shape: str) -> Tenso
     straight = apart.square().sum(-1).sqrt()
     # Many blocks are equally far by the largest axis: the straight distance decides among them.
     distance = straight if shape == "ball" else apart.amax(-1) + 1e-3 * straight
+    number = residues(space.grid, space.order_name)[
+        order[: space.chosen_tokens] - space.grid.video_slice.start
+    ]
+    if number.any():
+        within = space.means(F.one_hot(number).float(), 0, space.block) > 0
+        distance += 1e6 * ~(within[:, None] & within).any(-1)
     return first_of(distance, kept).to(space.device)
 
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_accel.grid import AXIS_ORDERS, TokenGrid, axes_of
+from dit_accel.grid import AXIS_ORDERS, TokenGrid, axes_of, residues
 
-ORDERS = ["frame", "space", "tile:4x4x4", "tile:2x3x5", "tile:64x1x1", *AXIS_ORDERS]
+ORDERS = ["frame", "space", "tile:4x4x4", "tile:2x3x5", "tile:64x1x1", "tile:2x2x2/1x2x3", *AXIS_ORDERS]
 GRIDS = [
     pytest.param(TokenGrid(7, 13, 11), id="7x13x11"),
     pytest.param(TokenGrid(1, 9, 14), id="one-frame"),
@@ -84,6 +84,7 @@ def test_axis_orders_count_the_last_axis_fastest_and_the_first_slowest(grid: Tok
 def test_aliases_and_tiles_have_axes() -> None:
     grid = TokenGrid(3, 5, 7, text_tokens=2)
     assert (axes_of("frame"), axes_of("space"), axes_of("tile:2x3x4")) == ("fhw", "hwf", "fhw")
+    assert axes_of("tile:2x3x4/1x2x2") == "fhw"
     assert torch.equal(grid.order("frame"), grid.order("fhw"))
     assert torch.equal(grid.order("space"), grid.order("hwf"))
     assert grid.is_model_order("fhw")
@@ -108,6 +109,18 @@ def test_runs_stay_compact_on_ragged_grids(grid: TokenGrid) -> None:
     assert tiled.mean(0).max() < 6.0
     assert tiled.prod(1).mean() < 1.7 * 64
     assert spans(grid, "frame", 64).float().prod(1).mean() > tiled.prod(1).mean()
+
+
+def test_dilated_tiles_keep_each_dilated_grid_together() -> None:
+    grid = TokenGrid(5, 7, 9, text_tokens=3, text_first=True)
+    order = grid.order("tile:2x2x2/1x2x3")
+    numbers = residues(grid, "tile:2x2x2/1x2x3")[order[: grid.video_tokens] - 3]
+    assert numbers.tolist() == sorted(numbers.tolist())
+    assert numbers.unique().tolist() == list(range(6))
+    places = grid.coordinates(order)[numbers == 4] // torch.tensor([1, 2, 3])
+    alone = TokenGrid(5, 3, 3)  # every second of rows 1, 3, 5 and every third of columns 1, 4, 7
+    assert torch.equal(places, alone.coordinates(alone.order("tile:2x2x2")))
+    assert not residues(grid, "tile:2x2x2").any()
 
 
 def test_neighbours_in_tile_order_are_near() -> None:
@@ -156,7 +169,9 @@ def test_bad_counts_are_refused(arguments: dict, message: str) -> None:
         TokenGrid(**arguments)
 
 
-@pytest.mark.parametrize("name", ["tiles", "tile:4x4", "tile:0x4x4", "tile:4x4x4 ", "", "ffw", "fh"])
+@pytest.mark.parametrize(
+    "name", ["tiles", "tile:4x4", "tile:0x4x4", "tile:4x4x4 ", "tile:4x4x4/2x2", "", "ffw", "fh"]
+)
 def test_unknown_orders_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"expected 'frame', 'space', 'fhw', .* or 'tile:TxHxW', got "):
         TokenGrid(2, 2, 2).order(name)

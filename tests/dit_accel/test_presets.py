@@ -328,6 +328,27 @@ def test_natten_reads_a_box_that_is_moved_inwards_at_borders() -> None:
     assert torch.equal(mask, inside(0, 2, 2) & inside(1, 3, 4) & inside(2, 3, 5))
 
 
+@pytest.mark.parametrize("dilation", [(1, 1, 3), (1, 2, 2), (2, 1, 3)])
+def test_natten_s_dilated_neighbourhoods(dilation: tuple[int, int, int]) -> None:
+    """Blocks of one token: on every axis the nearest keys of the query's own residue, moved inwards at borders."""
+    grid, size = TokenGrid(4, 6, 12), 3
+    query, key, _ = tensors(grid, heads=1, batch=1, dim=2)
+    sides = [min(size, length // step) for length, step in zip((4, 6, 12), dilation, strict=True)]
+    order = "tile:1x1x1/" + "x".join(map(str, dilation))
+    kept = math.prod(sides)
+    options = {"order": order, "aspect": 1.0, "block": 1}
+    mask = chosen("natten", query, key, grid, density=kept / grid.video_tokens, **options).mask()[0, 0]
+    expected = torch.ones_like(mask)
+    for axis, (step, side) in enumerate(zip(dilation, sides, strict=True)):
+        place = grid.coordinates()[:, axis]
+        length = (place.max() + 1) // step  # every residue has equally many here
+        first = (place // step - side // 2).clamp(0, length - side)[:, None]
+        inside = (place // step >= first) & (place // step < first + side)
+        expected &= inside & (place % step == place[:, None] % step)
+    assert expected.sum(-1).unique().tolist() == [kept]
+    assert torch.equal(mask, expected)
+
+
 def test_sta_reads_the_window_of_tiles_centred_on_its_own_and_clamped() -> None:
     grid = TokenGrid(18, 24, 32)  # tiles of 6 x 8 x 8 in 3 x 3 x 4
     query, key, _ = tensors(grid, heads=1, batch=1, dim=1)
