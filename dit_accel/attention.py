@@ -56,9 +56,10 @@ def attend(
     """
     heads = query.shape[2]
     chosen = [candidates[number] for number in _candidate_numbers(row, heads, len(candidates))]
+    runs_in = {asked: _precision(asked, query, backend) for asked in {one.precision for one in chosen}}
     members_of: dict[str, list[int]] = {}
     for head, candidate in enumerate(chosen):
-        members_of.setdefault(_precision(candidate, query, backend), []).append(head)
+        members_of.setdefault(runs_in[candidate.precision], []).append(head)
 
     def run(members: list[int], precision: str, *tensors: Tensor) -> tuple[Tensor, float | Tensor]:
         of_members = [chosen[head] for head in members]
@@ -216,11 +217,11 @@ def _remainder(heads_of: dict[Candidate, list[int]], heads: int, device: torch.d
     return on_device(tuple(flags), device).bool()
 
 
-def _precision(candidate: Candidate, query: Tensor, backend: str) -> str:
-    """The precision that a candidate runs in."""
-    if backend != "auto" or candidate.precision == "native":
-        return candidate.precision
-    return resolve_precision(candidate.precision, query.device, resolve_backend(query.device, query.dtype))
+def _precision(asked: str, query: Tensor, backend: str) -> str:
+    """The precision that stands for one that was asked for."""
+    if backend != "auto" or asked == "native":
+        return asked
+    return resolve_precision(asked, query.device, resolve_backend(query.device, query.dtype))
 
 
 def _candidate_numbers(row: Tensor | Sequence[int], heads: int, candidates: int) -> list[int]:

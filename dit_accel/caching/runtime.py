@@ -44,9 +44,8 @@ class _Generation:
     decisions: dict[int, bool] = field(default_factory=dict)
     deciders: dict[int, str] = field(default_factory=dict)
     skips_in_a_row: int = 0
-    outputs: dict[tuple[str, int], Tensor] = field(
-        default_factory=dict
-    )  # shared with the pipeline's other expert
+    # Of a schedule; shared with the pipeline's other expert.
+    outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     histories: dict[str, History] = field(default_factory=dict)
     stored: int = 0  # bytes of the outputs that this transformer added
     bytes: int = 0  # most that were held at a time
@@ -338,14 +337,10 @@ class StepCache:
         history = self._history(forward)
         # With more steps than the schedule's, those that stand for one of its steps are one point: lines through points
         # close together reach far.
-        instead = (
-            schedule is not None
-            and bool(history.steps)
-            and (
-                schedule.nearest(forward.step, forward.steps)
-                == schedule.nearest(history.steps[-1], forward.steps)
-            )
-        )
+        instead = False
+        if schedule is not None and history.steps:
+            last, now = (schedule.nearest(step, forward.steps) for step in (history.steps[-1], forward.step))
+            instead = last == now
         history.push(forward.step, (value,), instead=instead)
 
     def _forecast_output(self, forward: _Forward, sample: Tensor) -> Tensor:
