@@ -13,6 +13,9 @@ for, which takes the place of ``top_p``; no step is left dense; ``reuse``, which
 the steps of the run. A family that has one density only keeps it. The heads are measured with a choice made on the
 spot, without reuse.
 
+With ``--calibration`` a plan of ours at the same density stands among the generations: chosen anew, by least error,
+from what that calibration measured.
+
 Each finished measurement is a file in ``--work``, in a folder named after model, settings and machine. Started again,
 the command goes on where it was. The output is made anew from these files after each of them, whatever ``--only``
 names, and says how many there are.
@@ -21,6 +24,7 @@ names, and says how many there are.
 import argparse
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +39,7 @@ from tqdm import tqdm
 
 import dit_accel
 from dit_accel import attention, processor
+from dit_accel.calibration import calibrate
 from dit_accel.calibration.profile import profile_call
 from dit_accel.evaluation.attention_time import attention_seconds
 from dit_accel.evaluation.generate import generate_variant, quiet
@@ -80,6 +85,10 @@ class Setting:
         return [replace(self.candidate, remainder=way) for way in ((False, True) if leaves_out else (False,))]
 
     @property
+    def label(self) -> str:
+        return self.candidate.label
+
+    @property
     def name(self) -> str:
         """Tells apart all that can give other results; systems that become equal share their measurements."""
         return f"{self.candidate.label} density={self.candidate.density!r} block={self.block}"
@@ -107,6 +116,46 @@ class Setting:
             c.family, density=c.density, block=self.block, remainder=c.remainder, **options
         )
         return plan_variant(plan, self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """A plan of ours at one density."""
+
+    plan: AccelPlan
+    label: str = "calibrated"
+
+    @property
+    def name(self) -> str:
+        """Tells plans apart."""
+        return (
+            f"{self.label} {hashlib.sha256(plan_variant(self.plan, '').identity.encode()).hexdigest()[:12]}"
+        )
+
+    def variant(self) -> Variant:
+        return plan_variant(self.plan, self.name)
+
+
+# What a generation may run with.
+Way = Setting | Calibrated
+
+
+def calibrated(pipe: Any, directory: Path, density: float, folder: Path) -> Calibrated:
+    """The plan of least error at a density, from what a calibration of the same pipeline measured.
+
+    Raises:
+        ValueError: the directory holds no calibration, or one of another model or machine.
+    """
+    measured = directory / "calibration"
+    if not (measured / "fingerprint.json").is_file():
+        raise ValueError(f"calibration: expected a directory written by calibrate, got {directory}")
+    conditions = json.loads((measured / "fingerprint.json").read_text(encoding="utf-8"))
+    shutil.copytree(measured, folder / "calibration", dirs_exist_ok=True)
+    arguments = {name: conditions[name] for name in GenerationSettings.__dataclass_fields__}
+    plan = calibrate(
+        pipe, conditions["prompts"], density=density, seed=conditions["seed"], output_dir=folder, **arguments
+    )
+    return Calibrated(plan)
 
 
 def at_density(preset: Preset, density: float, steps: int) -> Setting:
@@ -202,6 +251,7 @@ class Bench:
     levels: int
     query_blocks: int
     place: dict[str, Any]
+    plan: Calibrated | None = None
 
     @property
     def steps(self) -> int:
@@ -378,12 +428,12 @@ def _heads_row(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def schedule(missing: Sequence[tuple[int, Setting]], frames: set[int]) -> list[tuple[int, Setting | None]]:
+def schedule(missing: Sequence[tuple[int, Way]], frames: set[int]) -> list[tuple[int, Way | None]]:
     """Put the dense generations (None) between the missing ones.
 
     One comes first in a process, before a prompt that has no dense `frames` yet, and before every `DENSE_EVERY` others.
     """
-    tasks: list[tuple[int, Setting | None]] = []
+    tasks: list[tuple[int, Way | None]] = []
     have, since = set(frames), DENSE_EVERY
     for prompt, setting in missing:
         if since == DENSE_EVERY or prompt not in have:
@@ -403,7 +453,8 @@ def generated_ways(bench: Bench, name: str) -> list[Setting]:
 
 def measure_generations(bench: Bench, names: Sequence[str]) -> None:
     """Generate what is missing, prompt by prompt; each finished generation is kept at once."""
-    ways = [way for name in names for way in generated_ways(bench, name)]
+    ways: list[Way] = [way for name in names for way in generated_ways(bench, name)]
+    ways += [] if bench.plan is None else [bench.plan]
     settings = list({setting.name: setting for setting in ways}.values())
     count, work = len(settings), bench.work
     # The order rotates, so that no system always runs right after a dense one.
@@ -430,7 +481,7 @@ def measure_generations(bench: Bench, names: Sequence[str]) -> None:
             work.put("runs", "attention share", {"attention": spans[0], "transformer": spans[1]})
         dense_seconds = 0.0
         for number, (prompt, task) in enumerate(tasks):
-            label = "dense" if task is None else task.candidate.label
+            label = "dense" if task is None else task.label
             bar.set_description(f"generation {number + 1} of {len(tasks)}, {label}")
             if task is None:
                 dense_seconds = _dense(bench, prompt, bar.update)
@@ -454,7 +505,7 @@ def _dense(bench: Bench, prompt: int, on_step: Callable[[], object]) -> float:
 
 
 def _sparse(
-    bench: Bench, prompt: int, setting: Setting, dense_seconds: float, on_step: Callable[[], object]
+    bench: Bench, prompt: int, setting: Way, dense_seconds: float, on_step: Callable[[], object]
 ) -> dict[str, Any]:
     text, device = bench.prompts[prompt], bench.pipe._execution_device
     with (
@@ -496,6 +547,12 @@ def generations_report(bench: Bench) -> dict[str, Any]:
                 rows.append(
                     {"preset": name, "remainder": remainder, **_described(setting), **_runs_row(runs)}
                 )
+    if bench.plan is not None:
+        runs = bench.runs("runs", bench.plan.name)
+        done, total = done + len(runs), total + len(bench.prompts)
+        dense_seconds |= {run["dense_seconds"] for run in runs}
+        if runs:
+            rows.append({"preset": bench.plan.label, "remainder": True, **_runs_row(runs)})
     share = bench.work.get("runs", "attention share")
     dense = None
     if share is not None and dense_seconds:
@@ -594,6 +651,9 @@ def prepared(args: argparse.Namespace, densities: list[float], density: float) -
     model = [weights_digest(part) for part in (pipe.transformer, pipe.text_encoder, pipe.vae)]
     kind = [FORMAT_VERSION, model, settings.to_dict(), args.seed, held_out, place]
     digest = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:12]
+    plan = None
+    if args.calibration is not None:
+        plan = calibrated(pipe, args.calibration, density, args.work / digest / "plan")
     return Bench(
         pipe=pipe,
         settings=settings,
@@ -606,6 +666,7 @@ def prepared(args: argparse.Namespace, densities: list[float], density: float) -
         levels=args.levels,
         query_blocks=args.query_blocks,
         place=place,
+        plan=plan,
     )
 
 
@@ -623,6 +684,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--levels", type=int, default=3, help="noise levels of the heads")
     parser.add_argument("--query-blocks", type=int, default=8, help="sampled in each attention call")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="of a plan of ours for the generations"
+    )
     for option, name in SIZES.items():
         parser.add_argument(f"--{option}", type=int, default=demo.DEFAULTS[name])
     parser.add_argument("--device", help="default: CUDA where there is one, else the CPU")

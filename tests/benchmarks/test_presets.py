@@ -115,6 +115,10 @@ def test_a_dense_generation_comes_first_for_new_prompts_and_every_few_others():
         (["--query-blocks", "0"], "query_blocks: expected a number from 1 to 1000000, got 0"),
         (["--frames", "0"], "num_frames: expected a positive number, got 0"),
         (["--device", "abacus"], "device: expected cpu, cuda or cuda:N, got 'abacus'"),
+        (
+            ["--calibration", "nowhere", "--device", "cpu"],
+            "calibration: expected a directory written by calibrate, got nowhere",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys, tmp_path):
@@ -226,6 +230,30 @@ def test_a_killed_comparison_goes_on_where_it_was(killed, capsys):
     assert "generation" not in capsys.readouterr().err
     assert json.loads((folder / "presets.json").read_text())["generations"] == part
     assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_a_plan_of_ours_stands_among_them(tmp_path, capsys):
+    pipe = presets.load_demo(torch.bfloat16, "cpu")
+    sizes = {"height": 48, "width": 64, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 5.0}
+    presets.calibrate(
+        pipe, ["a red circle moves left"], **sizes, density=0.9, output_dir=tmp_path / "plan", progress=False
+    )
+    before = (tmp_path / "plan" / "accel_config.json").read_bytes()
+    arguments = [
+        *TINY, "--steps", "2", "--only", "natten", "--stage", "generations", "--density", "0.6",
+        "--calibration", str(tmp_path / "plan"),
+        "--work", str(tmp_path / "work"), "--output", str(tmp_path / "presets.json"),
+    ]  # fmt: skip
+    presets.main(arguments)
+    rows = json.loads((tmp_path / "presets.json").read_text())["generations"]["rows"]
+    (ours,) = [row for row in rows if row["preset"] == "calibrated"]
+    # Three blocks leave few densities to choose from.
+    assert 0.3 < ours["density"] < 0.9
+    assert ours["psnr_mean"] > 10
+    assert (tmp_path / "plan" / "accel_config.json").read_bytes() == before
+    capsys.readouterr()
+    presets.main(arguments)
+    assert "generation 1" not in capsys.readouterr().err
 
 
 def test_heads_of_equal_and_varying_blocks(killed, capsys):

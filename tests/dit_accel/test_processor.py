@@ -74,12 +74,13 @@ def test_attributes_of_a_user_are_shared_both_ways(tiny):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_users_backend_runs_the_dense_rows(tiny, when):
     model = tiny("wan")
-    default = model.run()
 
-    def choose():
+    def choose(backend="_native_math"):
         for block in model.transformer.blocks:
-            block.attn1.set_attention_backend("_native_math")
+            block.attn1.set_attention_backend(backend)
 
+    choose("native")
+    default = model.run()
     choose()
     expected = model.run()
     assert not torch.equal(expected, default)
