@@ -99,7 +99,8 @@ def measure_latency(
     pair = _in_two_precisions(candidates)
     if pair is None or heads < 2:
         return Latency(found, plain)
-    row, kept = [pair[head % 2] for head in range(heads)], {}
+    row = [pair[head % 2] for head in range(heads)]
+    kept: dict[Any, Any] = {}
     calls = [seconds(sparse(row, kept)) for _ in range(_ROUNDS + 1)][1:]
     alone = float(found[row].sum())
     return Latency(found, plain, max(0.0, 1000 * median(calls) - alone))

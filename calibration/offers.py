@@ -104,10 +104,11 @@ def frontier(offers: Sequence[Offer], points: int = 48) -> list[Pick]:
     fastest = pick(offers, 0.0)
     picks = [fastest]
     if fastest.error > 0:
-        of_fastest, of_faithful = (
-            bracket(offers[0].tables, lambda m, error=error: pick(offers, m).error <= error)[1]
-            for error in (0.9 * fastest.error, 1e-5 * fastest.error)
-        )
+
+        def needed(error: float) -> float:
+            return bracket(offers[0].tables, lambda m: pick(offers, m).error <= error)[1]
+
+        of_fastest, of_faithful = needed(0.9 * fastest.error), needed(1e-5 * fastest.error)
         spaced = torch.linspace(math.log(of_fastest), math.log(of_faithful), points, dtype=torch.float64)
         picks += [pick(offers, math.exp(multiplier)) for multiplier in spaced.tolist()]
     found: list[Pick] = []

@@ -61,25 +61,29 @@ def attend(
     for head, candidate in enumerate(chosen):
         members_of.setdefault(runs_in[candidate.precision], []).append(head)
 
-    def run(members: list[int], precision: str, *tensors: Tensor) -> tuple[Tensor, float | Tensor]:
+    def run(
+        members: list[int], precision: str, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, float | Tensor]:
         of_members = [chosen[head] for head in members]
         static = all(FAMILIES[candidate.family].static for candidate in of_members)
         place, name = (layer, tuple(members)), (grid, block, query.device, of_members)
         kept_name, launch = (launches or {}).get(place, (None, None)) if static else (None, None)
         if launch is None or kept_name != name:
             memories = None if layer is None else cache
-            launch = _prepare(*tensors, grid, of_members, members, block, scale, layer or 0, memories)
+            launch = _prepare(q, k, v, grid, of_members, members, block, scale, layer or 0, memories)
             if static and launches is not None:
                 launches[place] = name, launch
-        return launch.run(*tensors, scale, key_mask, backend, precision), launch.density
+        return launch.run(q, k, v, scale, key_mask, backend, precision), launch.density
 
     if len(members_of) == 1:
         ((precision, members),) = members_of.items()
         return run(members, precision, query, key, value)
-    output, density = torch.empty_like(query), 0.0
+    output = torch.empty_like(query)
+    density: float | Tensor = 0.0
     for precision, members in members_of.items():
         at = on_device(tuple(members), query.device)
-        part, kept = run(members, precision, *(x.index_select(2, at) for x in (query, key, value)))
+        q, k, v = (x.index_select(2, at) for x in (query, key, value))
+        part, kept = run(members, precision, q, k, v)
         output.index_copy_(2, at, part)
         density = density + kept * (len(members) / heads)
     return output, density

@@ -170,7 +170,7 @@ def _draw_heads(axes: Axes, plan: AccelPlan, number: int, colours: Mapping[str, 
             ink = INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.6 else PAPER
             text = {"dense": "100", "skip": "0"}.get(entry.family, f"{100 * entry.density:.0f}")
             own = entry.precision == "native"
-            place = {"ha": "center", "color": ink}
+            place: dict[str, Any] = {"ha": "center", "color": ink}
             axes.text(head, layer, text, va="center" if own else "bottom", fontsize=9.5, **place)
             if not own:
                 axes.text(
