@@ -7,7 +7,9 @@ after every row.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module, util
 from pathlib import Path
@@ -19,15 +21,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from dit_accel.attention import attend
 from dit_accel.bench.problem import SHAPES, Shape, block_mask, index_of, tensors
 from dit_accel.bench.timing import Call, in_turns
 from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.timing import machine
-from dit_accel.kernels import BlockIndex, block_sparse_attention, prepare_triton
+from dit_accel.grid import TokenGrid
+from dit_accel.kernels import BlockIndex, available_precisions, block_sparse_attention, prepare_triton
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.prepare import PRECISIONS, ordered
 from dit_accel.kernels.scores import antidiagonal_scores, block_mass, lowbit_scores, pooled_scores
 from dit_accel.kernels.select import select_blocks
+from dit_accel.plan import Candidate
 
 DENSITIES = (1.0, 0.5, 0.25, 0.10, 0.05)
 BLOCKS = (128, 64)
@@ -98,6 +103,8 @@ def run(
         )
     for dim, name in tqdm([(dim, name) for dim in dims for name in CHOOSING], desc="choosing"):
         add("correctness", {"kernel": name, "dim": dim}, partial(check_choosing, name, dim, device))
+    for dim, name in tqdm([(dim, name) for dim in dims for name in LAYERS], desc="layers"):
+        add("correctness", {"kernel": f"layer:{name}", "dim": dim}, partial(check_layer, name, dim, device))
     for name, shape in shapes.items():
         if time.perf_counter() - start > limit_seconds:
             report["left_out"].append(name)
@@ -216,6 +223,80 @@ def check_choosing(
     got, expected = (result(name, backend, q, k) for backend in ("triton", "torch"))
     error = float((got - expected).norm() / expected.norm())
     return {"rel_l2": error, "ok": bool(got.isfinite().all()) and error <= allowed}
+
+
+# Layers whose heads differ in family and precision. Densities differ too, so that every head is chosen for by itself.
+LAYERS: dict[str, tuple[Candidate, ...]] = {
+    "static": (
+        Candidate("dense", 1.0),
+        Candidate("window", 0.3, precision="int8"),
+        Candidate("window", 0.4, remainder=True),
+        Candidate("bands", 0.3, (("order", "space"),), "int8_fp8", remainder=True),
+        Candidate("skip", 0.0, remainder=True),
+        Candidate("dense", 1.0, precision="fp8"),
+    ),
+    "dynamic": (
+        Candidate("pooled", 0.3, remainder=True),
+        Candidate("pooled", 0.4, precision="int8"),
+        Candidate("hashed", 0.3, precision="int8_fp8", remainder=True),
+        Candidate("clustered", 0.4, remainder=True),
+        Candidate("clustered", 0.5, precision="int8"),
+        Candidate("antidiagonal", 0.3, precision="fp8"),
+        Candidate("window", 0.3),
+    ),
+}
+
+
+_LAYER_GRID = TokenGrid(9, 13, 17, text_tokens=77)
+
+
+def check_layer(
+    name: str,
+    dim: int,
+    device: torch.device,
+    grid: TokenGrid = _LAYER_GRID,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
+    """Errors of a whole layer, head by head, against the reference in native precision on the same lists.
+
+    `ok` if they stay within ALLOWED and the host waits for the device nowhere, once the layer has run before.
+    """
+    torch.manual_seed(0)
+    candidates = LAYERS[name]
+    here = PRECISIONS if device.type == "cpu" else available_precisions(device, dtype)
+    candidates = tuple(c if c.precision in here else replace(c, precision="native") for c in candidates)
+    size = (2, grid.total_tokens, len(candidates), dim)
+    q, k, v = (torch.randn(size, device=device).to(dtype) for _ in range(3))
+    row = range(len(candidates))
+
+    def layer(backend: str, ways: Sequence[Candidate], kept: dict[Any, Any]) -> Tensor:
+        return attend(q, k, v, grid, ways, row, layer=0, cache=kept, launches=kept, backend=backend)[0]
+
+    kept: dict[Any, Any] = {}
+    got = layer("triton", candidates, kept).double()
+    native = [replace(c, precision="native") for c in candidates]
+    expected = layer("reference", native, {}).double()
+    of_heads = [x.movedim(2, 0).flatten(1).norm(dim=1) for x in (got - expected, expected)]
+    errors = (of_heads[0] / of_heads[1]).tolist()
+    waits = _waits(device, lambda: layer("triton", candidates, kept))
+    right = all(error <= ALLOWED[c.precision] for error, c in zip(errors, candidates, strict=True))
+    return {"rel_l2": max(errors), "waits": waits, "ok": right and waits is None}
+
+
+def _waits(device: torch.device, call: Call) -> str | None:
+    """Where the host waits for the device during a call, None if nowhere."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {error}"[:300]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
 
 
 def _sdpa(kind: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 
 from dit_accel.bench import gpu
 from dit_accel.bench.problem import Shape
+from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex, block_sparse_attention, prepare_triton
 from dit_accel.kernels.block_sparse.schedule import key_tiles
 from dit_accel.kernels.prepare import prepare
@@ -234,10 +235,19 @@ def test_suite_finds_the_choosing_kernels_right(name):
     assert found["ok"], found
 
 
+@pytest.mark.parametrize("name", gpu.LAYERS)
+def test_suite_finds_layers_of_mixed_families_and_precisions_right(name):
+    grid = TokenGrid(3, 7, 8, text_tokens=11)
+    found = gpu.check_layer(name, 72, torch.device("cpu"), grid, torch.float16)
+    assert found["ok"], found
+    assert 0 < found["rel_l2"] < gpu.ALLOWED["fp8"]
+
+
 def test_suite_writes_down_what_fails_and_goes_on(tmp_path, monkeypatch):
     """A peer that cannot run, a precision that raises, a shape out of time."""
     monkeypatch.setattr(gpu, "check", lambda *_: 1 / 0)
     monkeypatch.setattr(gpu, "CHOOSING", {})
+    monkeypatch.setattr(gpu, "LAYERS", {})
     monkeypatch.setattr(gpu, "DENSITIES", (1.0, 0.3))
     calls = gpu._calls
 
