@@ -150,11 +150,11 @@ def calibrated(pipe: Any, directory: Path, density: float, folder: Path) -> Cali
     if not (measured / "fingerprint.json").is_file():
         raise ValueError(f"calibration: expected a directory written by calibrate, got {directory}")
     conditions = json.loads((measured / "fingerprint.json").read_text(encoding="utf-8"))
+    folder /= hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
     shutil.copytree(measured, folder / "calibration", dirs_exist_ok=True)
     arguments = {name: conditions[name] for name in GenerationSettings.__dataclass_fields__}
-    plan = calibrate(
-        pipe, conditions["prompts"], density=density, seed=conditions["seed"], output_dir=folder, **arguments
-    )
+    arguments |= {name: conditions[name] for name in ("seed", "downstream", "held_out_prompts")}
+    plan = calibrate(pipe, conditions["prompts"], density=density, output_dir=folder, **arguments)
     return Calibrated(plan)
 
 
@@ -547,12 +547,14 @@ def generations_report(bench: Bench) -> dict[str, Any]:
                 rows.append(
                     {"preset": name, "remainder": remainder, **_described(setting), **_runs_row(runs)}
                 )
-    if bench.plan is not None:
-        runs = bench.runs("runs", bench.plan.name)
+    # The last one measured, also where this process was given none.
+    known = bench.work.get("runs", "calibrated")
+    if known is not None and known["density"] == bench.density:
+        runs = bench.runs("runs", known["name"])
         done, total = done + len(runs), total + len(bench.prompts)
         dense_seconds |= {run["dense_seconds"] for run in runs}
         if runs:
-            rows.append({"preset": bench.plan.label, "remainder": True, **_runs_row(runs)})
+            rows.append({"preset": "calibrated", "remainder": True, **_runs_row(runs)})
     share = bench.work.get("runs", "attention share")
     dense = None
     if share is not None and dense_seconds:
@@ -651,15 +653,16 @@ def prepared(args: argparse.Namespace, densities: list[float], density: float) -
     model = [weights_digest(part) for part in (pipe.transformer, pipe.text_encoder, pipe.vae)]
     kind = [FORMAT_VERSION, model, settings.to_dict(), args.seed, held_out, place]
     digest = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:12]
-    plan = None
+    plan, work = None, Work(args.work / digest)
     if args.calibration is not None:
-        plan = calibrated(pipe, args.calibration, density, args.work / digest / "plan")
+        plan = calibrated(pipe, args.calibration, density, work.folder / "plan")
+        work.put("runs", "calibrated", {"name": plan.name, "density": density})
     return Bench(
         pipe=pipe,
         settings=settings,
         prompts=held_out[: args.prompts],
         seed=args.seed,
-        work=Work(args.work / digest),
+        work=work,
         output=args.output,
         densities=densities,
         density=density,

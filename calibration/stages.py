@@ -169,7 +169,8 @@ class Stages:
             raise RuntimeError(
                 "latencies are measured during the first profiled generation, which is still to come"
             )
-        return Latency(stage[0]["candidates"], stage[1]["plain"], stage[1]["split"])
+        # Calibrations that know no price had one precision, and nothing to split.
+        return Latency(stage[0]["candidates"], stage[1]["plain"], stage[1].get("split", 0.0))
 
     def dense(self, name: str, prompt: str, seed: int) -> Generation:
         """A plain dense generation."""

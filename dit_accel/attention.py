@@ -46,7 +46,7 @@ def attend(
         layer: number of the layer, which tells apart what is kept.
         cache: keeps what dynamic families remember from step to step; its owner says for how long, and holds one per
             guidance branch. Without a layer nothing is remembered.
-        launches: keeps the lists of a layer whose families are all static, until the layer has another row.
+        launches: keeps the lists of a layer's launches whose families are all static, until the layer has another row.
 
     Returns:
         The output like `query`, in the model's order, and the density of the call, on a GPU as a number there.
@@ -61,18 +61,24 @@ def attend(
     for head, candidate in enumerate(chosen):
         members_of.setdefault(runs_in[candidate.precision], []).append(head)
 
+    kept: dict[tuple[int, ...], _Launch] = {}
+    if launches is not None:
+        name = (grid, block, query.device, chosen)
+        if layer not in launches or launches[layer][0] != name:
+            launches[layer] = name, {}
+        kept = launches[layer][1]
+
     def run(
         members: list[int], precision: str, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, float | Tensor]:
         of_members = [chosen[head] for head in members]
         static = all(FAMILIES[candidate.family].static for candidate in of_members)
-        place, name = (layer, tuple(members)), (grid, block, query.device, of_members)
-        kept_name, launch = (launches or {}).get(place, (None, None)) if static else (None, None)
-        if launch is None or kept_name != name:
+        launch = kept.get(tuple(members)) if static else None
+        if launch is None:
             memories = None if layer is None else cache
             launch = _prepare(q, k, v, grid, of_members, members, block, scale, layer or 0, memories)
-            if static and launches is not None:
-                launches[place] = name, launch
+            if static:
+                kept[tuple(members)] = launch
         return launch.run(q, k, v, scale, key_mask, backend, precision), launch.density
 
     if len(members_of) == 1:
@@ -83,9 +89,9 @@ def attend(
     for precision, members in members_of.items():
         at = on_device(tuple(members), query.device)
         q, k, v = (x.index_select(2, at) for x in (query, key, value))
-        part, kept = run(members, precision, q, k, v)
+        part, share = run(members, precision, q, k, v)
         output.index_copy_(2, at, part)
-        density = density + kept * (len(members) / heads)
+        density = density + share * (len(members) / heads)
     return output, density
 
 

@@ -26,15 +26,28 @@ class Clock:
         self._progress: list[float] | None = None
         self.memory: dict[str, Any] = {}
 
-    def generation(self) -> Tensor:
-        """The timesteps of the running generation, the same object throughout it."""
-        timesteps = self._pipe.scheduler.timesteps
+    def generation(self) -> Tensor | None:
+        """The timesteps of the running generation, the same object throughout it; None without a scheduler."""
+        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         if timesteps is not self._timesteps:
             self._timesteps, self._progress, self.memory = timesteps, None, {}
         return timesteps
 
+    def step_index(self) -> int | None:
+        """How often the scheduler has stepped in this generation, as far as it tells."""
+        return getattr(getattr(self._pipe, "scheduler", None), "step_index", None)
+
     def progress(self) -> list[float]:
-        """Progress of every step of the running generation, see `ModelFamily.progress`."""
+        """Progress of every step of the running generation, see `ModelFamily.progress`.
+
+        Raises:
+            ValueError: the pipeline has no scheduler.
+        """
+        if self.generation() is None:
+            raise ValueError(
+                f"pipe: expected a scheduler with timesteps, which a cache of steps needs, got "
+                f"{type(self._pipe).__name__} without; set them, or use a plan without a cache"
+            )
         timesteps = torch.as_tensor(self.generation())
         if self._progress is None:
             steps = getattr(self._pipe, "num_timesteps", None) or len(timesteps)

@@ -236,6 +236,7 @@ def _planned(
     batch, tokens, heads, _ = query.shape
     pairs = batch * heads * tokens * tokens
     if dense:
+        state.launches.pop(layer, None)
         state.record(pairs, 1.0, sparse=False)
         return None
     if is_causal or dropout_p:

@@ -19,6 +19,7 @@ from dit_accel.pipelines import ModelFamily
 from dit_accel.plan import AccelPlan
 
 HOOK_NAME = "dit_accel"
+_MOST_TURNS = 3  # forwards of one step beyond its first; more of them are other generations
 
 # capture(layer_index, query, key, value, key_mask): tensors `[batch, seq, heads, dim]` after normalisation
 # and RoPE, key_mask bool `[batch, seq]` or None.
@@ -62,7 +63,8 @@ class AccelState:
         all_dense: whether the plan has no sparse head anywhere.
         grid: token grid of the running forward; None while nobody needs it (a plan that is dense throughout).
         progress: fraction of the denoising done, see `ModelFamily.progress`.
-        branch: diffusers' `cache_context` name, or "" outside one (then guidance comes batched).
+        branch: diffusers' `cache_context` name. Outside one "" for the first forward of a step, which may hold both
+            branches, and "turn 1" and so on for those that follow in the same step.
         running: whether a forward is under way.
         guard: checks the plan's heads while they run; None leaves them alone.
         stats: counts of the generation that runs, or ran last.
@@ -204,6 +206,8 @@ class AccelHook(ModelHook):
         self.steps = steps
         self._clock = clock
         self._generation: Tensor | None = None
+        self._here: tuple[int | None, float] | None = None
+        self._turn = 0
         self.tracker = _BranchTracker()
         self._handles: list[Any] = []
 
@@ -241,11 +245,11 @@ class AccelHook(ModelHook):
         grid = (
             None if state.all_dense and state.capture is None else state.family.read_grid(module, arguments)
         )
-        new = None
+        progress, new = state.family.progress(arguments), None
         if self._clock is not None:
             before, self._generation = self._generation, self._clock.generation()
-            new = self._generation is not before
-        state.begin(grid, state.family.progress(arguments), self.tracker.branch, new)
+            new = None if self._generation is None else self._generation is not before
+        state.begin(grid, progress, self._branch(progress, bool(new)), new)
         if self.steps is not None:
             other = other_cache(module)
             if other is not None:
@@ -267,6 +271,19 @@ class AccelHook(ModelHook):
             return None
         self.state.end()
         return None if self.steps is None else self.steps.end(output)
+
+    def _branch(self, progress: float, new: bool) -> str:
+        """The guidance branch of the forward that begins.
+
+        Some pipelines (image to video, FLUX with a true guidance scale) run both without telling which is which. Then a
+        forward of the same step as the one before is the next branch.
+        """
+        if self.tracker.branch or self._clock is None:
+            return self.tracker.branch
+        here = (self._clock.step_index(), progress)
+        again = here == self._here and not new and self._turn < _MOST_TURNS
+        self._here, self._turn = here, self._turn + 1 if again else 0
+        return f"turn {self._turn}" if self._turn else ""
 
     def _place(self, progress: Sequence[float]) -> tuple[int, int]:
         """Number of the denoising step, and how many the generation has.

@@ -25,7 +25,7 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto", guard: bool | N
 
     Only self-attention and joint attention over the video tokens changes; where the plan is dense, the
     model's own attention runs with its own backend. A pipeline with two experts (Wan 2.2) gets the plan on
-    both, each with a cache of its own.
+    both, each with a cache of its own; only a schedule of steps reads what either computed.
 
     Args:
         pipe: a diffusers pipeline or one of its transformers; a plan with a cache needs the pipeline. Compile it

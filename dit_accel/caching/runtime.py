@@ -50,11 +50,15 @@ class _Generation:
     stored: int = 0  # bytes of the outputs that this transformer added
     bytes: int = 0  # most that were held at a time
 
+    def let_go(self, config: CacheConfig) -> None:
+        """Let go of all tensors but those that the other expert may read."""
+        self.gate = gate_of(config)
+        self.histories.clear()
+
     def release(self, config: CacheConfig) -> None:
         """Let go of all tensors."""
-        self.gate = gate_of(config)
+        self.let_go(config)
         self.outputs.clear()
-        self.histories.clear()
 
 
 @dataclass
@@ -125,7 +129,7 @@ class StepCache:
             if self.config.target == "blocks" and arguments.get(name) is not None:
                 raise ValueError(
                     f"cache: expected no {name} for the target 'blocks', since they are added to blocks by number, got "
-                    "some; use a cache of the target 'output', for instance preset 'cg-taylor'"
+                    "some; use a cache of the target 'output', for instance preset 'easycache'"
                 )
 
     def begin(
@@ -148,8 +152,12 @@ class StepCache:
         """
         generation = memory.get("cache")
         if generation is None:
-            outputs = {} if shared is None else shared.setdefault("outputs", {})
-            generation = memory["cache"] = _Generation(gate_of(self.config), outputs=outputs)
+            shared = {} if shared is None else shared
+            for earlier in shared.get("generations", ()):
+                earlier.let_go(self.config)  # an expert comes once
+            generation = _Generation(gate_of(self.config), outputs=shared.setdefault("outputs", {}))
+            shared.setdefault("generations", []).append(generation)
+            memory["cache"] = generation
         decides = generation.deciders.setdefault(step, branch) == branch
         forward = _Forward(step, steps, branch, latents, generation, decides)
         if decides and GATES[self.config.gate] == "latents":
@@ -285,7 +293,11 @@ class StepCache:
         if number == self._first:
             forward.start = hidden, encoder
         forward.blocks += 1
-        output = block(*args, **kwargs)
+        try:
+            output = block(*args, **kwargs)
+        except BaseException:  # hooks of torch do not see a KeyboardInterrupt
+            self.abandon()
+            raise
         if number == self._first - 1 and looks_at == "head" and forward.decides:
             after = block_outputs(self.family, output)[0]
             forward.signal = after if forward.head_input is None else after - forward.head_input

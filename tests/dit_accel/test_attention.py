@@ -221,7 +221,9 @@ def test_launches_of_static_rows_are_kept_layer_by_layer_until_the_row_changes()
     attend(query, key, value, grid, CANDIDATES, [2, 2, 4], block=BLOCK, layer=4, launches=launches)
     assert len(launches) == 2
     attend(query, key, value, grid, CANDIDATES, [4, 3, 2], block=BLOCK, layer=3, launches=launches)
-    assert launches[3, (0, 1, 2)] is kept[3, (0, 1, 2)]
+    assert launches[3] is kept[3]
+    attend(query, key, value, grid, CANDIDATES, [6, 3, 2], block=BLOCK, layer=3, launches=launches)
+    assert launches[3][1] == {}  # a row with a dynamic family keeps nothing
 
 
 def test_a_layer_s_choice_is_reused_as_asked_and_kept_apart_from_other_layers() -> None:
@@ -257,7 +259,7 @@ def test_launches_never_hold_a_dynamic_choice() -> None:
         output, _ = attend(q, key, value, grid, CANDIDATES, [6, 2, 5], block=BLOCK, launches=launches)
         expected = sdpa(q, key, value, row_mask(q, key, grid, [6, 2, 5]))
         torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
-    assert not launches
+    assert [kept for _, kept in launches.values()] == [{}]
 
 
 @pytest.mark.parametrize(
