@@ -35,7 +35,8 @@ def choose(tables: Tables, multiplier: float) -> Tensor:
     # The best of each launch's candidates, with and without dense: every set of launches chooses among these.
     best = [_best(objective, members) for members in launches]
     sparse = [_best(objective, [n for n in members if n != tables.dense]) for members in launches]
-    value, choice = None, None
+    value = torch.full_like(objective[..., 0, 0], math.inf)
+    choice = torch.zeros_like(objective[..., 0], dtype=torch.int64)
     for count in range(1, len(launches) + 1):
         extra = (count - 1) * tables.split_ms * tables.calls.view(ranges, 1)
         for chosen in itertools.combinations(range(len(launches)), count):
@@ -43,14 +44,9 @@ def choose(tables: Tables, multiplier: float) -> Tensor:
                 _merged([best[n] for n in chosen]), _merged([sparse[n] for n in chosen]), tables.dense
             )
             values = values.sum(-1) + extra
-            if value is None or choice is None:
-                value, choice = values, picks
-            else:
-                better = values < value
-                value = torch.where(better, values, value)
-                choice = torch.where(better[..., None], picks, choice)
-    assert value is not None
-    assert choice is not None
+            better = values < value
+            value = torch.where(better, values, value)
+            choice = torch.where(better[..., None], picks, choice)
     plain = heads * tables.plain_cost.view(ranges, 1) + multiplier * tables.error[..., tables.dense].sum(-1)
     choice = torch.where((plain <= value)[..., None], tables.dense, choice)
     return choice.to(torch.int16)
