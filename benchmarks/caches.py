@@ -24,21 +24,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dit_accel.calibration import measure_cache
 from dit_accel.evaluation.curve import magnitude_curve
-from dit_accel.evaluation.generate import generate_variant, quiet
-from dit_accel.evaluation.metrics import psnr
 from dit_accel.evaluation.models import GenerationSettings, resolve_device
 from dit_accel.evaluation.result import Evaluation, Scorer
 from dit_accel.evaluation.run import evaluate
-from dit_accel.evaluation.store import GenerationStore, slug, write_json
+from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.timing import machine, package_version, weights_digest
+from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
 from dit_accel.pipelines import demo, load_demo
 
@@ -48,94 +45,27 @@ GIVEN = ("schedule", "sparse", "joint")
 HELD_OUT_SEED = 1000  # added to the seed: tuning has seen none of these
 
 
-@dataclass(frozen=True)
-class Way:
-    """A cache with its dial: `{}` in the variant's name, from `low`, which skips least, to `high`.
-
-    Whole numbers make the dial whole; others are searched on a logarithmic scale.
-    """
-
-    label: str
-    template: str
-    low: float
-    high: float
-
-    @property
-    def peer(self) -> bool:
-        """Whether it belongs to another project."""
-        return not self.template.startswith("preset:")
-
-    @property
-    def whole(self) -> bool:
-        """Whether the dial has whole numbers only."""
-        return isinstance(self.low, int)
-
-    def name(self, value: float) -> str:
-        """The variant at a place of the dial."""
-        return self.template.format(f"{value:g}")
-
-    def probes(self, most: int) -> int:
-        """How many places of the dial a search looks at, at most."""
-        return min(most, int(self.high - self.low + 1).bit_length()) if self.whole else most
-
-
 _DBCACHE = "cache-dit:dbcache@{}:Fn_compute_blocks=1:max_warmup_steps=4"
-WAYS = (
-    Way("diffusers:first_block", "diffusers:first_block@{}", 0.005, 1.0),
-    Way("diffusers:mag_cache", "diffusers:mag_cache@{}:max_skip_steps=6", 0.005, 1.0),
-    Way("diffusers:taylorseer", "diffusers:taylorseer@{}", 2, 8),
+DIALS = (
+    Dial("diffusers:first_block", "diffusers:first_block@{}", 0.005, 1.0),
+    Dial("diffusers:mag_cache", "diffusers:mag_cache@{}:max_skip_steps=6", 0.005, 1.0),
+    Dial("diffusers:taylorseer", "diffusers:taylorseer@{}", 2, 8),
     # From 1 on, cache-dit takes everything as alike.
-    Way("cache-dit:dbcache", _DBCACHE, 0.005, 0.9),
-    Way("cache-dit:dbcache+taylorseer", f"{_DBCACHE}:taylorseer=true", 0.005, 0.9),
-    Way("cg-taylor", "preset:cg-taylor@{}:max_skips=6", 0.005, 1.0),
-    Way("dbcache", "preset:dbcache@{}:first_blocks=2:warm_up=4:max_skips=6", 0.005, 1.0),
-    Way("easycache", "preset:easycache@{}:max_skips=6", 0.005, 1.0),
-    Way("first-block", "preset:first-block@{}:max_skips=6", 0.005, 1.0),
-    Way("magcache", "preset:magcache@{}:max_skips=6", 0.005, 1.0),
-    Way("taylorseer", "preset:taylorseer:max_skips={}", 1, 7),
-    Way("teacache", "preset:teacache@{}:max_skips=6", 0.005, 1.0),
+    Dial("cache-dit:dbcache", _DBCACHE, 0.005, 0.9),
+    Dial("cache-dit:dbcache+taylorseer", f"{_DBCACHE}:taylorseer=true", 0.005, 0.9),
+    Dial("cg-taylor", "preset:cg-taylor@{}:max_skips=6", 0.005, 1.0),
+    Dial("dbcache", "preset:dbcache@{}:first_blocks=2:warm_up=4:max_skips=6", 0.005, 1.0),
+    Dial("easycache", "preset:easycache@{}:max_skips=6", 0.005, 1.0),
+    Dial("first-block", "preset:first-block@{}:max_skips=6", 0.005, 1.0),
+    Dial("magcache", "preset:magcache@{}:max_skips=6", 0.005, 1.0),
+    Dial("taylorseer", "preset:taylorseer:max_skips={}", 1, 7),
+    Dial("teacache", "preset:teacache@{}:max_skips=6", 0.005, 1.0),
 )
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A place of a dial: mean PSNR in dB against dense, and mean skipped share, over the tuning prompts."""
-
-    value: float
-    psnr: float
-    skipped_share: float
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What a search found: all probes in order, the chosen one, and whether it keeps to the target."""
-
-    probes: tuple[Probe, ...]
-    chosen: Probe
-    reached: bool
-
-
-def tune(way: Way, target: float, most: int, measure: Callable[[float], Probe]) -> Tuned:
-    """Search a dial for the largest skipped share with a mean PSNR of at least `target`.
-
-    PSNR falls with the dial on the whole, but not always: of all probes that keep to the target the one that skips most
-    is chosen, of these the best one. Where none does, the one of the highest PSNR stands in.
-    """
-    found: list[Probe] = []
-    low, high = way.low, way.high
-    for _ in range(way.probes(most)):
-        middle = (low + high) // 2 if way.whole else float(f"{(low * high) ** 0.5:.3g}")
-        found.append(measure(middle))
-        if found[-1].psnr >= target:
-            low = middle + 1 if way.whole else middle
-        else:
-            high = middle - 1 if way.whole else middle
-        if low > high:
-            break
-    kept = [probe for probe in found if probe.psnr >= target]
-    if kept:
-        return Tuned(tuple(found), max(kept, key=lambda probe: (probe.skipped_share, probe.psnr)), True)
-    return Tuned(tuple(found), max(found, key=lambda probe: probe.psnr), False)
+def of_peer(dial: Dial) -> bool:
+    """Whether a cache belongs to another project."""
+    return not dial.template.startswith("preset:")
 
 
 @dataclass(eq=False)
@@ -153,7 +83,7 @@ class Bench:
     prompts: list[str]
     target: float
     probes: int
-    ways: Sequence[Way]
+    dials: Sequence[Dial]
     given: dict[str, Variant]
     work: Path
     output: Path
@@ -198,56 +128,11 @@ class Bench:
 
 def tune_all(bench: Bench) -> dict[str, Tuned]:
     """Tune every cache; what finished generations gave is taken over."""
-    count = len(bench.tuning_prompts)
-    steps = bench.settings.num_inference_steps
-    dense = GenerationStore(bench.work / "tuning" / "dense")
-    total = (count + count * sum(way.probes(bench.probes) for way in bench.ways)) * steps
-    found: dict[str, Tuned] = {}
-    with quiet(bench.pipe), tqdm(total=total, unit="step", smoothing=0.05) as bar:
-        for prompt, text in enumerate(bench.tuning_prompts):
-            bar.set_description(f"tuning, dense {prompt + 1} of {count}")
-            if not dense.has(prompt, "dense"):
-                made = generate_variant(
-                    bench.pipe, DENSE, text, bench.settings, seed=bench.seed + prompt, on_step=bar.update
-                )
-                dense.put(prompt, "dense", made)
-        done = count * steps
-        for way in bench.ways:
-            bar.n = done  # some searches end early, and finished generations take no time
-            bar.set_description(f"tuning, {way.label}")
-            found[way.label] = tune(
-                way,
-                bench.target,
-                bench.probes,
-                lambda value, way=way: _probe(bench, way, value, dense, bar.update),
-            )
-            done += count * way.probes(bench.probes) * steps
-        bar.n = done
-        bar.refresh()
-    return found
-
-
-def _probe(
-    bench: Bench, way: Way, value: float, dense: GenerationStore, on_step: Callable[[], object]
-) -> Probe:
-    """Generate the tuning prompts at a place of a dial."""
-    name = way.name(value)
-    runs = []
-    for prompt, text in enumerate(bench.tuning_prompts):
-        path = bench.work / "tuning" / f"{prompt:03d}-{slug(name)}.json"
-        if not path.is_file():
-            made = generate_variant(
-                bench.pipe,
-                bench.variant(name),
-                text,
-                bench.settings,
-                seed=bench.seed + prompt,
-                on_step=on_step,
-            )
-            near = psnr(made.frames, dense.get(prompt, "dense").frames)
-            write_json(path, {"variant": name, "psnr": near, "skipped_share": made.skipped_share})
-        runs.append(json.loads(path.read_text(encoding="utf-8")))
-    return Probe(value, fmean(run["psnr"] for run in runs), fmean(run["skipped_share"] for run in runs))
+    tuning = Tuning(
+        bench.pipe, bench.tuning_prompts, bench.settings, bench.seed, bench.work / "tuning", bench.variant
+    )
+    found = tuning.run(bench.dials, [bench.target], bench.probes)
+    return {label: by_target[bench.target] for label, by_target in found.items()}
 
 
 def compare(bench: Bench, tuned: dict[str, Tuned]) -> Evaluation:
@@ -256,7 +141,7 @@ def compare(bench: Bench, tuned: dict[str, Tuned]) -> Evaluation:
     Each set of rows has a folder of its own: to add one leaves the others alone, but runs all anew, side by side.
     """
     variants = [DENSE]
-    variants += [bench.variant(way.name(tuned[way.label].chosen.value)) for way in bench.ways]
+    variants += [bench.variant(dial.name(tuned[dial.label].chosen.value)) for dial in bench.dials]
     variants += [_renamed(bench, variant, label) for label, variant in bench.given.items()]
     rows = hashlib.sha256("\n".join(variant.identity for variant in variants).encode()).hexdigest()[:12]
     return evaluate(
@@ -283,13 +168,13 @@ def _renamed(bench: Bench, variant: Variant, label: str) -> Variant:
 def report(bench: Bench, tuned: dict[str, Tuned], evaluation: Evaluation) -> dict[str, Any]:
     """`caches.json`: how each dial was found, and the comparison on the held-out prompts."""
     rows = []
-    for way in bench.ways:
-        result = tuned[way.label]
+    for dial in bench.dials:
+        result = tuned[dial.label]
         rows.append(
             {
-                "label": way.label,
-                "peer": way.peer,
-                "variant": way.name(result.chosen.value),
+                "label": dial.label,
+                "peer": of_peer(dial),
+                "variant": dial.name(result.chosen.value),
                 "reached": result.reached,
                 "chosen": vars(result.chosen),
                 "probes": [vars(probe) for probe in result.probes],
@@ -315,20 +200,20 @@ def run(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def parse_labels(text: str | None) -> list[Way]:
+def parse_labels(text: str | None) -> list[Dial]:
     """The caches of a comma-separated list of labels, all where there is none.
 
     Raises:
         ValueError: a label is unknown.
     """
     if text is None:
-        return list(WAYS)
+        return list(DIALS)
     labels = [label.strip() for label in text.split(",") if label.strip()]
-    unknown = sorted(set(labels) - {way.label for way in WAYS})
+    unknown = sorted(set(labels) - {dial.label for dial in DIALS})
     if unknown:
-        known = ", ".join(way.label for way in WAYS)
+        known = ", ".join(dial.label for dial in DIALS)
         raise ValueError(f"only: expected labels out of {known}, got {', '.join(unknown)}")
-    return [way for way in WAYS if way.label in labels]
+    return [dial for dial in DIALS if dial.label in labels]
 
 
 def prepared(args: argparse.Namespace) -> Bench:
@@ -337,7 +222,7 @@ def prepared(args: argparse.Namespace) -> Bench:
     Raises:
         ValueError: a number out of range, an unknown name, or a device or package that is not there.
     """
-    ways = parse_labels(args.only)
+    dials = parse_labels(args.only)
     parts = {"prompts": "held_out", "tuning_prompts": "calibration"}
     for name, part in parts.items():
         most = len(demo.PROMPTS[part])
@@ -345,8 +230,8 @@ def prepared(args: argparse.Namespace) -> Bench:
             raise ValueError(f"{name}: expected a number from 1 to {most}, got {getattr(args, name)}")
     if args.probes < 1:
         raise ValueError(f"probes: expected a number from 1, got {args.probes}")
-    for way in ways:
-        parse_variant(way.name(way.low))  # refuses at once where cache-dit is missing
+    for dial in dials:
+        parse_variant(dial.name(dial.low))  # refuses at once where cache-dit is missing
     given = {label: parse_variant(name) for label in GIVEN if (name := getattr(args, label)) is not None}
     sizes = {name: getattr(args, option) for option, name in SIZES.items()}
     settings = GenerationSettings(**{**demo.DEFAULTS, **sizes})
@@ -364,7 +249,7 @@ def prepared(args: argparse.Namespace) -> Bench:
         prompts=demo.PROMPTS["held_out"][: args.prompts],
         target=args.target_psnr,
         probes=args.probes,
-        ways=ways,
+        dials=dials,
         given=given,
         work=args.work / digest,
         output=args.output,

@@ -249,6 +249,39 @@ def _caches(report: dict[str, Any]) -> str:
     return "\n".join([markdown_table(evaluation), *notes])
 
 
+def _equal_psnr(report: dict[str, Any]) -> str:
+    """One line per system or calibrator: its speed-up at each PSNR, and what was measured."""
+    evaluation, targets = report["evaluation"], report["targets"]
+    found = {row["name"]: row for row in evaluation["variants"]}
+    lines = []
+    for label, at in report["speedup_at"].items():
+        own = [row for row in report["rows"] if row["label"] == label]
+        measured = sorted({(found[row["row"]]["psnr_mean"], found[row["row"]]["speedup"]) for row in own})
+        cells = ["–" if speedup is None else f"{speedup:.2f}" for speedup in at]
+        points = ", ".join(f"{psnr:.1f} dB {speedup:.2f}×" for psnr, speedup in measured)
+        lines.append([f"`{label}`" if not own[0]["ours"] else label, *cells, points])
+    head = ["", *(f"{target:g} dB" for target in targets), "measured"]
+    count, tuned = len(evaluation["prompts"]), len(report["tuning_prompts"])
+    settings = evaluation["settings"]
+    notes = [
+        f"Speed-up of whole generations at equal mean PSNR, read between the measured points. Demo, {count} held-out "
+        f"{'prompt' if count == 1 else 'prompts'}, tuned on {tuned} other; {settings['num_frames']} frames of "
+        f"{settings['width']}×{settings['height']}, {settings['num_inference_steps']} steps; dense: "
+        f"{evaluation['dense_backend']}; {_where(evaluation['machine'])}."
+    ]
+    others = {row["label"] for row in report["rows"] if not row["ours"]}
+    for place, target in enumerate(targets):
+        known = {label: at[place] for label, at in report["speedup_at"].items() if at[place] is not None}
+        rivals = {label: speedup for label, speedup in known.items() if label in others}
+        if rivals and "plan" in known:
+            best = max(rivals, key=lambda label: rivals[label])
+            notes.append(
+                f"At {target:g} dB the plan is {known['plan'] / rivals[best]:.2f} times as fast as the best of "
+                f"the others, `{best}`."
+            )
+    return "\n".join([_rows(head, lines), "", *notes])
+
+
 def _elastic(report: dict[str, Any]) -> str:
     """One line per setting: the plan beside the preset of its density."""
     rows = []
@@ -287,6 +320,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "gpu": (("gpu_attention.json",), _gpu_attention),
     "preset_heads": (("presets.json",), _preset_heads),
     "preset_generations": (("presets.json",), _preset_generations),
+    "equal_psnr": (("equal_psnr_presets.json",), _equal_psnr),
+    "ablation": (("equal_psnr_ablation.json",), _equal_psnr),
     "caches": (("caches.json",), _caches),
     "elastic": (("elastic.json",), _elastic),
     "card": (("demo_card.json", "demo_evaluation.json"), _demo_card),

@@ -28,7 +28,7 @@ from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import machine, weights_digest
 from dit_accel.kernels import PRECISIONS
 from dit_accel.pipelines import family_of
-from dit_accel.plan import AccelPlan, config_hash_of
+from dit_accel.plan import AccelPlan, Candidate, config_hash_of
 
 # What a calibration depends on besides its arguments and the model: latencies belong to a machine.
 _MACHINE = ("cpu", "gpu", "threads", "dtype", "torch", "diffusers", "dit_accel")
@@ -50,6 +50,7 @@ def calibrate(
     speedup: float | None = None,
     downstream: bool = False,
     cache: bool = False,
+    candidates: Sequence[Candidate] | None = None,
     max_trials: int = MAX_TRIALS,
     output_dir: str | Path | None = None,
     seed: int = 0,
@@ -81,6 +82,7 @@ def calibrate(
             videos on the demo model.
         cache: also choose which steps to compute, and how to forecast the others, under the same goal: the plan gets a
             schedule, see `dit_accel.caching.Schedule`.
+        candidates: what heads may be given, dense among them; `calibration.default_candidates(device, dtype)` if None.
         max_trials: most accelerated generations that may steer the choice towards a quality, at least 1.
         output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
             any moment and called again with the same arguments, it continues and ends with the same plan.
@@ -88,9 +90,9 @@ def calibrate(
         held_out_prompts: further prompts on which PSNR and speed-up are measured, see `plan.validated`.
 
     Raises:
-        ValueError: not exactly one goal, no prompts, an unsupported pipeline or one with a plan, a transformer that
-            no gradient can pass, or an output_dir that holds a calibration of other prompts, settings, weights or of
-            another machine.
+        ValueError: not exactly one goal, no prompts, candidates that repeat or lack dense, an unsupported
+            pipeline or one with a plan, a transformer that no gradient can pass, or an output_dir that holds a
+            calibration of other prompts, settings, weights or of another machine.
 
     Example:
         >>> plan = calibrate(pipe, ["a red circle moves left"], height=192, width=336, num_frames=33,
@@ -115,7 +117,7 @@ def calibrate(
         )
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
     conditions: dict[str, Any] = {"seed": seed, **settings.to_dict()}
-    candidates = default_candidates(pipe._execution_device, pipe.transformer.dtype)
+    candidates = _allowed(candidates, pipe)
     fingerprint = {
         "prompts": prompts,
         "held_out_prompts": held_out,
@@ -191,6 +193,17 @@ def _products(runs: Sequence[DenseRun]) -> StepProducts:
             "cache: expected every step to run the same guidance branches, got steps that differ; calibrate without it"
         )
     return functools.reduce(operator.add, found)
+
+
+def _allowed(candidates: Sequence[Candidate] | None, pipe: Any) -> tuple[Candidate, ...]:
+    if candidates is None:
+        return default_candidates(pipe._execution_device, pipe.transformer.dtype)
+    if not any(candidate.is_dense for candidate in candidates) or len(set(candidates)) < len(candidates):
+        got = ", ".join(candidate.label for candidate in candidates) or "none"
+        raise ValueError(
+            f"candidates: expected different ones, with Candidate('dense', 1.0) among them, got {got}"
+        )
+    return tuple(candidates)
 
 
 def _texts(name: str, prompts: Sequence[str]) -> list[str]:

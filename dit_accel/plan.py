@@ -87,8 +87,10 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """Short name, such as `window@0.30` or `bands@0.25 order=space`."""
-        parts = [f"{self.family}@{self.density:.2f}", *(f"{name}={value}" for name, value in self.options)]
+        """Name that tells candidates apart, such as `window@0.30` or `bands@0.25 order=space`."""
+        short = f"{self.density:.2f}"
+        density = short if float(short) == self.density else repr(self.density)
+        parts = [f"{self.family}@{density}", *(f"{name}={value}" for name, value in self.options)]
         if self.precision != "native":
             parts.append(self.precision)
         return " ".join([*parts, "remainder"] if self.remainder else parts)

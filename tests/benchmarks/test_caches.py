@@ -31,9 +31,9 @@ LABELS = ("diffusers:mag_cache", "cache-dit:dbcache", "taylorseer")
 
 
 def test_every_cache_of_ours_and_of_the_peers_has_a_row():
-    ours = {way.label for way in caches.WAYS if not way.peer}
+    ours = {dial.label for dial in caches.DIALS if not caches.of_peer(dial)}
     assert ours == set(CACHES)
-    theirs = {way.label for way in caches.WAYS if way.peer}
+    theirs = {dial.label for dial in caches.DIALS if caches.of_peer(dial)}
     assert {label.removeprefix("diffusers:") for label in theirs if "diffusers" in label} == set(DIFFUSERS)
     assert {label for label in theirs if "cache-dit" in label} == {
         "cache-dit:dbcache",
@@ -41,66 +41,12 @@ def test_every_cache_of_ours_and_of_the_peers_has_a_row():
     }
 
 
-@pytest.mark.parametrize("way", caches.WAYS, ids=lambda way: way.label)
-def test_both_ends_of_every_dial_are_variants(way):
-    names = [way.name(value) for value in (way.low, way.high)]
+@pytest.mark.parametrize("dial", caches.DIALS, ids=lambda dial: dial.label)
+def test_both_ends_of_every_dial_are_variants(dial):
+    names = [dial.name(value) for value in (dial.low, dial.high)]
     assert names[0] != names[1]
     for name in names:
         assert parse_variant(name).name == name
-
-
-def falling(bend):
-    """A dial that skips more and more, and whose PSNR falls with the skipped share."""
-    seen = []
-
-    def measure(value):
-        seen.append(value)
-        return caches.Probe(value, bend(value), value / 10)
-
-    return measure, seen
-
-
-class TestTune:
-    def test_thresholds_close_in_on_the_crossing(self):
-        way = caches.Way("x", "preset:cg-taylor@{}", 0.005, 1.0)
-        measure, seen = falling(lambda value: 40.0 - 50.0 * value)  # 30 dB at 0.2
-        found = caches.tune(way, 30.0, 12, measure)
-        assert found.reached
-        assert found.chosen.value == pytest.approx(0.2, rel=0.01)
-        assert found.chosen.value <= 0.2
-        assert [probe.value for probe in found.probes] == seen
-        assert len(seen) == 12
-        assert all(value == float(f"{value:.3g}") for value in seen)
-
-    @pytest.mark.parametrize("crossing", range(1, 9))
-    def test_whole_dials_are_searched_exactly(self, crossing):
-        way = caches.Way("x", "preset:taylorseer:max_skips={}", 1, 7)
-        measure, seen = falling(lambda value: 40.0 if value < crossing else 20.0)
-        found = caches.tune(way, 30.0, 6, measure)
-        assert len(seen) <= way.probes(6) == 3
-        if crossing == 1:
-            assert not found.reached
-        else:
-            assert (found.chosen.value, found.reached) == (min(crossing - 1, 7), True)
-
-    def test_where_nothing_reaches_the_target_the_nearest_stands_in(self):
-        way = caches.Way("x", "preset:cg-taylor@{}", 0.005, 1.0)
-        measure, seen = falling(lambda value: 20.0 - value)
-        found = caches.tune(way, 30.0, 5, measure)
-        assert not found.reached
-        assert found.chosen.value == min(seen)
-
-    def test_the_most_skipping_of_all_that_keep_to_the_target_is_chosen(self):
-        """A dial that is not monotone, as those of forecasts are."""
-        way = caches.Way("x", "preset:cg-taylor@{}", 0.01, 1.0)
-        places = iter([(35.0, 0.3), (28.0, 0.5), (31.0, 0.2), (30.5, 0.3)])
-
-        def measure(value):
-            psnr, skipped = next(places)
-            return caches.Probe(value, psnr, skipped)
-
-        chosen = caches.tune(way, 30.0, 4, measure).chosen
-        assert (chosen.psnr, chosen.skipped_share) == (35.0, 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +66,7 @@ def bench(pipe, tmp_path_factory):
         prompts=["a blue square"],
         target=30.0,
         probes=2,
-        ways=[way for way in caches.WAYS if way.label in LABELS],
+        dials=[dial for dial in caches.DIALS if dial.label in LABELS],
         given={
             "sparse": parse_variant("preset:window@0.3:block=8"),
             "joint": parse_variant("preset:window@0.3:block=8:cache=magcache@0.1"),

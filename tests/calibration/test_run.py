@@ -17,6 +17,7 @@ import dit_accel
 from dit_accel import AccelPlan
 from dit_accel.calibration import calibrate, stages
 from dit_accel.calibration.cost import Latency
+from dit_accel.plan import Candidate
 
 # Calibrates in a process of its own; the clock is replaced as in `density_clock`.
 SCRIPT = """
@@ -281,6 +282,27 @@ def test_trials_are_limited(lively_wan_dir, arguments, density_clock, trials):
     assert 1 <= len(plan.validated["trials"]) <= trials
     with pytest.raises(ValueError, match="max_trials: expected an integer from 1, got 0"):
         calibrate(pipe, **arguments, target_psnr=25.0, max_trials=0)
+
+
+def test_candidates_are_those_that_were_given(pipe, arguments, density_clock):
+    few = [Candidate("dense", 1.0), Candidate("window", 0.301), Candidate("window", 0.304)]
+    plan = calibrate(pipe, **arguments, density=0.4, candidates=few)
+    assert plan.candidates == tuple(few)
+    assert [candidate.label for candidate in few[1:]] == ["window@0.301", "window@0.304"]
+    assert plan.choice.unique().numel() > 1
+
+
+@pytest.mark.parametrize(
+    ("candidates", "got"),
+    [
+        ([], "got none"),
+        ([Candidate("window", 0.3)], "got window@0.30"),
+        ([Candidate("dense", 1.0), *[Candidate("skip", 0.0)] * 2], "got dense@1.00, skip@0.00, skip"),
+    ],
+)
+def test_candidates_without_dense_or_twice_are_refused(pipe, arguments, candidates, got):
+    with pytest.raises(ValueError, match=f"candidates: expected different ones, with .* among them, {got}"):
+        calibrate(pipe, **arguments, density=0.4, candidates=candidates)
 
 
 def test_an_enabled_pipeline_is_refused_and_keeps_its_plan(pipe, arguments):

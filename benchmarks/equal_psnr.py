@@ -1,0 +1,384 @@
+"""Compare plans with published systems, and with themselves when a part of the calibrator is taken away, at equal PSNR.
+
+    python benchmarks/equal_psnr.py --group presets     # after benchmarks/presets.py, hours on two CPU cores
+    python benchmarks/equal_psnr.py --group ablation
+
+- ``presets``: the plan beside the best systems of ``presets.json``, each with the means of what it leaves out where
+  that is better. Everything is as published but one dial: the share of the mass where the authors cut by it
+  (``top_p``), else the density. ``reuse``, which authors count in 50 steps, is scaled to the steps of the run.
+- ``ablation``: calibrations that may do less or weigh otherwise.
+
+All rows are brought to every ``--targets`` on the same tuning prompts, presets by bisection of their dial
+(``dit_accel.evaluation.tuning``), plans by the calibration's own search. Then all run the held-out prompts in one
+process, with equal seeds, in an order that rotates. Prompts differ, so no row has exactly the target's PSNR there: the
+speed-up at a PSNR is read between a row's measured points.
+
+Each finished generation is kept in ``--work``, in a folder named after model, settings and machine. Started again, the
+command goes on where it was.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_accel.calibration import calibrate, default_candidates
+from dit_accel.calibration.checkpoint import Checkpoint
+from dit_accel.evaluation.models import GenerationSettings, resolve_device
+from dit_accel.evaluation.result import Scorer
+from dit_accel.evaluation.run import evaluate
+from dit_accel.evaluation.store import write_json
+from dit_accel.evaluation.timing import machine, weights_digest
+from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
+from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
+from dit_accel.pipelines import demo, load_demo
+from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.presets import PRESETS
+
+FORMAT_VERSION = 1
+PUBLISHED_STEPS = 50
+SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
+HELD_OUT_SEED = 1000  # added to the seed: tuning has seen none of these
+MEANS = "+means"
+SLACK_DB = 0.5  # what is tuned to a PSNR misses it on other prompts
+
+
+def dial_of(label: str, steps: int) -> Dial:
+    """The dial of a published system, with the remainder where its label ends so.
+
+    Raises:
+        ValueError: an unknown system.
+    """
+    name = label.removesuffix(MEANS)
+    if name not in PRESETS:
+        raise ValueError(
+            f"only: expected names out of {', '.join(sorted(PRESETS))}, also with {MEANS}, got {label!r}"
+        )
+    preset = PRESETS[name]
+    options: dict[str, Any] = {**preset.options, "block": preset.block, "warm_up": preset.warm_up}
+    if "reuse" in options:
+        options["reuse"] = max(1, round(int(options["reuse"]) * steps / PUBLISHED_STEPS))
+    options["remainder"] = preset.remainder or label.endswith(MEANS)
+    by_mass = options.pop("top_p", None) is not None
+    settings = "".join(f":{option}={value}" for option, value in options.items())
+    if by_mass:
+        return Dial(label, f"preset:{preset.family}@1.0{settings}:top_p={{}}", 0.999, 0.2)
+    return Dial(label, f"preset:{preset.family}@{{}}{settings}", 0.95, 0.03)
+
+
+def best_presets(report: dict[str, Any], count: int) -> list[str]:
+    """Labels of the systems of the highest PSNR in `presets.json`, each in its better way."""
+    best: dict[str, tuple[float, str]] = {}
+    for row in report["generations"]["rows"]:
+        name = row["preset"]
+        if name in PRESETS and row["remainder"] >= PRESETS[name].remainder:
+            added = row["remainder"] and not PRESETS[name].remainder
+            way = (row["psnr_mean"], f"{name}{MEANS}" if added else name)
+            best[name] = max(best.get(name, way), way)
+    return [label for _, label in sorted(best.values(), reverse=True)[:count]]
+
+
+def only(*families: str) -> Callable[[Sequence[Candidate]], list[Candidate]]:
+    """Keep dense and some families of the candidates."""
+    return lambda candidates: [c for c in candidates if c.is_dense or c.family in families]
+
+
+def without_remainder(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """What is left out of a row no longer counts through its means."""
+    return list(dict.fromkeys(replace(candidate, remainder=False) for candidate in candidates))
+
+
+def native(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Nothing quantised."""
+    return [candidate for candidate in candidates if candidate.precision == "native"]
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """A way to calibrate.
+
+    candidates: makes its candidates of the default ones.
+    measured_cost: whether a candidate costs what it takes on this machine; else every pair costs alike.
+    """
+
+    candidates: Callable[[Sequence[Candidate]], Sequence[Candidate]] = list
+    downstream: bool = False
+    measured_cost: bool = True
+
+
+PLAN = {"plan": Calibrator()}
+ABLATION = {
+    **PLAN,
+    "with downstream weights": Calibrator(downstream=True),
+    "without measured cost": Calibrator(measured_cost=False),
+    "pooled only": Calibrator(only("pooled")),
+    "window only": Calibrator(only("window")),
+    "without remainder": Calibrator(without_remainder),
+    "native precision only": Calibrator(native),
+}
+
+
+@dataclass(eq=False)
+class Bench:
+    """A pipeline, what to generate with it, and where results go."""
+
+    pipe: Any
+    model: str
+    settings: GenerationSettings
+    seed: int
+    tuning_prompts: list[str]
+    prompts: list[str]
+    targets: list[float]
+    probes: int
+    dials: Sequence[Dial]
+    calibrators: dict[str, Calibrator]
+    work: Path
+    output: Path
+    scorer: Scorer | None = None
+
+    def tuned(self) -> dict[str, dict[float, Tuned]]:
+        """Every dial at every target."""
+        if not self.dials:
+            return {}
+        work = self.work / "tuning"
+        tuning = Tuning(self.pipe, self.tuning_prompts, self.settings, self.seed, work, parse_variant)
+        return tuning.run(self.dials, self.targets, self.probes)
+
+    def plans(self) -> dict[str, dict[float, AccelPlan]]:
+        """Every calibration at every target; one that could only repeat another is left out."""
+        found: dict[str, dict[float, AccelPlan]] = {}
+        done = set()
+        for label, calibrator in self.calibrators.items():
+            allowed = self._allowed(calibrator)
+            same = (allowed, calibrator.downstream, calibrator.measured_cost)
+            if same not in done:
+                done.add(same)
+                found[label] = {target: self._plan(calibrator, allowed, target) for target in self.targets}
+        return found
+
+    def _allowed(self, calibrator: Calibrator) -> tuple[Candidate, ...]:
+        every = default_candidates(self.pipe._execution_device, self.pipe.transformer.dtype)
+        return tuple(calibrator.candidates(every))
+
+    def _plan(self, calibrator: Calibrator, allowed: Sequence[Candidate], target: float) -> AccelPlan:
+        content = [[candidate.to_dict() for candidate in allowed], calibrator.downstream]
+        folder = self.work / f"plan-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
+        arguments: dict[str, Any] = {
+            **self.settings.to_dict(),
+            "candidates": allowed,
+            "downstream": calibrator.downstream,
+            "seed": self.seed,
+        }
+        if not calibrator.measured_cost:
+            measured, folder = folder, folder.with_name(f"{folder.name}-by-pairs")
+            if not folder.exists():
+                calibrate(self.pipe, self.tuning_prompts, density=0.5, output_dir=measured, **arguments)
+                price_by_pairs(measured / "calibration", folder, allowed)
+        return calibrate(self.pipe, self.tuning_prompts, target_psnr=target, output_dir=folder, **arguments)
+
+
+def price_by_pairs(measured: Path, folder: Path, candidates: Sequence[Candidate]) -> None:
+    """Copy a calibration's dense generations, with latencies as if a kept pair cost alike in every candidate."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "calibration").mkdir(parents=True)
+    for path in (measured / "fingerprint.json", *measured.glob("dense_*.safetensors")):
+        shutil.copy2(path, partial / "calibration")
+    conditions = json.loads((measured / "fingerprint.json").read_text(encoding="utf-8"))
+    stage = Checkpoint(measured, conditions).load("latency")
+    if stage is None:
+        raise ValueError(f"{measured}: expected a finished calibration, got one without latencies")
+    plain = stage[1]["plain"]
+    densities = torch.tensor([candidate.density for candidate in candidates], dtype=torch.float64)
+    Checkpoint(partial / "calibration", conditions).save(
+        "latency", {"candidates": plain * densities}, {**stage[1], "split": 0.0}
+    )
+    partial.rename(folder)
+
+
+def run(bench: Bench) -> dict[str, Any]:
+    """Bring all rows to the targets, compare them on the held-out prompts and write the output."""
+    tuned, plans = bench.tuned(), bench.plans()
+    rows: list[dict[str, Any]] = []
+    variants: dict[str, Variant] = {"dense": DENSE}
+    for dial in bench.dials:
+        for target, result in tuned[dial.label].items():
+            variant, value = parse_variant(dial.name(result.chosen.value)), result.chosen.value
+            name = f"{dial.label} {value:g}"
+            variants[name] = plan_variant(plan_of(variant), name)
+            found = {"variant": variant.name, "reached": result.reached, "tuned_psnr": result.chosen.psnr}
+            rows.append({"label": dial.label, "ours": False, "target": target, "row": name, **found})
+    for label, by_target in plans.items():
+        for target, plan in by_target.items():
+            name = f"{label}, {target:g} dB"
+            variants[name] = plan_variant(plan, name)
+            measured = plan.validated
+            found = {
+                "reached": measured["target_met"],
+                "tuned_psnr": measured["psnr_calibration"],
+                "calibration_dense_generations": measured["calibration_dense_generations"],
+            }
+            rows.append({"label": label, "ours": True, "target": target, "row": name, **found})
+    identities = "\n".join(variant.identity for variant in variants.values())
+    evaluation = evaluate(
+        bench.pipe,
+        list(variants.values()),
+        bench.prompts,
+        bench.settings,
+        model=bench.model,
+        seed=bench.seed + HELD_OUT_SEED,
+        scorer=bench.scorer,
+        attention_steps=0,
+        output_dir=bench.work / f"held-out-{hashlib.sha256(identities.encode()).hexdigest()[:12]}",
+    ).to_dict()
+    report = {
+        "format_version": FORMAT_VERSION,
+        "targets": bench.targets,
+        "tuning_prompts": bench.tuning_prompts,
+        "tuning_seed": bench.seed,
+        "rows": rows,
+        "speedup_at": {
+            label: [speedup_at(points, target) for target in bench.targets]
+            for label, points in measured_points(rows, evaluation).items()
+        },
+        "evaluation": evaluation,
+    }
+    write_json(bench.output, report)
+    return report
+
+
+def plan_of(variant: Variant) -> AccelPlan:
+    """The plan of a variant that has one."""
+    if variant.plan is None:
+        raise ValueError(f"variant {variant.name!r}: expected one of attention, got none")
+    return variant.plan
+
+
+def measured_points(
+    rows: Sequence[dict[str, Any]], evaluation: dict[str, Any]
+) -> dict[str, list[tuple[float, float]]]:
+    """(mean PSNR, speed-up) of every label's rows on the held-out prompts."""
+    found = {row["name"]: (row["psnr_mean"], row["speedup"]) for row in evaluation["variants"]}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points.setdefault(row["label"], []).append(found[row["row"]])
+    return points
+
+
+def speedup_at(points: Sequence[tuple[float, float]], psnr: float) -> float | None:
+    """The speed-up that a row has at a PSNR, on the best of what was measured.
+
+    Between two points the logarithm of the speed-up is taken for linear in PSNR. Below the lowest PSNR it is the
+    largest speed-up that was measured, up to `SLACK_DB` above the highest the smallest; further up it is unknown.
+    """
+    best: list[tuple[float, float]] = []  # from the highest PSNR downwards, faster at each
+    for point in sorted(points, reverse=True):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    if psnr >= best[0][0]:
+        return best[0][1] if psnr <= best[0][0] + SLACK_DB else None
+    for (above, slow), (below, fast) in itertools.pairwise(best):
+        if psnr >= below:
+            share = (above - psnr) / (above - below)
+            return math.exp((1 - share) * math.log(slow) + share * math.log(fast))
+    return best[-1][1]
+
+
+def prepared(args: argparse.Namespace) -> Bench:
+    """Load the model and open the folder of what was measured on it.
+
+    Raises:
+        ValueError: a number out of range, an unknown name, no `presets.json` to choose from, or an absent device.
+    """
+    parts = {"prompts": "held_out", "tuning_prompts": "calibration"}
+    for name, part in parts.items():
+        most = len(demo.PROMPTS[part])
+        if not 1 <= getattr(args, name) <= most:
+            raise ValueError(f"{name}: expected a number from 1 to {most}, got {getattr(args, name)}")
+    if args.probes < 1:
+        raise ValueError(f"probes: expected a number from 1, got {args.probes}")
+    if len(set(args.targets)) != len(args.targets):
+        raise ValueError(f"targets: expected each once, got {args.targets}")
+    sizes = {name: getattr(args, option) for option, name in SIZES.items()}
+    settings = GenerationSettings(**{**demo.DEFAULTS, **sizes})
+    dials: list[Dial] = []
+    if args.group == "presets":
+        labels = args.only.split(",") if args.only else best_presets(read_presets(args.presets), args.count)
+        dials = [dial_of(label.strip(), settings.num_inference_steps) for label in labels]
+    elif args.only:
+        raise ValueError("only: expected --group presets with it, got --group ablation")
+    pipe = load_demo(torch.bfloat16, str(resolve_device(args.device)))
+    place = machine(pipe._execution_device, torch.bfloat16)
+    model = [weights_digest(part) for part in (pipe.transformer, pipe.text_encoder, pipe.vae)]
+    kind = [FORMAT_VERSION, model, settings.to_dict(), args.seed, demo.PROMPTS, place]
+    digest = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:12]
+    output = args.output or Path("benchmarks/results") / f"equal_psnr_{args.group}.json"
+    return Bench(
+        pipe=pipe,
+        model="demo",
+        settings=settings,
+        seed=args.seed,
+        tuning_prompts=demo.PROMPTS["calibration"][: args.tuning_prompts],
+        prompts=demo.PROMPTS["held_out"][: args.prompts],
+        targets=args.targets,
+        probes=args.probes,
+        dials=dials,
+        calibrators=PLAN if args.group == "presets" else ABLATION,
+        work=args.work / digest,
+        output=output,
+        scorer=demo.score,
+    )
+
+
+def read_presets(path: Path) -> dict[str, Any]:
+    """`presets.json`.
+
+    Raises:
+        ValueError: it is not there, or has no generations.
+    """
+    if not path.is_file():
+        raise ValueError(f"presets: expected {path}; run benchmarks/presets.py, or name some with --only")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if not report["generations"]["rows"]:
+        raise ValueError(f"presets: {path} has no generations; run benchmarks/presets.py --stage generations")
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--group", choices=("presets", "ablation"), default="presets")
+    parser.add_argument("--targets", type=float, nargs="+", default=[28.0, 32.0, 36.0], metavar="DB")
+    parser.add_argument(
+        "--only", metavar="NAMES", help=f"these systems, comma-separated; NAME{MEANS} adds means"
+    )
+    parser.add_argument("--count", type=int, default=6, help="best presets to take (default %(default)s)")
+    parser.add_argument("--presets", type=Path, default=Path("benchmarks/results/presets.json"))
+    parser.add_argument("--prompts", type=int, default=4, help="held-out ones (default %(default)s)")
+    parser.add_argument("--tuning-prompts", type=int, default=1, help="default %(default)s")
+    parser.add_argument("--probes", type=int, default=5, help="places of a dial per target, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    for option, name in SIZES.items():
+        parser.add_argument(f"--{option}", type=int, default=demo.DEFAULTS[name])
+    parser.add_argument("--device", help="default: CUDA where there is one, else the CPU")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/equal_psnr_GROUP.json")
+    parser.add_argument("--work", type=Path, default=Path("outputs/equal_psnr"), help="finished generations")
+    args = parser.parse_args(argv)
+    try:
+        bench = prepared(args)
+    except ValueError as error:
+        parser.error(str(error))
+    run(bench)
+
+
+if __name__ == "__main__":
+    main()

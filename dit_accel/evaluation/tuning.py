@@ -1,0 +1,189 @@
+"""Turns the dials of variants until all have one quality, so that their speeds can be compared.
+
+A dial is the number in a variant's name: a cache's threshold, a preset's density. It is tuned on prompts and seeds of
+its own, by bisection, to the least work that keeps the mean PSNR at a target. Each finished generation is a file:
+killed and started again, a search goes on where it was, and searches for several targets share their generations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm import tqdm
+
+from dit_accel.evaluation.generate import generate_variant, quiet
+from dit_accel.evaluation.metrics import psnr
+from dit_accel.evaluation.models import GenerationSettings
+from dit_accel.evaluation.store import GenerationStore, slug, write_json
+from dit_accel.evaluation.variants import DENSE, Variant
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A kind of variant with one number: `{}` in the variant's name, from `low`, which saves least, to `high`.
+
+    Whole numbers make the dial whole; others are searched on a logarithmic scale. `high` may lie below `low`, as that
+    of a density does.
+    """
+
+    label: str
+    template: str
+    low: float
+    high: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether the dial has whole numbers only."""
+        return isinstance(self.low, int)
+
+    def name(self, value: float) -> str:
+        """The variant at a place of the dial."""
+        return self.template.format(f"{value:g}")
+
+    def probes(self, most: int) -> int:
+        """How many places of the dial a search looks at, at most."""
+        return min(most, int(self.high - self.low + 1).bit_length()) if self.whole else most
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A place of a dial: mean PSNR in dB against dense, and the share of work saved, over the tuning prompts.
+
+    saved: of the forwards times the query-key pairs that attention multiplies in each; what is unknown counts as done.
+    """
+
+    value: float
+    psnr: float
+    saved: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found: all its probes in order, the chosen one, and whether it keeps to the target."""
+
+    probes: tuple[Probe, ...]
+    chosen: Probe
+    reached: bool
+
+
+def tune(
+    dial: Dial, target: float, most: int, measure: Callable[[float], Probe], known: Sequence[Probe] = ()
+) -> Tuned:
+    """Search a dial for the most work saved with a mean PSNR of at least `target`.
+
+    PSNR falls with the dial on the whole, but not always: of all probes that keep to the target the one that saves most
+    is chosen, of these the best one. Where none does, the one of the highest PSNR stands in.
+
+    Args:
+        most: places to look at beside the known ones.
+        known: probes of searches for other targets, which say where to begin.
+    """
+    found: list[Probe] = []
+    low, high = dial.low, dial.high
+    sign = 1 if high >= low else -1
+    step = sign if dial.whole else 0
+    for probe in sorted(known, key=lambda probe: sign * probe.value):
+        if probe.psnr < target:
+            high = probe.value - step
+            break
+        low = probe.value + step
+    for _ in range(dial.probes(most)):
+        if sign * low > sign * high:
+            break
+        middle = (low + high) // 2 if dial.whole else float(f"{(low * high) ** 0.5:.3g}")
+        if any(probe.value == middle for probe in (*known, *found)):
+            break  # the crossing is known to the digits that a name has
+        found.append(measure(middle))
+        if found[-1].psnr >= target:
+            low = middle + step
+        else:
+            high = middle - step
+    probes = (*known, *found)
+    kept = [probe for probe in probes if probe.psnr >= target]
+    if kept:
+        return Tuned(probes, max(kept, key=lambda probe: (probe.saved, probe.psnr)), True)
+    return Tuned(probes, max(probes, key=lambda probe: probe.psnr), False)
+
+
+@dataclass(eq=False)
+class Tuning:
+    """What dials are tuned on.
+
+    variant: makes the variant of a name.
+    work: folder of finished generations.
+    """
+
+    pipe: Any
+    prompts: Sequence[str]
+    settings: GenerationSettings
+    seed: int
+    work: Path
+    variant: Callable[[str], Variant]
+
+    def run(
+        self, dials: Sequence[Dial], targets: Sequence[float], most: int
+    ) -> dict[str, dict[float, Tuned]]:
+        """Tune every dial to every target, by label and target.
+
+        Args:
+            targets: mean PSNR in dB; those after the first begin with what was found before.
+            most: places of a dial to look at, at most, for each target.
+        """
+        count, steps = len(self.prompts), self.settings.num_inference_steps
+        each = [count * len(targets) * dial.probes(most) * steps for dial in dials]
+        found: dict[str, dict[float, Tuned]] = {}
+        with quiet(self.pipe), tqdm(total=count * steps + sum(each), unit="step", smoothing=0.05) as bar:
+            self._dense(bar)
+            done = count * steps
+            for dial, share in zip(dials, each, strict=True):
+                bar.n = done  # some searches end early, and finished generations take no time
+                bar.set_description(f"tuning, {dial.label}")
+                known: tuple[Probe, ...] = ()
+                found[dial.label] = {}
+                for target in targets:
+                    result = tune(
+                        dial,
+                        target,
+                        most,
+                        lambda value, dial=dial: self._probe(dial, value, bar.update),
+                        known,
+                    )
+                    known, found[dial.label][target] = result.probes, result
+                done += share
+            bar.n = done
+            bar.refresh()
+        return found
+
+    @property
+    def _dense_store(self) -> GenerationStore:
+        return GenerationStore(self.work / "dense")
+
+    def _dense(self, bar: tqdm) -> None:
+        for prompt, text in enumerate(self.prompts):
+            bar.set_description(f"tuning, dense {prompt + 1} of {len(self.prompts)}")
+            if not self._dense_store.has(prompt, "dense"):
+                made = generate_variant(
+                    self.pipe, DENSE, text, self.settings, seed=self.seed + prompt, on_step=bar.update
+                )
+                self._dense_store.put(prompt, "dense", made)
+
+    def _probe(self, dial: Dial, value: float, on_step: Callable[[], object]) -> Probe:
+        """Generate the prompts at a place of a dial, as far as they are missing."""
+        variant = self.variant(dial.name(value))
+        runs = []
+        for prompt, text in enumerate(self.prompts):
+            path = self.work / f"{prompt:03d}-{slug(variant.identity)}.json"
+            if not path.is_file():
+                made = generate_variant(
+                    self.pipe, variant, text, self.settings, seed=self.seed + prompt, on_step=on_step
+                )
+                near = psnr(made.frames, self._dense_store.get(prompt, "dense").frames)
+                done = (1 - (made.skipped_share or 0.0)) * (1.0 if made.density is None else made.density)
+                write_json(path, {"variant": variant.name, "psnr": near, "saved": 1 - done})
+            runs.append(json.loads(path.read_text(encoding="utf-8")))
+        return Probe(value, fmean(run["psnr"] for run in runs), fmean(run["saved"] for run in runs))
