@@ -7,6 +7,7 @@ killed and started again, a search goes on where it was, and searches for severa
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ class Tuning:
                         dial,
                         target,
                         most,
-                        lambda value, dial=dial: self._probe(dial, value, bar.update),
+                        functools.partial(self._probe, dial, on_step=bar.update),
                         known,
                     )
                     known, found[dial.label][target] = result.probes, result
@@ -172,7 +173,7 @@ class Tuning:
                 )
                 self._dense_store.put(prompt, "dense", made)
 
-    def _probe(self, dial: Dial, value: float, on_step: Callable[[], object]) -> Probe:
+    def _probe(self, dial: Dial, value: float, *, on_step: Callable[[], object]) -> Probe:
         """Generate the prompts at a place of a dial, as far as they are missing."""
         variant = self.variant(dial.name(value))
         runs = []
