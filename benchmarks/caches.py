@@ -26,21 +26,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dit_accel.bench.demo_work import add_arguments, demo_work
 from dit_accel.calibration import measure_cache
 from dit_accel.evaluation.curve import magnitude_curve
-from dit_accel.evaluation.models import GenerationSettings, resolve_device
+from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.result import Evaluation, Scorer
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.store import write_json
-from dit_accel.evaluation.timing import machine, package_version, weights_digest
+from dit_accel.evaluation.timing import package_version
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
-from dit_accel.pipelines import demo, load_demo
+from dit_accel.pipelines import demo
 
 FORMAT_VERSION = 1
-SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
 GIVEN = ("schedule", "sparse", "joint")
 HELD_OUT_SEED = 1000  # added to the seed: tuning has seen none of these
 
@@ -223,35 +221,24 @@ def prepared(args: argparse.Namespace) -> Bench:
         ValueError: a number out of range, an unknown name, or a device or package that is not there.
     """
     dials = parse_labels(args.only)
-    parts = {"prompts": "held_out", "tuning_prompts": "calibration"}
-    for name, part in parts.items():
-        most = len(demo.PROMPTS[part])
-        if not 1 <= getattr(args, name) <= most:
-            raise ValueError(f"{name}: expected a number from 1 to {most}, got {getattr(args, name)}")
     if args.probes < 1:
         raise ValueError(f"probes: expected a number from 1, got {args.probes}")
     for dial in dials:
         parse_variant(dial.name(dial.low))  # refuses at once where cache-dit is missing
     given = {label: parse_variant(name) for label in GIVEN if (name := getattr(args, label)) is not None}
-    sizes = {name: getattr(args, option) for option, name in SIZES.items()}
-    settings = GenerationSettings(**{**demo.DEFAULTS, **sizes})
-    pipe = load_demo(torch.bfloat16, str(resolve_device(args.device)))
-    place = machine(pipe._execution_device, torch.bfloat16)
-    model = [weights_digest(part) for part in (pipe.transformer, pipe.text_encoder, pipe.vae)]
-    kind = [FORMAT_VERSION, model, settings.to_dict(), args.seed, demo.PROMPTS, place]
-    digest = hashlib.sha256(json.dumps([*kind, package_version("cache-dit")]).encode()).hexdigest()[:12]
+    at = demo_work(args, FORMAT_VERSION, package_version("cache-dit"))
     return Bench(
-        pipe=pipe,
+        pipe=at.pipe,
         model="demo",
-        settings=settings,
-        seed=args.seed,
-        tuning_prompts=demo.PROMPTS["calibration"][: args.tuning_prompts],
-        prompts=demo.PROMPTS["held_out"][: args.prompts],
+        settings=at.settings,
+        seed=at.seed,
+        tuning_prompts=at.tuning_prompts,
+        prompts=at.prompts,
         target=args.target_psnr,
         probes=args.probes,
         dials=dials,
         given=given,
-        work=args.work / digest,
+        work=at.folder,
         output=args.output,
         scorer=demo.score,
     )
@@ -265,15 +252,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for label in GIVEN:
         parser.add_argument(f"--{label}", metavar="VARIANT", help=f"row {label!r}, for instance plan:DIR")
     parser.add_argument("--only", metavar="LABELS", help="these caches, comma-separated")
-    parser.add_argument("--prompts", type=int, default=4, help="held-out ones (default %(default)s)")
-    parser.add_argument("--tuning-prompts", type=int, default=1, help="default %(default)s")
     parser.add_argument("--probes", type=int, default=6, help="most places of a dial (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    for option, name in SIZES.items():
-        parser.add_argument(f"--{option}", type=int, default=demo.DEFAULTS[name])
-    parser.add_argument("--device", help="default: CUDA where there is one, else the CPU")
+    add_arguments(parser, work="outputs/caches", tuning=True)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/caches.json"))
-    parser.add_argument("--work", type=Path, default=Path("outputs/caches"), help="finished generations")
     args = parser.parse_args(argv)
     try:
         bench = prepared(args)

@@ -30,22 +30,21 @@ from typing import Any
 
 import torch
 
+from dit_accel.bench.demo_work import add_arguments, demo_work
 from dit_accel.calibration import calibrate, default_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
-from dit_accel.evaluation.models import GenerationSettings, resolve_device
+from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.result import Scorer
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.store import write_json
-from dit_accel.evaluation.timing import machine, weights_digest
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
-from dit_accel.pipelines import demo, load_demo
+from dit_accel.pipelines import demo
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.presets import PRESETS
 
 FORMAT_VERSION = 1
 PUBLISHED_STEPS = 50
-SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
 HELD_OUT_SEED = 1000  # added to the seed: tuning has seen none of these
 MEANS = "+means"
 SLACK_DB = 0.5  # what is tuned to a PSNR misses it on other prompts
@@ -298,41 +297,30 @@ def prepared(args: argparse.Namespace) -> Bench:
     Raises:
         ValueError: a number out of range, an unknown name, no `presets.json` to choose from, or an absent device.
     """
-    parts = {"prompts": "held_out", "tuning_prompts": "calibration"}
-    for name, part in parts.items():
-        most = len(demo.PROMPTS[part])
-        if not 1 <= getattr(args, name) <= most:
-            raise ValueError(f"{name}: expected a number from 1 to {most}, got {getattr(args, name)}")
     if args.probes < 1:
         raise ValueError(f"probes: expected a number from 1, got {args.probes}")
     if len(set(args.targets)) != len(args.targets):
         raise ValueError(f"targets: expected each once, got {args.targets}")
-    sizes = {name: getattr(args, option) for option, name in SIZES.items()}
-    settings = GenerationSettings(**{**demo.DEFAULTS, **sizes})
     dials: list[Dial] = []
     if args.group == "presets":
         labels = args.only.split(",") if args.only else best_presets(read_presets(args.presets), args.count)
-        dials = [dial_of(label.strip(), settings.num_inference_steps) for label in labels]
+        dials = [dial_of(label.strip(), args.steps) for label in labels]
     elif args.only:
         raise ValueError("only: expected --group presets with it, got --group ablation")
-    pipe = load_demo(torch.bfloat16, str(resolve_device(args.device)))
-    place = machine(pipe._execution_device, torch.bfloat16)
-    model = [weights_digest(part) for part in (pipe.transformer, pipe.text_encoder, pipe.vae)]
-    kind = [FORMAT_VERSION, model, settings.to_dict(), args.seed, demo.PROMPTS, place]
-    digest = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:12]
+    at = demo_work(args, FORMAT_VERSION)
     output = args.output or Path("benchmarks/results") / f"equal_psnr_{args.group}.json"
     return Bench(
-        pipe=pipe,
+        pipe=at.pipe,
         model="demo",
-        settings=settings,
-        seed=args.seed,
-        tuning_prompts=demo.PROMPTS["calibration"][: args.tuning_prompts],
-        prompts=demo.PROMPTS["held_out"][: args.prompts],
+        settings=at.settings,
+        seed=at.seed,
+        tuning_prompts=at.tuning_prompts,
+        prompts=at.prompts,
         targets=args.targets,
         probes=args.probes,
         dials=dials,
         calibrators=PLAN if args.group == "presets" else ABLATION,
-        work=args.work / digest,
+        work=at.folder,
         output=output,
         scorer=demo.score,
     )
@@ -363,15 +351,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--count", type=int, default=6, help="best presets to take (default %(default)s)")
     parser.add_argument("--presets", type=Path, default=Path("benchmarks/results/presets.json"))
-    parser.add_argument("--prompts", type=int, default=4, help="held-out ones (default %(default)s)")
-    parser.add_argument("--tuning-prompts", type=int, default=1, help="default %(default)s")
     parser.add_argument("--probes", type=int, default=5, help="places of a dial per target, at most")
-    parser.add_argument("--seed", type=int, default=0)
-    for option, name in SIZES.items():
-        parser.add_argument(f"--{option}", type=int, default=demo.DEFAULTS[name])
-    parser.add_argument("--device", help="default: CUDA where there is one, else the CPU")
+    add_arguments(parser, work="outputs/equal_psnr", tuning=True)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/equal_psnr_GROUP.json")
-    parser.add_argument("--work", type=Path, default=Path("outputs/equal_psnr"), help="finished generations")
     args = parser.parse_args(argv)
     try:
         bench = prepared(args)

@@ -39,19 +39,20 @@ from tqdm import tqdm
 
 import dit_accel
 from dit_accel import attention, processor
+from dit_accel.bench.demo_work import add_arguments, demo_work
 from dit_accel.calibration import calibrate
 from dit_accel.calibration.profile import profile_call
 from dit_accel.evaluation.attention_time import attention_seconds
 from dit_accel.evaluation.generate import generate_variant, quiet
 from dit_accel.evaluation.mask_figure import attention_panel, family_panel, save_masks
 from dit_accel.evaluation.metrics import psnr, ssim
-from dit_accel.evaluation.models import GenerationSettings, resolve_device
+from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.store import GenerationStore, slug, write_json
-from dit_accel.evaluation.timing import dense_backend, machine, now, weights_digest
+from dit_accel.evaluation.timing import dense_backend, now
 from dit_accel.evaluation.variants import DENSE, Variant, plan_variant
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns import FAMILIES, cost, select
-from dit_accel.pipelines import demo, load_demo
+from dit_accel.pipelines import demo
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.presets import PRESETS, Preset
 from dit_accel.switch import states
@@ -63,7 +64,6 @@ DENSE_EVERY = 11
 ATTENTION_STEPS = 3
 PICTURE_STEPS = 4
 STAGES = ("heads", "generations", "picture")
-SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
 _GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly
 COSTS = ("multiply_adds_first", "multiply_adds_later", "bytes_first", "bytes_later")
 SUMS = ("mass", "rows", "norm", "error", "error_remainder")
@@ -640,35 +640,28 @@ def prepared(args: argparse.Namespace, densities: list[float], density: float) -
     Raises:
         ValueError: a number out of range, or a device that is not there.
     """
-    held_out = demo.PROMPTS["held_out"]
-    for name, most in (("prompts", len(held_out)), ("levels", 1000), ("query_blocks", 1_000_000)):
+    for name, most in (("levels", 1000), ("query_blocks", 1_000_000)):
         if not 1 <= getattr(args, name) <= most:
             raise ValueError(
                 f"{name}: expected a number from 1 to {most}, got {getattr(args, name)}; choose one of these"
             )
-    sizes = {name: getattr(args, option) for option, name in SIZES.items()}
-    settings = GenerationSettings(**{**demo.DEFAULTS, **sizes})
-    pipe = load_demo(torch.bfloat16, str(resolve_device(args.device)))
-    place = machine(pipe._execution_device, torch.bfloat16)
-    model = [weights_digest(part) for part in (pipe.transformer, pipe.text_encoder, pipe.vae)]
-    kind = [FORMAT_VERSION, model, settings.to_dict(), args.seed, held_out, place]
-    digest = hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:12]
-    plan, work = None, Work(args.work / digest)
+    at = demo_work(args, FORMAT_VERSION)
+    plan, work = None, Work(at.folder)
     if args.calibration is not None:
-        plan = calibrated(pipe, args.calibration, density, work.folder / "plan")
+        plan = calibrated(at.pipe, args.calibration, density, work.folder / "plan")
         work.put("runs", "calibrated", {"name": plan.name, "density": density})
     return Bench(
-        pipe=pipe,
-        settings=settings,
-        prompts=held_out[: args.prompts],
-        seed=args.seed,
+        pipe=at.pipe,
+        settings=at.settings,
+        prompts=at.prompts,
+        seed=at.seed,
         work=work,
         output=args.output,
         densities=densities,
         density=density,
         levels=args.levels,
         query_blocks=args.query_blocks,
-        place=place,
+        place=at.machine,
         plan=plan,
     )
 
@@ -678,21 +671,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/presets.json"))
-    parser.add_argument("--work", type=Path, default=Path("outputs/presets"), help="finished measurements")
     parser.add_argument("--only", metavar="NAMES", help="measure these systems, comma-separated")
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
-    parser.add_argument("--prompts", type=int, default=4, help="held-out prompts (default %(default)s)")
     parser.add_argument("--densities", default="0.5,0.25,0.15", help="of the heads (default %(default)s)")
     parser.add_argument("--density", default="0.25", help="of generations and picture (default %(default)s)")
     parser.add_argument("--levels", type=int, default=3, help="noise levels of the heads")
     parser.add_argument("--query-blocks", type=int, default=8, help="sampled in each attention call")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--calibration", type=Path, metavar="DIR", help="of a plan of ours for the generations"
     )
-    for option, name in SIZES.items():
-        parser.add_argument(f"--{option}", type=int, default=demo.DEFAULTS[name])
-    parser.add_argument("--device", help="default: CUDA where there is one, else the CPU")
+    add_arguments(parser, work="outputs/presets", tuning=False)
     args = parser.parse_args(argv)
     try:
         names = parse_names(args.only)
