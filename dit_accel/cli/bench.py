@@ -11,6 +11,9 @@ def configure(subparsers: Any) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--compile-only", action="store_true", help="compile every shipped configuration")
     what.add_argument("--suite", choices=("cpu", "gpu"), help="measure on this device")
+    what.add_argument(
+        "--fit", action="store_true", help="fit what attention costs on this device, and check the fit"
+    )
     parser.add_argument(
         "--arch",
         default="sm_90",
@@ -32,6 +35,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         rows = gate.compile_all(args.arch)
         data: dict[str, Any] = {"arch": args.arch, "rows": rows}
         text = gate.as_text(rows)
+    elif args.fit:
+        from dit_accel.bench import fit
+
+        data = fit.run()
+        text = fit.as_text(data)
     elif args.suite == "cpu":
         from dit_accel.bench import cpu
 

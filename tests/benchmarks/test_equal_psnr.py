@@ -213,7 +213,7 @@ def test_the_table_reads_speedups_and_names_the_best_of_the_others(killed_then_f
         (["--only", "magic"], "only: expected names out of adaspa,"),
         (["--presets", "nowhere.json"], "presets: expected nowhere.json; run benchmarks/presets.py"),
         (["--group", "ablation", "--only", "sta"], "only: expected --group presets with it"),
-        (["--prompts", "0"], "prompts: expected a number from 1 to 64, got 0"),
+        (["--prompts", "0", "--only", "sta"], "prompts: expected a number from 1 to 64, got 0"),
         (["--probes", "0", "--only", "sta"], "probes: expected a number from 1, got 0"),
         (["--targets", "30", "30", "--only", "sta"], "targets: expected each once"),
         (["--only", "sta", "--device", "abacus"], "expected cpu, cuda or cuda:N"),
