@@ -1,9 +1,10 @@
 """What a call of attention costs on this device, fitted to measurements and checked on lists that the fit has not seen.
 
 A call takes a fixed time, a time per token of every head (reading, ordering and quantising queries, keys and values,
-writing outputs) and a time per query-key pair of the listed blocks; the last two have a share per channel:
+writing outputs) and a time per query-key pair of the listed blocks, less in rows that keep every block, whose keys need
+no gathering. All but the first have a share per channel:
 
-    ms = c0 + tokens · heads · (c1 + c2 · dim) + pairs · (c3 + c4 · dim) / efficiency
+    ms = c0 + tokens · heads · (c1 + c2 · dim) + (listed · (c3 + c4 · dim) + whole · (c5 + c6 · dim)) / efficiency
 
 `efficiency` is what uneven lists leave of a GPU's places, see `dit_accel.kernels.balance`; a CPU loses none. The
 coefficients are those of least squared relative error that are not negative, for each precision.
@@ -42,7 +43,7 @@ _SEED = 7
 
 @dataclass(frozen=True)
 class CostModel:
-    """Coefficients c0 to c4 by precision; slots: places of a GPU that run at once, None on a CPU."""
+    """Coefficients c0 to c6 by precision; slots: places of a GPU that run at once, None on a CPU."""
 
     coefficients: Mapping[str, tuple[float, ...]]
     slots: int | None = None
@@ -56,34 +57,34 @@ class CostModel:
         if precision not in self.coefficients:
             known = ", ".join(self.coefficients)
             raise ValueError(f"precision: expected one that was measured ({known}), got {precision!r}")
-        terms = features(index, dim, self.slots)
-        return sum(c * term for c, term in zip(self.coefficients[precision], terms, strict=True))
+        return self._of(features(index, dim, self.slots), precision)
 
     def pays_below(self, shape: Shape, dense_ms: float, precision: str = "native", block: int = 64) -> float:
         """The density below which lists of a shape take less than `dense_ms`: 0 if none does, 1 if all do."""
-        none, every = (self._at(shape, share, precision, block) for share in (0.0, 1.0))
-        if every <= dense_ms:
+        every = math.ceil(shape.tokens / block) ** 2 * block * block * shape.heads
+        tokens = 2 * shape.tokens * shape.heads
+        none, listed = (self._of(_terms(tokens, pairs, 0.0, shape.dim), precision) for pairs in (0.0, every))
+        if listed <= dense_ms:
             return 1.0
-        return max(0.0, (dense_ms - none) / (every - none))
+        return max(0.0, (dense_ms - none) / (listed - none))
 
-    def _at(self, shape: Shape, density: float, precision: str, block: int) -> float:
-        blocks = math.ceil(shape.tokens / block) ** 2
-        pairs = density * blocks * block * block * shape.heads
-        terms = _terms(2 * shape.tokens * shape.heads, pairs, shape.dim)
+    def _of(self, terms: Sequence[float], precision: str) -> float:
         return sum(c * term for c, term in zip(self.coefficients[precision], terms, strict=True))
 
 
 def features(index: BlockIndex, dim: int, slots: int | None) -> tuple[float, ...]:
     """What each coefficient is multiplied with."""
     batch, heads = index.counts.shape[:2]
-    pairs = float(index.counts.sum()) * index.block_q * index.block_k
-    if slots is not None and pairs:
-        pairs /= simulate(index, slots=slots, policy="longest_first_per_head").efficiency
-    return _terms(batch * heads * (index.seq_q + index.seq_k), pairs, dim)
+    whole = index.counts == math.ceil(index.seq_k / index.block_k)
+    size = float(index.block_q * index.block_k)
+    if slots is not None and bool(index.counts.any()):
+        size /= simulate(index, slots=slots, policy="longest_first_per_head").efficiency
+    listed, kept = (size * float(index.counts[rows].sum()) for rows in (~whole, whole))
+    return _terms(batch * heads * (index.seq_q + index.seq_k), listed, kept, dim)
 
 
-def _terms(tokens: float, pairs: float, dim: int) -> tuple[float, ...]:
-    return (1.0, tokens, tokens * dim, pairs, pairs * dim)
+def _terms(tokens: float, listed: float, whole: float, dim: int) -> tuple[float, ...]:
+    return (1.0, tokens, tokens * dim, listed, listed * dim, whole, whole * dim)
 
 
 def fitted(rows: Sequence[tuple[float, ...]], ms: Sequence[float]) -> tuple[float, ...]:
@@ -195,7 +196,7 @@ def _measure(
     }
     calls["sdpa"] = partial(F.scaled_dot_product_attention, dense[0], dense[1], dense[2])
     with torch.no_grad():
-        return {name: found["p50"] for name, found in in_turns(calls, device, rounds=5).items()}
+        return {name: found["p50"] for name, found in in_turns(calls, device, rounds=7).items()}
 
 
 def _row(

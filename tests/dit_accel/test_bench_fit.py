@@ -13,7 +13,7 @@ from dit_accel.cli import main
 from dit_accel.kernels.balance import simulate
 
 CPU = torch.device("cpu")
-TRUE = (0.2, 3e-5, 1e-6, 2e-8, 4e-10)
+TRUE = (0.2, 3e-5, 1e-6, 2e-8, 4e-10, 1e-8, 3e-10)
 SIZES = ((300, 700, 1_500), 4, (450, 1_111))
 
 
@@ -67,7 +67,8 @@ def test_lists_that_load_a_gpu_unevenly_cost_more():
     assert efficiency < 0.95
     even, uneven = features(index, 64, None), features(index, 64, 96)
     assert uneven[:3] == even[:3]
-    assert uneven[3] == pytest.approx(even[3] / efficiency)
+    assert uneven[3:] == pytest.approx([part / efficiency for part in even[3:]])
+    assert even[5] == 64 * 64 * 24 * 24  # the head that keeps everything
     model = CostModel({"native": TRUE}, 96)
     assert model.predict(index, 64) > CostModel({"native": TRUE}).predict(index, 64)
 
@@ -76,11 +77,13 @@ def test_lists_that_load_a_gpu_unevenly_cost_more():
 def test_lists_pay_below_the_density_at_which_they_take_as_long(dense_share):
     shape, model = Shape(6_400, 4, 64), CostModel({"native": TRUE})
     index = index_of(shape, 64, 64, 1.0, CPU)
-    none = by_model(index, 64) - (TRUE[3] + 64 * TRUE[4]) * 6_400**2 * 4
-    dense_ms = none + dense_share * (model.predict(index, 64) - none)
+    pairs = 6_400**2 * 4
+    none = by_model(index, 64) - (TRUE[5] + 64 * TRUE[6]) * pairs
+    listed = none + (TRUE[3] + 64 * TRUE[4]) * pairs
+    dense_ms = none + dense_share * (listed - none)
     assert model.pays_below(shape, dense_ms) == pytest.approx(dense_share)
     assert model.pays_below(shape, 0.5 * none) == 0.0
-    assert model.pays_below(shape, 2 * model.predict(index, 64)) == 1.0
+    assert model.pays_below(shape, 2 * listed) == 1.0
 
 
 def test_an_unmeasured_precision_is_refused():
