@@ -226,7 +226,7 @@ def prepared(args: argparse.Namespace) -> Bench:
     for dial in dials:
         parse_variant(dial.name(dial.low))  # refuses at once where cache-dit is missing
     given = {label: parse_variant(name) for label in GIVEN if (name := getattr(args, label)) is not None}
-    at = demo_work(args, FORMAT_VERSION, package_version("cache-dit"))
+    at = demo_work(args, FORMAT_VERSION, package_version("cache-dit"), tuning=True)
     return Bench(
         pipe=at.pipe,
         model="demo",

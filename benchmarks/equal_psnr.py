@@ -10,8 +10,8 @@
 
 All rows are brought to every ``--targets`` on the same tuning prompts, presets by bisection of their dial
 (``dit_accel.evaluation.tuning``), plans by the calibration's own search. Then all run the held-out prompts in one
-process, with equal seeds, in an order that rotates. Prompts differ, so no row has exactly the target's PSNR there: the
-speed-up at a PSNR is read between a row's measured points.
+process, with equal seeds, in an order that rotates, plans with their guard on, as everywhere. Prompts differ, so no row
+has exactly the target's PSNR there: the speed-up at a PSNR is read between a row's measured points.
 
 Each finished generation is kept in ``--work``, in a folder named after model, settings and machine. Started again, the
 command goes on where it was.
@@ -33,6 +33,7 @@ import torch
 from dit_accel.bench.demo_work import add_arguments, demo_work
 from dit_accel.calibration import calibrate, default_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
+from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.result import Scorer
 from dit_accel.evaluation.run import evaluate
@@ -74,20 +75,38 @@ def dial_of(label: str, steps: int) -> Dial:
 
 
 def best_presets(report: dict[str, Any], count: int) -> list[str]:
-    """Labels of the systems of the highest PSNR in `presets.json`, each in its better way."""
-    best: dict[str, tuple[float, str]] = {}
+    """Labels of the systems in `presets.json` that none surpasses in both PSNR and speed-up, then the next of these.
+
+    A system appears once, without or with the means of what it leaves out, and two that are one appear as one.
+    """
+    left: list[tuple[float, float, str]] = []
     for row in report["generations"]["rows"]:
         name = row["preset"]
         if name in PRESETS and row["remainder"] >= PRESETS[name].remainder:
             added = row["remainder"] and not PRESETS[name].remainder
-            way = (row["psnr_mean"], f"{name}{MEANS}" if added else name)
-            best[name] = max(best.get(name, way), way)
-    return [label for _, label in sorted(best.values(), reverse=True)[:count]]
+            left.append((row["psnr_mean"], row["speedup"], f"{name}{MEANS}" if added else name))
+    chosen: list[str] = []
+    while left and len(chosen) < count:
+        front = [
+            way for way in left if not any(o[0] > way[0] and o[1] > way[1] for o in left)
+        ]  # the fastest of them come last
+        for _, _, label in sorted(front, reverse=True):
+            if len(chosen) < count:
+                chosen.append(label)
+        gone = {label.removesuffix(MEANS) for label in chosen}
+        same = {dial_of(label, PUBLISHED_STEPS).template for label in chosen}
+        left = [
+            way
+            for way in left
+            if way[2].removesuffix(MEANS) not in gone
+            and dial_of(way[2], PUBLISHED_STEPS).template not in same
+        ]
+    return chosen
 
 
 def only(*families: str) -> Callable[[Sequence[Candidate]], list[Candidate]]:
     """Keep dense and some families of the candidates."""
-    return lambda candidates: [c for c in candidates if c.is_dense or c.family in families]
+    return lambda candidates: [c for c in candidates if c.family in ("dense", *families)]
 
 
 def without_remainder(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -168,7 +187,7 @@ class Bench:
         return tuple(calibrator.candidates(every))
 
     def _plan(self, calibrator: Calibrator, allowed: Sequence[Candidate], target: float) -> AccelPlan:
-        content = [[candidate.to_dict() for candidate in allowed], calibrator.downstream]
+        content = [[c.to_dict() for c in allowed], calibrator.downstream, self.tuning_prompts]
         folder = self.work / f"plan-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
         arguments: dict[str, Any] = {
             **self.settings.to_dict(),
@@ -210,9 +229,9 @@ def run(bench: Bench) -> dict[str, Any]:
     variants: dict[str, Variant] = {"dense": DENSE}
     for dial in bench.dials:
         for target, result in tuned[dial.label].items():
-            variant, value = parse_variant(dial.name(result.chosen.value)), result.chosen.value
-            name = f"{dial.label} {value:g}"
-            variants[name] = plan_variant(plan_of(variant), name)
+            variant = parse_variant(dial.name(result.chosen.value))
+            name = f"{dial.label} {result.chosen.value:g}"
+            variants[name] = Variant(name, variant.apply, variant.plan, variant.identity)
             found = {"variant": variant.name, "reached": result.reached, "tuned_psnr": result.chosen.psnr}
             rows.append({"label": dial.label, "ours": False, "target": target, "row": name, **found})
     for label, by_target in plans.items():
@@ -254,21 +273,19 @@ def run(bench: Bench) -> dict[str, Any]:
     return report
 
 
-def plan_of(variant: Variant) -> AccelPlan:
-    """The plan of a variant that has one."""
-    if variant.plan is None:
-        raise ValueError(f"variant {variant.name!r}: expected one of attention, got none")
-    return variant.plan
-
-
 def measured_points(
     rows: Sequence[dict[str, Any]], evaluation: dict[str, Any]
 ) -> dict[str, list[tuple[float, float]]]:
-    """(mean PSNR, speed-up) of every label's rows on the held-out prompts."""
-    found = {row["name"]: (row["psnr_mean"], row["speedup"]) for row in evaluation["variants"]}
-    points: dict[str, list[tuple[float, float]]] = {}
+    """(mean PSNR, speed-up) of every label's rows on the held-out prompts, those that are the dense video left out."""
+    found = {
+        row["name"]: (row["psnr_mean"], row["speedup"])
+        for row in evaluation["variants"]
+        if not row["identical_to_dense"]
+    }
+    points: dict[str, list[tuple[float, float]]] = {row["label"]: [] for row in rows}
     for row in rows:
-        points.setdefault(row["label"], []).append(found[row["row"]])
+        if row["row"] in found:
+            points[row["label"]].append(found[row["row"]])
     return points
 
 
@@ -282,8 +299,10 @@ def speedup_at(points: Sequence[tuple[float, float]], psnr: float) -> float | No
     for point in sorted(points, reverse=True):
         if not best or point[1] > best[-1][1]:
             best.append(point)
+    if not best or psnr > best[0][0] + SLACK_DB:
+        return None
     if psnr >= best[0][0]:
-        return best[0][1] if psnr <= best[0][0] + SLACK_DB else None
+        return best[0][1]
     for (above, slow), (below, fast) in itertools.pairwise(best):
         if psnr >= below:
             share = (above - psnr) / (above - below)
@@ -299,15 +318,19 @@ def prepared(args: argparse.Namespace) -> Bench:
     """
     if args.probes < 1:
         raise ValueError(f"probes: expected a number from 1, got {args.probes}")
-    if len(set(args.targets)) != len(args.targets):
-        raise ValueError(f"targets: expected each once, got {args.targets}")
+    if len(set(args.targets)) != len(args.targets) or not all(0 < t < PSNR_CEILING_DB for t in args.targets):
+        raise ValueError(
+            f"targets: expected each once, above 0 and below {PSNR_CEILING_DB:g} dB, got {args.targets}"
+        )
+    if args.count < 1:
+        raise ValueError(f"count: expected a number from 1, got {args.count}")
     dials: list[Dial] = []
     if args.group == "presets":
         labels = args.only.split(",") if args.only else best_presets(read_presets(args.presets), args.count)
-        dials = [dial_of(label.strip(), args.steps) for label in labels]
+        dials = [dial_of(label.strip(), args.steps) for label in dict.fromkeys(labels)]
     elif args.only:
         raise ValueError("only: expected --group presets with it, got --group ablation")
-    at = demo_work(args, FORMAT_VERSION)
+    at = demo_work(args, FORMAT_VERSION, tuning=True)
     output = args.output or Path("benchmarks/results") / f"equal_psnr_{args.group}.json"
     return Bench(
         pipe=at.pipe,
@@ -330,13 +353,16 @@ def read_presets(path: Path) -> dict[str, Any]:
     """`presets.json`.
 
     Raises:
-        ValueError: it is not there, or has no generations.
+        ValueError: it is not there, or not finished.
     """
     if not path.is_file():
         raise ValueError(f"presets: expected {path}; run benchmarks/presets.py, or name some with --only")
     report = json.loads(path.read_text(encoding="utf-8"))
-    if not report["generations"]["rows"]:
-        raise ValueError(f"presets: {path} has no generations; run benchmarks/presets.py --stage generations")
+    done, of = report["generations"]["done"], report["generations"]["of"]
+    if done < of:
+        raise ValueError(
+            f"presets: expected {path} to hold all generations, got {done} of {of}; run benchmarks/presets.py again"
+        )
     return report
 
 

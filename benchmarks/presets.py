@@ -154,6 +154,7 @@ def calibrated(pipe: Any, directory: Path, density: float, folder: Path) -> Cali
     shutil.copytree(measured, folder / "calibration", dirs_exist_ok=True)
     arguments = {name: conditions[name] for name in GenerationSettings.__dataclass_fields__}
     arguments |= {name: conditions[name] for name in ("seed", "downstream", "held_out_prompts")}
+    arguments["candidates"] = AccelPlan.from_pretrained(directory).candidates
     plan = calibrate(pipe, conditions["prompts"], density=density, output_dir=folder, **arguments)
     return Calibrated(plan)
 
@@ -645,7 +646,7 @@ def prepared(args: argparse.Namespace, densities: list[float], density: float) -
             raise ValueError(
                 f"{name}: expected a number from 1 to {most}, got {getattr(args, name)}; choose one of these"
             )
-    at = demo_work(args, FORMAT_VERSION)
+    at = demo_work(args, FORMAT_VERSION, tuning=False)
     plan, work = None, Work(at.folder)
     if args.calibration is not None:
         plan = calibrated(at.pipe, args.calibration, density, work.folder / "plan")

@@ -256,7 +256,13 @@ def _equal_psnr(report: dict[str, Any]) -> str:
     lines = []
     for label, at in report["speedup_at"].items():
         own = [row for row in report["rows"] if row["label"] == label]
-        measured = sorted({(found[row["row"]]["psnr_mean"], found[row["row"]]["speedup"]) for row in own})
+        measured = sorted(
+            {
+                (found[row["row"]]["psnr_mean"], found[row["row"]]["speedup"])
+                for row in own
+                if not found[row["row"]]["identical_to_dense"]
+            }
+        )
         cells = ["–" if speedup is None else f"{speedup:.2f}" for speedup in at]
         points = ", ".join(f"{psnr:.1f} dB {speedup:.2f}×" for psnr, speedup in measured)
         lines.append([f"`{label}`" if not own[0]["ours"] else label, *cells, points])
@@ -275,9 +281,10 @@ def _equal_psnr(report: dict[str, Any]) -> str:
         rivals = {label: speedup for label, speedup in known.items() if label in others}
         if rivals and "plan" in known:
             best = max(rivals, key=lambda label: rivals[label])
+            fewer = "" if len(rivals) == len(others) else f" that reach it ({len(rivals)} of {len(others)})"
             notes.append(
                 f"At {target:g} dB the plan is {known['plan'] / rivals[best]:.2f} times as fast as the best of "
-                f"the others, `{best}`."
+                f"the others{fewer}, `{best}`."
             )
     return "\n".join([_rows(head, lines), "", *notes])
 

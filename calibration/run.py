@@ -26,7 +26,7 @@ from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_n
 from dit_accel.evaluation.generate import quiet
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import machine, weights_digest
-from dit_accel.kernels import PRECISIONS
+from dit_accel.kernels import PRECISIONS, available_precisions
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate, config_hash_of
 
@@ -90,9 +90,9 @@ def calibrate(
         held_out_prompts: further prompts on which PSNR and speed-up are measured, see `plan.validated`.
 
     Raises:
-        ValueError: not exactly one goal, no prompts, candidates that repeat or lack dense, an unsupported
-            pipeline or one with a plan, a transformer that no gradient can pass, or an output_dir that holds a
-            calibration of other prompts, settings, weights or of another machine.
+        ValueError: not exactly one goal, no prompts, candidates that repeat, lack dense or need a precision that the
+            device lacks, an unsupported pipeline or one with a plan, a transformer that no gradient can pass, or an
+            output_dir that holds a calibration of other prompts, settings, weights or of another machine.
 
     Example:
         >>> plan = calibrate(pipe, ["a red circle moves left"], height=192, width=336, num_frames=33,
@@ -202,6 +202,12 @@ def _allowed(candidates: Sequence[Candidate] | None, pipe: Any) -> tuple[Candida
         got = ", ".join(candidate.label for candidate in candidates) or "none"
         raise ValueError(
             f"candidates: expected different ones, with Candidate('dense', 1.0) among them, got {got}"
+        )
+    here = available_precisions(pipe._execution_device, pipe.transformer.dtype)
+    absent = [candidate.label for candidate in candidates if candidate.precision not in here]
+    if absent:
+        raise ValueError(
+            f"candidates: expected precisions of this device ({', '.join(here)}), got {', '.join(absent)}"
         )
     return tuple(candidates)
 

@@ -189,6 +189,10 @@ def train(
     done = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        if saved["phases"] != repr(phases):
+            raise SystemExit(
+                f"{checkpoint}: expected a checkpoint of this recipe, got one of another; delete it"
+            )
         done = saved["done"]
         for part, key in (
             (modules, "modules"),
@@ -203,6 +207,7 @@ def train(
     def save() -> None:
         state = {
             "done": done,
+            "phases": repr(phases),
             "modules": [m.state_dict() for m in modules],
             "optimizers": [o.state_dict() for o in optimizer_list],
             "averages": [a.module.state_dict() for a in averages],

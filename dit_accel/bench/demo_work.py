@@ -48,17 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser, *, work: str, tuning: bool) -
     parser.add_argument("--work", type=Path, default=Path(work), help="finished measurements")
 
 
-def demo_work(args: argparse.Namespace, *conditions: Any) -> DemoWork:
+def demo_work(args: argparse.Namespace, *conditions: Any, tuning: bool) -> DemoWork:
     """Load the demo model in bfloat16 as the options say.
 
     Args:
         conditions: JSON values that measurements also depend on.
+        tuning: as for `add_arguments`; without it there are no tuning prompts.
 
     Raises:
         ValueError: a number out of range, or a device that is not there.
     """
     counts = {"prompts": ("held_out", args.prompts)}
-    if hasattr(args, "tuning_prompts"):
+    if tuning:
         counts["tuning_prompts"] = ("calibration", args.tuning_prompts)
     for name, (part, count) in counts.items():
         most = len(demo.PROMPTS[part])
@@ -75,7 +76,7 @@ def demo_work(args: argparse.Namespace, *conditions: Any) -> DemoWork:
         settings=settings,
         seed=args.seed,
         prompts=demo.PROMPTS["held_out"][: args.prompts],
-        tuning_prompts=demo.PROMPTS["calibration"][: getattr(args, "tuning_prompts", 1)],
+        tuning_prompts=demo.PROMPTS["calibration"][: args.tuning_prompts] if tuning else [],
         machine=place,
         folder=args.work / hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:12],
     )

@@ -1,8 +1,8 @@
 """What a call of attention costs on this device, fitted to measurements and checked on lists that the fit has not seen.
 
 A call takes a fixed time, a time per token of every head (reading, ordering and quantising queries, keys and values,
-writing outputs) and a time per query-key pair of the listed blocks, less in rows that keep every block, whose keys need
-no gathering. All but the first have a share per channel:
+writing outputs) and a time per query-key pair of the listed blocks, another one in rows that keep every block. All but
+the first have a share per channel:
 
     ms = c0 + tokens · heads · (c1 + c2 · dim) + (listed · (c3 + c4 · dim) + whole · (c5 + c6 · dim)) / efficiency
 
@@ -12,6 +12,7 @@ coefficients are those of least squared relative error that are not negative, fo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +53,10 @@ class CostModel:
         """Milliseconds of a call over these lists.
 
         Raises:
-            ValueError: a precision that was not measured.
+            ValueError: a precision that was not measured, or blocks of varying length.
         """
+        if index.varies:
+            raise ValueError("index: expected blocks of one length, got starts; only these were measured")
         if precision not in self.coefficients:
             known = ", ".join(self.coefficients)
             raise ValueError(f"precision: expected one that was measured ({known}), got {precision!r}")
@@ -61,12 +64,15 @@ class CostModel:
 
     def pays_below(self, shape: Shape, dense_ms: float, precision: str = "native", block: int = 64) -> float:
         """The density below which lists of a shape take less than `dense_ms`: 0 if none does, 1 if all do."""
-        every = math.ceil(shape.tokens / block) ** 2 * block * block * shape.heads
+        every = float(math.ceil(shape.tokens / block) ** 2 * block * block * shape.heads)
+        if self.slots is not None:
+            half = index_of(shape, block, block, 0.5, torch.device("cpu"))
+            every /= simulate(half, slots=self.slots, policy="longest_first_per_head").efficiency
         tokens = 2 * shape.tokens * shape.heads
         none, listed = (self._of(_terms(tokens, pairs, 0.0, shape.dim), precision) for pairs in (0.0, every))
         if listed <= dense_ms:
             return 1.0
-        return max(0.0, (dense_ms - none) / (listed - none))
+        return 0.0 if none >= dense_ms else (dense_ms - none) / (listed - none)
 
     def _of(self, terms: Sequence[float], precision: str) -> float:
         return sum(c * term for c, term in zip(self.coefficients[precision], terms, strict=True))
@@ -88,17 +94,19 @@ def _terms(tokens: float, listed: float, whole: float, dim: int) -> tuple[float,
 
 
 def fitted(rows: Sequence[tuple[float, ...]], ms: Sequence[float]) -> tuple[float, ...]:
-    """Coefficients of least squared relative error, none of them negative (active sets)."""
+    """Coefficients of least squared relative error, none negative: the best of all sets that may differ from 0."""
     weighted = np.array(rows) / np.array(ms)[:, None]
     scale = np.linalg.norm(weighted, axis=0)
-    active = list(range(weighted.shape[1]))
-    found = np.zeros(weighted.shape[1])
-    while active:
-        solution = np.linalg.lstsq(weighted[:, active] / scale[active], np.ones(len(ms)), rcond=None)[0]
-        if (solution >= 0).all():
-            found[active] = solution / scale[active]
-            break
-        del active[int(solution.argmin())]
+    columns = [n for n, size in enumerate(scale) if size > 0]
+    best, found = math.inf, np.zeros(len(scale))
+    for count in range(1, len(columns) + 1):
+        for chosen in map(list, itertools.combinations(columns, count)):
+            scaled = weighted[:, chosen] / scale[chosen]
+            solution = np.linalg.lstsq(scaled, np.ones(len(ms)), rcond=None)[0]
+            error = float(np.square(scaled @ solution - 1).sum())
+            if (solution >= 0).all() and error < best:
+                best, found = error, np.zeros(len(scale))
+                found[chosen] = solution / scale[chosen]
     return tuple(found.tolist())
 
 

@@ -115,12 +115,13 @@ def _complete(
     """Do what is still missing in the result, under one bar."""
     count, settings, seed = len(variants), result.settings, result.seed
     open_prompts = range(len(result.runs) // count, len(result.prompts))
-    # The order rotates, so that no variant always runs on the warmer or the busier machine.
+    # The order rotates once over all prompts, so that no variant always runs on the warmer or the busier machine.
+    stride = max(1, count // len(result.prompts))
     missing = {
         prompt: [
             variant
             for turn in range(count)
-            if not result.store.has(prompt, (variant := variants[(prompt + turn) % count]).name)
+            if not result.store.has(prompt, (variant := variants[(prompt * stride + turn) % count]).name)
         ]
         for prompt in open_prompts
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Dial:
 
     def probes(self, most: int) -> int:
         """How many places of the dial a search looks at, at most."""
-        return min(most, int(self.high - self.low + 1).bit_length()) if self.whole else most
+        return min(most, int(abs(self.high - self.low) + 1).bit_length()) if self.whole else most
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,13 @@ def tune(
     low, high = dial.low, dial.high
     sign = 1 if high >= low else -1
     step = sign if dial.whole else 0
-    for probe in sorted(known, key=lambda probe: sign * probe.value):
-        if probe.psnr < target:
-            high = probe.value - step
-            break
-        low = probe.value + step
+    place = {probe.value: sign * probe.value for probe in known}
+    good = [probe for probe in known if probe.psnr >= target]
+    if good:
+        low = max(good, key=lambda probe: place[probe.value]).value + step
+    beyond = [p for p in known if p.psnr < target and place[p.value] >= sign * low]
+    if beyond:
+        high = min(beyond, key=lambda probe: place[probe.value]).value - step
     for _ in range(dial.probes(most)):
         if sign * low > sign * high:
             break
@@ -184,6 +187,7 @@ class Tuning:
                     self.pipe, variant, text, self.settings, seed=self.seed + prompt, on_step=on_step
                 )
                 near = psnr(made.frames, self._dense_store.get(prompt, "dense").frames)
+                near = 0.0 if math.isnan(near) else near  # what diverged is as far away as can be
                 done = (1 - (made.skipped_share or 0.0)) * (1.0 if made.density is None else made.density)
                 write_json(path, {"variant": variant.name, "psnr": near, "saved": 1 - done})
             runs.append(json.loads(path.read_text(encoding="utf-8")))

@@ -55,18 +55,21 @@ def test_a_dial_is_the_system_as_published_but_for_one_number(name, means):
 
 
 def test_the_best_systems_are_taken_each_in_its_better_way():
-    def row(preset, remainder, psnr):
-        return {"preset": preset, "remainder": remainder, "psnr_mean": psnr}
+    def row(preset, remainder, psnr, speedup):
+        return {"preset": preset, "remainder": remainder, "psnr_mean": psnr, "speedup": speedup}
 
     rows = [
-        row("sta", False, 20.0), row("sta", True, 25.0),
-        row("svg2", False, 27.0), row("svg2", True, 26.0),
-        row("hyperattention", True, 24.0), row("scatterbrain", False, 29.0), row("scatterbrain", True, 24.5),
-        row("calibrated", True, 50.0),
+        row("svg2", False, 27.0, 0.8), row("svg2", True, 28.0, 0.7),  # near to dense, and slower
+        row("sta", False, 20.0, 3.0), row("sta", True, 25.0, 2.5),  # fastest of all
+        row("moa", False, 19.0, 2.9), row("moa", True, 24.0, 2.4),  # worse than sta in both
+        row("hyperattention", True, 24.5, 2.45), row("scatterbrain", True, 24.5, 2.45),  # one and the same
+        row("scatterbrain", False, 29.0, 3.5), row("calibrated", True, 50.0, 4.0),  # not what its authors made, ours
     ]  # fmt: skip
     report = {"generations": {"rows": rows}}
-    assert equal_psnr.best_presets(report, 3) == ["svg2", "sta+means", "scatterbrain"]
-    assert equal_psnr.best_presets(report, 9)[3:] == ["hyperattention+means"]
+    assert equal_psnr.best_presets(report, 2) == ["svg2+means", "sta+means"]
+    assert equal_psnr.best_presets(report, 3)[2] in ("hyperattention+means", "scatterbrain")
+    assert len(equal_psnr.best_presets(report, 9)) == 4
+    assert equal_psnr.best_presets(report, 9)[3] == "moa+means"
 
 
 class TestSpeedupAt:
@@ -82,6 +85,9 @@ class TestSpeedupAt:
     def test_what_was_not_reached_is_unknown(self):
         assert equal_psnr.speedup_at(self.points, 36.6) is None
 
+    def test_what_was_never_but_dense_is_unknown(self):
+        assert equal_psnr.speedup_at((), 30.0) is None
+
     def test_a_point_that_is_slower_and_worse_says_nothing(self):
         worse = (*self.points, (30.0, 1.0))
         for psnr in (28.0, 30.0, 31.0):
@@ -92,8 +98,10 @@ def test_ablations_take_away_what_they_say():
     every = default_candidates("cuda:0" if torch.cuda.is_available() else "cpu")
     found = {name: list(c.candidates(every)) for name, c in equal_psnr.ABLATION.items()}
     assert found["plan"] == list(every)
-    assert {c.family for c in found["pooled only"]} == {"dense", "pooled"}
-    assert {c.family for c in found["window only"]} == {"dense", "window"}
+    for family in ("pooled", "window"):
+        kept = [c for c in every if c.family in ("dense", family)]
+        assert found[f"{family} only"] == kept
+        assert {c.precision for c in kept} == {c.precision for c in every}
     assert not any(c.remainder for c in found["without remainder"])
     assert len({(c.family, c.density, c.options, c.precision) for c in every}) == len(
         found["without remainder"]
@@ -134,6 +142,7 @@ def killed_then_finished(bench):
     """The report of a run that is killed twice on its way."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "measure_latency", by_pairs)
+        killed = []
         for limit in (12, 60, None):
             forwards = 0
 
@@ -147,9 +156,10 @@ def killed_then_finished(bench):
             try:
                 equal_psnr.run(bench)
             except KeyboardInterrupt:
-                assert limit is not None
+                killed.append(limit)
             finally:
                 handle.remove()
+        assert killed == [12, 60]
     return json.loads(bench.output.read_text(encoding="utf-8"))
 
 
@@ -196,6 +206,18 @@ def test_another_run_generates_nothing(killed_then_finished, bench):
     assert again["speedup_at"] == killed_then_finished["speedup_at"]
 
 
+def test_what_is_identical_to_dense_is_nobody_s_success(killed_then_finished):
+    report = copy.deepcopy(killed_then_finished)
+    rows = [row for row in report["rows"] if row["label"] == "plan"]
+    variants = {row["name"]: row for row in report["evaluation"]["variants"]}
+    variants[rows[0]["row"]].update(psnr_mean=27.0, speedup=2.0, identical_to_dense=False)
+    variants[rows[1]["row"]].update(psnr_mean=100.0, speedup=1.01, identical_to_dense=True)
+    points = equal_psnr.measured_points(report["rows"], report["evaluation"])
+    assert points["plan"] == [(27.0, 2.0)]
+    assert equal_psnr.speedup_at(points["plan"], 34.0) is None
+    assert "100.0 dB" not in tables.TABLES["equal_psnr"][1](report)
+
+
 def test_the_table_reads_speedups_and_names_the_best_of_the_others(killed_then_finished):
     report = copy.deepcopy(killed_then_finished)
     report["speedup_at"] |= {"sta": [2.0, None], "sparge+means": [1.5, 1.2], "plan": [3.0, 1.8]}
@@ -204,7 +226,9 @@ def test_the_table_reads_speedups_and_names_the_best_of_the_others(killed_then_f
     assert lines[2].startswith("| `sta` | 2.00 | – | ")
     assert lines[4].startswith("| plan | 3.00 | 1.80 | ")
     assert lines[-2] == "At 26 dB the plan is 1.50 times as fast as the best of the others, `sta`."
-    assert lines[-1] == "At 34 dB the plan is 1.50 times as fast as the best of the others, `sparge+means`."
+    assert lines[-1] == (
+        "At 34 dB the plan is 1.50 times as fast as the best of the others that reach it (1 of 2), `sparge+means`."
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,6 +240,11 @@ def test_the_table_reads_speedups_and_names_the_best_of_the_others(killed_then_f
         (["--prompts", "0", "--only", "sta"], "prompts: expected a number from 1 to 64, got 0"),
         (["--probes", "0", "--only", "sta"], "probes: expected a number from 1, got 0"),
         (["--targets", "30", "30", "--only", "sta"], "targets: expected each once"),
+        (
+            ["--targets", "150", "--only", "sta"],
+            "targets: expected each once, above 0 and below 100 dB, got [150.0]",
+        ),
+        (["--count", "0", "--only", "sta"], "count: expected a number from 1, got 0"),
         (["--only", "sta", "--device", "abacus"], "expected cpu, cuda or cuda:N"),
     ],
 )
@@ -223,3 +252,11 @@ def test_wrong_arguments_are_refused(arguments, message, capsys, tmp_path):
     with pytest.raises(SystemExit):
         equal_psnr.main([*arguments, "--work", str(tmp_path)])
     assert message in capsys.readouterr().err
+
+
+def test_a_comparison_of_presets_that_is_not_finished_is_refused(tmp_path, capsys):
+    unfinished = tmp_path / "presets.json"
+    unfinished.write_text(json.dumps({"generations": {"rows": [], "done": 3, "of": 44}}))
+    with pytest.raises(SystemExit):
+        equal_psnr.main(["--presets", str(unfinished), "--work", str(tmp_path)])
+    assert "to hold all generations, got 3 of 44" in capsys.readouterr().err

@@ -299,9 +299,19 @@ def test_candidates_are_those_that_were_given(pipe, arguments, density_clock):
         ([Candidate("window", 0.3)], "got window@0.30"),
         ([Candidate("dense", 1.0), *[Candidate("skip", 0.0)] * 2], "got dense@1.00, skip@0.00, skip"),
     ],
+    ids=["none", "no dense", "twice"],
 )
 def test_candidates_without_dense_or_twice_are_refused(pipe, arguments, candidates, got):
     with pytest.raises(ValueError, match=f"candidates: expected different ones, with .* among them, {got}"):
+        calibrate(pipe, **arguments, density=0.4, candidates=candidates)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have the precision")
+def test_candidates_of_a_precision_that_is_not_here_are_refused(pipe, arguments):
+    candidates = [Candidate("dense", 1.0), Candidate("window", 0.3, precision="int8")]
+    with pytest.raises(
+        ValueError, match=r"expected precisions of this device \(native\), got window@0.30 int8"
+    ):
         calibrate(pipe, **arguments, density=0.4, candidates=candidates)
 
 

@@ -10,6 +10,7 @@ from dit_accel.bench import fit
 from dit_accel.bench.fit import CostModel, features, fitted, mixed_index
 from dit_accel.bench.problem import Shape, index_of
 from dit_accel.cli import main
+from dit_accel.kernels import BlockIndex
 from dit_accel.kernels.balance import simulate
 
 CPU = torch.device("cpu")
@@ -83,6 +84,8 @@ def test_lists_pay_below_the_density_at_which_they_take_as_long(dense_share):
     dense_ms = none + dense_share * (listed - none)
     assert model.pays_below(shape, dense_ms) == pytest.approx(dense_share)
     assert model.pays_below(shape, 0.5 * none) == 0.0
+    assert CostModel({"native": (9.0, 0, 0, 0, 0, 0, 0)}).pays_below(shape, 5.0) == 0.0
+    assert CostModel({"native": TRUE}, 96).pays_below(shape, dense_ms) < dense_share
     assert model.pays_below(shape, 2 * listed) == 1.0
 
 
@@ -90,6 +93,10 @@ def test_an_unmeasured_precision_is_refused():
     model = CostModel({"native": TRUE})
     with pytest.raises(ValueError, match=r"precision: expected one that was measured \(native\), got 'fp8'"):
         model.predict(mixed_index(Shape(100, 1, 64), CPU), 64, "fp8")
+    starts = torch.tensor([[[0, 30, 100]]], dtype=torch.int32)
+    varied = BlockIndex.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 64, 64, 100, 100, starts, starts)
+    with pytest.raises(ValueError, match="index: expected blocks of one length, got starts"):
+        model.predict(varied, 64)
 
 
 def test_the_command_measures_this_device(monkeypatch, capsys, tmp_path):
@@ -102,4 +109,9 @@ def test_the_command_measures_this_device(monkeypatch, capsys, tmp_path):
     assert text.count("pays: ") == len(report["pays"]) == 4
     assert report["machine"]["dtype"] == "bfloat16"
     assert all(row["ms"] > 0 and math.isfinite(row["predicted_ms"]) for row in report["rows"])
-    assert all(0 <= row["below_density"] <= 1 for row in report["pays"])
+    assert {row["below_density"] for row in report["pays"]} <= {
+        CostModel({"native": tuple(report["model"]["native"])}).pays_below(
+            Shape(tokens, 2, dim), sdpa, "native"
+        )
+        for tokens, dim, sdpa in [(row["tokens"], row["dim"], row["sdpa_ms"]) for row in report["pays"]]
+    }

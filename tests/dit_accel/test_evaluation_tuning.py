@@ -101,6 +101,17 @@ class TestTune:
         assert second.reached
         assert second.chosen.value == pytest.approx(crossing, rel=0.15)
 
+    def test_a_dip_on_the_cautious_side_does_not_send_the_search_back(self):
+        dial = Dial("x", "preset:x@{}", 0.9, 0.05)
+        known = [Probe(0.9, 37.0, 0.1), Probe(0.5, 33.9, 0.5), Probe(0.3, 34.2, 0.7), Probe(0.1, 30.0, 0.9)]
+        measure, seen = falling(lambda value: 33.0)
+        assert tune(dial, 34.0, 3, measure, known).chosen.value == 0.3
+        assert all(0.1 < value < 0.3 for value in seen)
+
+    @pytest.mark.parametrize(("low", "high"), [(1, 8), (8, 1)])
+    def test_whole_dials_may_fall(self, low, high):
+        assert Dial("x", "preset:x@{}", low, high).probes(9) == 4
+
     def test_a_known_whole_dial_needs_nothing_new(self):
         dial = Dial("x", "preset:taylorseer:max_skips={}", 1, 3)
         measure, seen = falling(lambda value: 40.0 - 5.0 * value)
