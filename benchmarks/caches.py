@@ -1,12 +1,13 @@
 """Compare feature caches on the demo model at equal PSNR: those of diffusers and cache-dit, ours, and calibrated plans.
 
     pip install -e '.[peers]'
-    python benchmarks/caches.py --schedule plan:outputs/schedule --joint plan:outputs/joint     # hours on two CPU cores
+    python benchmarks/caches.py     # hours on two CPU cores
 
 Every cache has one dial, a threshold or an interval. It is tuned on other prompts than the compared ones, by bisection,
 to the largest skipped share that keeps the mean PSNR at ``--target-psnr``. Then all run the held-out prompts in one
-process, with equal seeds, in an order that rotates. ``--schedule``, ``--sparse`` and ``--joint`` add variants that are
-used as they are: plans by directory, or any name that ``dit-accel evaluate`` knows.
+process, with equal seeds, in an order that rotates, beside plans that were calibrated for the same PSNR on the same
+prompts: a schedule of steps alone, sparse attention alone, and both. ``--schedule``, ``--sparse`` and ``--joint`` put
+other variants in their place, any that ``dit-accel evaluate`` knows, or none.
 
 All other settings are those of the authors, with these exceptions: the demo has 6 blocks and 20 steps, so DBCache looks
 at 1 block (ours at 2) and warms up for 4 steps. Where there is a limit on skips in a row it is 6, since smaller ones
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.bench.demo_work import add_arguments, demo_work
-from dit_accel.calibration import measure_cache
+from dit_accel.calibration import calibrate, measure_cache
 from dit_accel.evaluation.curve import magnitude_curve
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.result import Evaluation, Scorer
@@ -37,9 +38,16 @@ from dit_accel.evaluation.timing import package_version
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
 from dit_accel.pipelines import demo
+from dit_accel.plan import Candidate
 
 FORMAT_VERSION = 1
-GIVEN = ("schedule", "sparse", "joint")
+# How the plans that stand beside the caches are calibrated.
+PLANS: dict[str, dict[str, Any]] = {
+    "schedule": {"cache": True, "candidates": [Candidate("dense", 1.0)]},
+    "sparse": {},
+    "joint": {"cache": True},
+}
+NONE = "none"
 HELD_OUT_SEED = 1000  # added to the seed: tuning has seen none of these
 
 
@@ -70,7 +78,7 @@ def of_peer(dial: Dial) -> bool:
 class Bench:
     """A pipeline, what to generate with it, and where results go.
 
-    given: variants that are not tuned, by the name of their row.
+    given: variants that are not tuned, by the name of their row; a name of `PLANS` without one is calibrated.
     """
 
     pipe: Any
@@ -82,7 +90,7 @@ class Bench:
     target: float
     probes: int
     dials: Sequence[Dial]
-    given: dict[str, Variant]
+    given: dict[str, Variant | None]
     work: Path
     output: Path
     scorer: Scorer | None = None
@@ -140,7 +148,10 @@ def compare(bench: Bench, tuned: dict[str, Tuned]) -> Evaluation:
     """
     variants = [DENSE]
     variants += [bench.variant(dial.name(tuned[dial.label].chosen.value)) for dial in bench.dials]
-    variants += [_renamed(bench, variant, label) for label, variant in bench.given.items()]
+    variants += [
+        planned(bench, label) if variant is None else _renamed(bench, variant, label)
+        for label, variant in bench.given.items()
+    ]
     rows = hashlib.sha256("\n".join(variant.identity for variant in variants).encode()).hexdigest()[:12]
     return evaluate(
         bench.pipe,
@@ -152,6 +163,20 @@ def compare(bench: Bench, tuned: dict[str, Tuned]) -> Evaluation:
         scorer=bench.scorer,
         output_dir=bench.work / f"held-out-{rows}",
     )
+
+
+def planned(bench: Bench, label: str) -> Variant:
+    """The plan of a row, calibrated on the tuning prompts for the PSNR of the dials; the dense runs are shared."""
+    plan = calibrate(
+        bench.pipe,
+        bench.tuning_prompts,
+        **bench.settings.to_dict(),
+        **PLANS[label],
+        target_psnr=bench.target,
+        seed=bench.seed,
+        output_dir=bench.work / ("schedule" if label == "schedule" else "plan"),
+    )
+    return plan_variant(plan, label)
 
 
 def _renamed(bench: Bench, variant: Variant, label: str) -> Variant:
@@ -185,7 +210,7 @@ def report(bench: Bench, tuned: dict[str, Tuned], evaluation: Evaluation) -> dic
         "tuning_prompts": bench.tuning_prompts,
         "tuning_seed": bench.seed,
         "tuned": rows,
-        "given": {label: variant.name for label, variant in bench.given.items()},
+        "given": {label: variant.name if variant else "calibrated" for label, variant in bench.given.items()},
         "evaluation": evaluation.to_dict(),
     }
 
@@ -225,7 +250,8 @@ def prepared(args: argparse.Namespace) -> Bench:
         raise ValueError(f"probes: expected a number from 1, got {args.probes}")
     for dial in dials:
         parse_variant(dial.name(dial.low))  # refuses at once where cache-dit is missing
-    given = {label: parse_variant(name) for label in GIVEN if (name := getattr(args, label)) is not None}
+    names = {label: getattr(args, label) for label in PLANS}
+    given = {label: parse_variant(name) if name else None for label, name in names.items() if name != NONE}
     at = demo_work(args, FORMAT_VERSION, package_version("cache-dit"), tuning=True)
     return Bench(
         pipe=at.pipe,
@@ -249,8 +275,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target-psnr", type=float, default=30.0, metavar="DB", help="default %(default)g")
-    for label in GIVEN:
-        parser.add_argument(f"--{label}", metavar="VARIANT", help=f"row {label!r}, for instance plan:DIR")
+    for label in PLANS:
+        parser.add_argument(
+            f"--{label}", metavar="VARIANT", help=f"row {label!r}, for instance plan:DIR, or {NONE}"
+        )
     parser.add_argument("--only", metavar="LABELS", help="these caches, comma-separated")
     parser.add_argument("--probes", type=int, default=6, help="most places of a dial (default %(default)s)")
     add_arguments(parser, work="outputs/caches", tuning=True)

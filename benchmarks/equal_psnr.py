@@ -85,23 +85,15 @@ def best_presets(report: dict[str, Any], count: int) -> list[str]:
         if name in PRESETS and row["remainder"] >= PRESETS[name].remainder:
             added = row["remainder"] and not PRESETS[name].remainder
             left.append((row["psnr_mean"], row["speedup"], f"{name}{MEANS}" if added else name))
-    chosen: list[str] = []
+    chosen: dict[str, str] = {}  # labels by the dial, which tells systems that are one
     while left and len(chosen) < count:
-        front = [
-            way for way in left if not any(o[0] > way[0] and o[1] > way[1] for o in left)
-        ]  # the fastest of them come last
+        front = [way for way in left if not any(o[0] > way[0] and o[1] > way[1] for o in left)]
         for _, _, label in sorted(front, reverse=True):
-            if len(chosen) < count:
-                chosen.append(label)
-        gone = {label.removesuffix(MEANS) for label in chosen}
-        same = {dial_of(label, PUBLISHED_STEPS).template for label in chosen}
-        left = [
-            way
-            for way in left
-            if way[2].removesuffix(MEANS) not in gone
-            and dial_of(way[2], PUBLISHED_STEPS).template not in same
-        ]
-    return chosen
+            names = {other.removesuffix(MEANS) for other in chosen.values()}
+            if label.removesuffix(MEANS) not in names:
+                chosen.setdefault(dial_of(label, PUBLISHED_STEPS).template, label)
+        left = [way for way in left if way not in front]
+    return list(chosen.values())[:count]
 
 
 def only(*families: str) -> Callable[[Sequence[Candidate]], list[Candidate]]:

@@ -50,7 +50,7 @@ def measure_cache(
         block's output (TeaCache, arXiv 2411.19108).
 
     Raises:
-        ValueError: an unsupported transformer or too few steps.
+        ValueError: an unsupported transformer, two of them, or too few steps.
 
     Example:
         >>> fields = measure_cache(pipe, "a red circle moves left", height=160, width=192, num_frames=33,
@@ -61,6 +61,11 @@ def measure_cache(
         raise ValueError(
             f"num_inference_steps: expected more than {_DEGREE + 1} for a polynomial of degree {_DEGREE}, got "
             f"{num_inference_steps}"
+        )
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(
+            f"pipe: expected one transformer, got {type(pipe).__name__} with two experts, each of which has a curve of "
+            "its own; use a cache that needs none"
         )
     watch = _Watch(pipe.transformer)
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)

@@ -345,10 +345,10 @@ def _selections(
         name = (c.family, c.options)
         if name not in memories:
             memories[name] = {}
-            chosen(memory=memories[name])
+            chosen(state=memories[name])
         # As in the later steps of a generation, which go on from the centroids before but choose anew.
         kept = {part: x for part, x in memories[name].items() if part not in ("selection", "left")}
-        found[same] = chosen(memory=kept)
+        found[same] = chosen(state=kept)
     return [found[c.family, c.options, c.density] for c in candidates]
 
 

@@ -20,6 +20,7 @@ from dit_accel.calibration.goals import Goal, the_goal
 from dit_accel.calibration.knapsack import choose_density
 from dit_accel.calibration.offers import Pick, offers_of
 from dit_accel.calibration.schedule import range_bounds, range_starts, sampled_steps
+from dit_accel.calibration.search import TOLERANCE_DB
 from dit_accel.calibration.stages import LATENCY_STEPS, DenseRun, Stages
 from dit_accel.calibration.tables import build_profile
 from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
@@ -101,6 +102,11 @@ def calibrate(
     prompts, held_out = _texts("prompts", prompts), _texts("held_out_prompts", held_out_prompts or [])
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
+    if set(prompts) & set(held_out):
+        seen = sorted(set(prompts) & set(held_out))
+        raise ValueError(
+            f"held_out_prompts: expected others than prompts, got {', '.join(map(repr, seen))} in both"
+        )
     asked = {
         "target_psnr": target_psnr,
         "target_ssim": target_ssim,
@@ -225,6 +231,14 @@ def _say(goal: Goal, validated: dict[str, Any], max_trials: int, *, all_dense: b
         tqdm.write(
             f"{goal.name} {goal.value:g}{unit}: only the dense generation reaches it, nothing will be faster"
         )
+    if goal.quality is not None and not all_dense and validated["target_met"]:
+        found = validated[f"{goal.quality.metric}_calibration"]
+        above = goal.quality.decibel(found) - goal.quality.decibel(goal.value)
+        if above > TOLERANCE_DB:
+            tqdm.write(
+                f"{goal.name} {goal.value:g}{unit} was exceeded: {found:.4g}{unit}, since no faster plan that reaches "
+                f"it was found in {len(validated['trials'])} generations (at most {max_trials})"
+            )
     if validated.get("target_met", True):
         return
     if goal.quality is None:

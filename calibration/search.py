@@ -17,7 +17,7 @@ import numpy as np
 from dit_accel.calibration.offers import Offer, Pick, most_faithful, pick_for_error
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 
-TOLERANCE_DB = 0.7  # a plan may exceed the target by this much before a faster one is looked for
+TOLERANCE_DB = 0.5  # a plan may exceed the target by this much before a faster one is looked for
 _AIM_DB = TOLERANCE_DB / 2
 _LARGEST_MOVE = 1.0  # decades of error beyond the points measured so far
 

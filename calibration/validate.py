@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log10
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from dit_accel.plan import AccelPlan
 MAX_TRIALS = 5
 _SEARCH_PROMPTS = 2
 _SPEED_TRIALS = 3
+# Student's t: 95 % lie below, for 1 to 20 degrees of freedom.
+_T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812,
+         1.796, 1.782, 1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725)  # fmt: skip
 # A plan may be this much faster than asked for before a slower one is looked for.
 _SPEED_TOLERANCE = 1.05
 
@@ -123,9 +126,11 @@ class Validation:
         """Quality and speed of the plan chosen, as JSON values; the remaining prompts are generated for it.
 
         `psnr_*` are means in dB; `speedup` is that of whole generations, on the held-out prompts where there
-        are any, else on the calibration prompts; `calibration_dense_generations` is what the calibration
+        are any, else on the calibration prompts; `psnr_held_out_low` is what the mean over all prompts exceeds with
+        95 % confidence; `calibration_dense_generations` is what the calibration
         took, held-out prompts apart, in units of one dense generation. `trials` are the generations with plans,
-        `frontier` the plans that the tables offer, `ranges` what each step range spends.
+        `frontier` the plans that the tables offer, `ranges` what each step range spends, `parts` what attention and
+        steps do.
         """
         tables, name = self._tables, found.name
         values: dict[str, Any] = {
@@ -158,6 +163,7 @@ class Validation:
             values |= {
                 "psnr_held_out": fmean(run.psnr for run in made),
                 "psnr_held_out_min": min(run.psnr for run in made),
+                "psnr_held_out_low": lower_bound([run.psnr for run in made]),
                 "ssim_held_out": fmean(run.ssim for run in made),
                 "latent_rel_l2_held_out": fmean(run.latent_rel_l2 for run in made),
             }
@@ -168,6 +174,7 @@ class Validation:
         values["trials"] = [self._trial(tried, chosen=tried.pick.name == name) for tried in self._tried]
         values["frontier"] = self._frontier()
         values["ranges"] = self._ranges(found)
+        values["parts"] = self._parts(found)
         return values
 
     def _calibration_quality(self, name: str, outcome: Outcome) -> dict[str, float]:
@@ -234,6 +241,17 @@ class Validation:
             for start, error, cost, of_dense in zip(*parts, strict=True)
         ]
 
+    def _parts(self, found: Pick) -> dict[str, dict[str, float]]:
+        """What attention and steps left out spend of the error, and milliseconds of a generation that each saves."""
+        offer, steps_ms = found.offer, dense_cost(self._tables) - dense_cost(found.offer.tables)
+        return {
+            "attention": {
+                "error": found.error - offer.error,
+                "saved_ms": dense_cost(offer.tables) - found.attention_ms,
+            },
+            "steps": {"error": offer.error, "saved_ms": steps_ms + offer.saved},
+        }
+
     def _plan(self, found: Pick) -> AccelPlan:
         return replace(self._draft, choice=found.choice, cache=found.offer.cache)
 
@@ -244,6 +262,14 @@ class Validation:
         )
         self._tried.append(_Tried(found, number, run))
         return run
+
+
+def lower_bound(values: Sequence[float]) -> float | None:
+    """What the mean over all prompts exceeds with 95 % confidence (Student's t, one side); None for a single value."""
+    if len(values) < 2:
+        return None
+    quantile = _T_95[min(len(values) - 1, len(_T_95)) - 1]
+    return fmean(values) - quantile * stdev(values) / len(values) ** 0.5
 
 
 def _skipped(found: Pick) -> int:

@@ -179,7 +179,7 @@ def _prepare(
             block=block,
             scale=scale,
             value=v,
-            memory=memory,
+            state=memory,
             heads=in_layer,
             layer=layer,
             **options,

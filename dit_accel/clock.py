@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ class Clock:
 
     Attributes:
         memory: what the transformers share for one generation.
+        on_new: called when another generation begins, before any of its forwards.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -25,12 +27,15 @@ class Clock:
         self._timesteps: Tensor | None = None
         self._progress: list[float] | None = None
         self.memory: dict[str, Any] = {}
+        self.on_new: list[Callable[[], None]] = []
 
     def generation(self) -> Tensor | None:
         """The timesteps of the running generation, the same object throughout it; None without a scheduler."""
         timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         if timesteps is not self._timesteps:
             self._timesteps, self._progress, self.memory = timesteps, None, {}
+            for forget in self.on_new:
+                forget()
         return timesteps
 
     def step_index(self) -> int | None:

@@ -243,8 +243,14 @@ class AccelPlan:
             return replace(cls.preset("dense"), cache=cache_preset(name, **steps))
         if isinstance(cache, str):
             cache = cache_preset(cache)
+        objective: dict[str, Any] = {"preset": name}
         if name in PRESETS and (density is None or name not in FAMILIES):
             published = PRESETS[name]
+            if published.calibrated:
+                objective["uncalibrated"] = (
+                    f"its authors calibrate {published.calibrated}, here all heads are alike; "
+                    "dit_accel.calibrate chooses for each"
+                )
             name, options = published.family, {**published.options, **options}
             density = published.density if density is None else density
             block = published.block if block is None else block
@@ -265,9 +271,11 @@ class AccelPlan:
             raise ValueError(f"warm_up: expected a progress from 0 to below 1, got {warm_up!r}")
         candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder or False)
         if not warm_up:
-            return cls((candidate,), torch.zeros(1, 1, 1, dtype=torch.int16), block=block, cache=cache)
+            choice = torch.zeros(1, 1, 1, dtype=torch.int16)
+            return cls((candidate,), choice, block=block, cache=cache, objective=objective)
         choice = torch.arange(2, dtype=torch.int16).view(2, 1, 1)
-        return cls((Candidate("dense", 1.0), candidate), choice, (0.0, warm_up), block=block, cache=cache)
+        candidates, starts = (Candidate("dense", 1.0), candidate), (0.0, warm_up)
+        return cls(candidates, choice, starts, block=block, cache=cache, objective=objective)
 
     def range_at(self, progress: float) -> int:
         """Return the number of the range that holds a progress from 0 (pure noise) to 1."""

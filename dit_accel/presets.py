@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Preset:
-    """A family with its density, options, tokens per block, dense beginning (progress from 0 to 1) and remainder."""
+    """A family with its density, options, tokens per block, dense beginning (progress from 0 to 1) and remainder.
+
+    calibrated: what the authors calibrate, where one choice for all heads stands in for it here.
+    """
 
     family: str
     density: float
@@ -21,16 +24,17 @@ class Preset:
     block: int = 64
     warm_up: float = 0.0
     remainder: bool = False
+    calibrated: str = ""
 
 
 PRESETS: dict[str, Preset] = {
-    # Row-uniform top-k at sparsity .8; searched at steps 10 and 30 of 50. https://arxiv.org/abs/2502.21079
+    # Row-uniform top-k at sparsity .8, the same for all heads; searched at steps 10 and 30 of 50. https://arxiv.org/abs/2502.21079
     "adaspa": Preset("searched", 0.2, {"order": "frame", "reuse": 20}, warm_up=0.05),
     # A circle around every query of an image. https://arxiv.org/abs/2412.16112
     "clear": Preset("window", 0.2, {"order": "tile:1x8x8", "shape": "ball"}),
     # The eighth of the channels (of 128) that weighs most, calibrated by the authors, here found in each call.
     # https://arxiv.org/abs/2408.07092
-    "doublesparsity": Preset("channels", 0.25, {"order": "frame"}),
+    "doublesparsity": Preset("channels", 0.25, {"order": "frame"}, calibrated="the channels"),
     # Means of 8 x 16 patches of a frame, the best quarter (Wan). https://arxiv.org/abs/2505.14708
     "draft": Preset("pooled", 0.25, {"order": "tile:1x8x16", "parts": 1}, block=128),
     # The tiles on the diagonal and a few reference frames. https://arxiv.org/abs/2502.06155
@@ -43,12 +47,17 @@ PRESETS: dict[str, Preset] = {
     "minference": Preset("stripes", 0.3, {"slashes": 1}),
     # Sinks and a span that grows with the sequence; the authors calibrate each head's α + β · length, here β is the
     # density of all. https://arxiv.org/abs/2406.14909
-    "moa": Preset("bands", 0.3, {"sinks": 1}),
+    "moa": Preset("bands", 0.3, {"sinks": 1}, calibrated="the span of each head"),
     # A box around every query. https://arxiv.org/abs/2504.16922
     "natten": Preset("window", 0.3, {"shape": "clamped"}),
     # The axis order in which each head is most local; the authors calibrate it, and masks of blocks in it, where here
     # the call's own rows choose and the mask is a band. https://arxiv.org/abs/2506.16054
-    "paro": Preset("profiled", 0.3, {"orders": "fhw+fwh+hfw+hwf+wfh+whf"}),
+    "paro": Preset(
+        "profiled",
+        0.3,
+        {"orders": "fhw+fwh+hfw+hwf+wfh+whf"},
+        calibrated="the axis order and the mask of each head",
+    ),
     # Keys sorted in segments of 256, then means until .9 of the mass. https://arxiv.org/abs/2510.21270
     "pbs": Preset("pooled", 1.0, {"order": "frame", "parts": 1, "segment": 256, "top_p": 0.9}, block=128),
     # Decaying neighbourhoods, with the first frame as a sink. https://arxiv.org/abs/2506.19852
@@ -59,7 +68,7 @@ PRESETS: dict[str, Preset] = {
     "scatterbrain": Preset("hashed", 0.25, remainder=True),
     # Bands, skipped and dense heads, found by calibration; without it all heads are bands.
     # https://arxiv.org/abs/2506.03065
-    "sparse-vdit": Preset("bands", 0.4),
+    "sparse-vdit": Preset("bands", 0.4, calibrated="bands, skipping or dense attention for each head"),
     # Means until .9 of the mass, with the self-similarity guard; the authors calibrate both thresholds per head, these
     # are their defaults. https://arxiv.org/abs/2502.18137
     "sparge": Preset("pooled", 1.0, {"parts": 1, "guard": 0.1, "top_p": 0.9}),
@@ -74,10 +83,15 @@ PRESETS: dict[str, Preset] = {
     # Tiles of 6 x 8 x 8 tokens, a window for all heads where the authors calibrate one each.
     # https://arxiv.org/abs/2502.04507
     "sta": Preset(
-        "window", 0.3, {"order": "tile:6x8x8", "aspect": 0.75, "shape": "clamped"}, block=128, warm_up=0.06
+        "window",
+        0.3,
+        {"order": "tile:6x8x8", "aspect": 0.75, "shape": "clamped"},
+        block=128,
+        warm_up=0.06,
+        calibrated="the window of each head",
     ),
     # Clusters with a density per head, found by calibration; without it all heads have one.
-    "svoo": Preset("clustered", 0.3, {"iterations": 50}, block=128),
+    "svoo": Preset("clustered", 0.3, {"iterations": 50}, block=128, calibrated="the density of each head"),
     # Stride 8 until .95 of the mass, in blocks of 128, five dense steps of 50. https://arxiv.org/abs/2503.16428
     "xattention": Preset(
         "antidiagonal", 1.0, {"order": "frame", "stride": 8, "top_p": 0.95}, block=128, warm_up=0.02

@@ -115,7 +115,8 @@ def _extra_stats(hooks: list[AccelHook]) -> dict[str, float]:
             found["guarded_heads"] += int(hook.state.guarded.dense.sum())
         if hook.steps is not None:
             found.update(dataclasses.asdict(hook.steps.counts(hook.state.memory)))
-            found["cache_bytes"] += hook.steps.bytes(hook.state.memory)
+            # One expert lets go before the next one keeps anything.
+            found["cache_bytes"] = max(found["cache_bytes"], hook.steps.bytes(hook.state.memory))
     return dict(found)
 
 
@@ -234,6 +235,8 @@ def _install(
             if type(module.processor) in classes.values():
                 cast(Any, module).set_processor(originals[f"{name}.processor"])
 
+    if clock is not None:  # also what an expert that has not run yet knows of the generation before
+        clock.on_new.append(state.reset)
     registry.register_hook(AccelHook(state, restore, steps, clock), HOOK_NAME)
     hooked_forward = transformer.forward
     return processors

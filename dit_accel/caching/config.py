@@ -77,6 +77,16 @@ class Schedule:
         terms = (term for steps in self.forecasts.values() for step in steps.values() for term in step)
         return frozenset((term.branch, term.step) for term in terms if term.branch != "latents")
 
+    @functools.cached_property
+    def longest_gap(self) -> int:
+        """Most steps from a forecast back to the last forward that its branch computed."""
+        gaps = [
+            next(gap for gap in range(1, step + 2) if step - gap not in steps)
+            for steps in self.forecasts.values()
+            for step in steps
+        ]
+        return max(gaps, default=0)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the schedule as JSON values."""
         forecasts = {

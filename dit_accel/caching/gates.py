@@ -31,6 +31,14 @@ class Gate:
     def computed(self, step: int, steps: int, signal: Tensor | None, output: Tensor) -> None:
         """Take note of a step that was computed, and of the transformer's output."""
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the tensors that it keeps."""
+        kept = vars(self).values()
+        tensors = {id(part): part for part in kept if isinstance(part, Tensor)}.values()
+        histories = sum(part.bytes for part in kept if isinstance(part, History))
+        return histories + sum(part.numel() * part.element_size() for part in tensors)
+
 
 class MagCache(Gate):
     """Skips while the product of the measured norm ratios since the last computed step stays near 1.

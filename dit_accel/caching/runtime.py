@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.caching.config import GATES, CacheConfig
+from dit_accel.caching.config import GATES, CacheConfig, Schedule
 from dit_accel.caching.forecast import History, weighted_sum
 from dit_accel.caching.gates import Gate, gate_of
 from dit_accel.pipelines import ModelFamily
@@ -47,7 +48,6 @@ class _Generation:
     # Of a schedule; shared with the pipeline's other expert.
     outputs: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     histories: dict[str, History] = field(default_factory=dict)
-    stored: int = 0  # bytes of the outputs that this transformer added
     bytes: int = 0  # most that were held at a time
 
     def let_go(self, config: CacheConfig) -> None:
@@ -95,6 +95,7 @@ class StepCache:
         self.config = config
         self.family = family
         self._forward: _Forward | None = None
+        self._said = False
         self._lists: list[nn.ModuleList] = [getattr(transformer, name) for name, _ in family.blocks]
         total = sum(len(blocks) for blocks in self._lists)
         self._first, self._end = config.first_blocks, total - config.last_blocks
@@ -193,10 +194,13 @@ class StepCache:
                 generation.gate.computed(forward.step, forward.steps, forward.signal, sample)
         if not forward.skip:
             counts.computed_forwards += 1
+            if forward.step == forward.steps - 1:
+                self._say_if_idle(forward)
             if self.config.target == "output":
                 self._remember_output(forward, sample)
-            held = sum(history.bytes for history in generation.histories.values())
-            generation.bytes = max(generation.bytes, generation.stored + held)
+            held = generation.gate.bytes + sum(history.bytes for history in generation.histories.values())
+            held += sum(output.numel() * output.element_size() for output in generation.outputs.values())
+            generation.bytes = max(generation.bytes, held)
             if forward.step == forward.steps - 1 and not self._forecasts_last(forward):
                 generation.release(self.config)
             return None
@@ -204,6 +208,26 @@ class StepCache:
         if self.config.target != "output":
             return None
         return _with_sample(output, self._forecast_output(forward, sample))
+
+    def _say_if_idle(self, forward: _Forward) -> None:
+        """Warn once of a schedule that leaves out steps, but left out none."""
+        schedule, counts = self.config.schedule, forward.generation.counts
+        if (
+            self._said
+            or schedule is None
+            or not any(schedule.forecasts.values())
+            or counts.skipped_forwards
+            or forward.steps < self.config.min_steps
+            or len(forward.generation.deciders) < forward.steps  # the other expert may have skipped
+        ):
+            return
+        self._said = True
+        warnings.warn(
+            f"cache: the plan's schedule left out no step: it was made for the guidance branches "
+            f"{', '.join(map(repr, schedule.forecasts))}, this generation ends with {forward.branch!r}; generate with "
+            "guidance as in the calibration, or calibrate for what you run",
+            stacklevel=2,
+        )
 
     def _forecasts_last(self, forward: _Forward) -> bool:
         """Whether a schedule has a branch forecast from the other one at the last step; gates never skip it."""
@@ -225,7 +249,7 @@ class StepCache:
         return Counts() if generation is None else generation.counts
 
     def bytes(self, memory: MutableMapping[str, Any]) -> int:
-        """Most memory that forecasts took in a generation, without what the gate keeps."""
+        """Most memory that gate and forecasts took in a generation, with the outputs that experts share."""
         generation = memory.get("cache")
         return 0 if generation is None else generation.bytes
 
@@ -235,7 +259,7 @@ class StepCache:
         if forward.steps < config.min_steps:
             return False
         if config.schedule is not None:
-            return self._has_history(forward)
+            return self._has_history(forward) and self._in_reach(config.schedule, forward)
         return (
             config.warm_up <= forward.step < forward.steps - config.cool_down
             and forward.generation.skips_in_a_row < config.max_skips
@@ -248,6 +272,18 @@ class StepCache:
             stored = forward.generation.outputs
             return all(term.branch == "latents" or (term.branch, term.step) in stored for term in terms)
         return bool(self._history(forward).steps)
+
+    def _in_reach(self, schedule: Schedule, forward: _Forward) -> bool:
+        """Whether no more lies between a forecast and the last computed forward than where the schedule was made.
+
+        With fewer steps than its own, steps that it computes may fall between two of the generation's.
+        """
+        if forward.steps == schedule.steps:
+            return True
+        last, here = (
+            schedule.nearest(step, forward.steps) for step in (self._history(forward).steps[-1], forward.step)
+        )
+        return here - last <= schedule.longest_gap
 
     def _history(self, forward: _Forward) -> History:
         order = 1 if self.config.schedule is not None else self.config.order
@@ -343,7 +379,6 @@ class StepCache:
             key = forward.branch, forward.step
             if key in schedule.needed:
                 forward.generation.outputs[key] = sample
-                forward.generation.stored += sample.numel() * sample.element_size()
             return
         value = sample - like(forward.latents, sample) if self.config.residual else sample
         history = self._history(forward)

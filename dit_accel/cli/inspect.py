@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "",
         *_table(families),
         *_ranges(plan),
+        *_parts(plan),
+        *_steps(plan),
         "",
         plan_map(plan),
         *([""] if drawn else []),
@@ -132,6 +134,35 @@ def _ranges(plan: AccelPlan) -> list[str]:
             f"{range_title(plan, number):<25}  {mean:>11}  {part['error'] / total:>11.1%}  {speedup:>18.2f}"
         )
     return lines
+
+
+def _parts(plan: AccelPlan) -> list[str]:
+    """One line each for attention and steps, where the plan leaves out both: what it spends and saves."""
+    parts = {name: part for name, part in plan.validated.get("parts", {}).items() if part["saved_ms"] > 0}
+    if len(parts) < 2:
+        return []
+    total = sum(part["error"] for part in parts.values()) or 1.0
+    return [
+        "",
+        "left out    error share  seconds saved",
+        *(
+            f"{name:<10}  {part['error'] / total:>11.1%}  {part['saved_ms'] / 1000:>13.2f}"
+            for name, part in parts.items()
+        ),
+    ]
+
+
+def _steps(plan: AccelPlan) -> list[str]:
+    """One line per guidance branch of a schedule: # is a step that it computes, · one that is forecast."""
+    if plan.cache is None or plan.cache.schedule is None:
+        return [] if plan.cache is None else ["", f"steps           gate {plan.cache.gate}"]
+    schedule = plan.cache.schedule
+    strips = {
+        branch: "".join("·" if step in forecasts else "#" for step in range(schedule.steps))
+        for branch, forecasts in sorted(schedule.forecasts.items())
+    }
+    width = max((len(branch) for branch in strips), default=0)
+    return ["", "steps (# computed, · forecast)", *(f"{b:<{width}}  {strip}" for b, strip in strips.items())]
 
 
 def _mean(table: list[list[float]]) -> float:

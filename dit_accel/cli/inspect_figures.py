@@ -151,31 +151,40 @@ def _time(plan: AccelPlan) -> Figure:
 
 
 def _curve(plan: AccelPlan) -> Figure:
-    """What the closed loop saw: quality against attention speed-up, the fitted line and the plan chosen."""
+    """What the closed loop saw: quality against the generation's speed-up, the fitted line and the plan chosen."""
     trials, frontier = _needed(plan, "trials"), _needed(plan, "frontier")
     goal = next((name for name in _GOALS if plan.objective.get(name) is not None), "target_psnr")
     metric, label = _GOALS[goal]
     target = plan.objective.get(goal)
-    dense = sum(part["attention_ms_dense"] for part in _needed(plan, "ranges"))
+    attention_ms = sum(part["attention_ms_dense"] for part in _needed(plan, "ranges"))
+    dense = float(np.mean([trial["seconds_dense"] for trial in trials]))
+
+    def speedup(point: dict[str, Any]) -> float:
+        """Of a plan of the tables."""
+        return dense / (dense - (attention_ms - point["attention_ms"] + point.get("saved_ms", 0.0)) / 1000)
+
+    def expected(trial: dict[str, Any]) -> float:
+        return trial["seconds_dense"] / trial["seconds_expected"]
+
     figure = Figure(figsize=(7.2, 4.6), facecolor=PAPER)
     axes = figure.add_subplot()
     drawn = [point for point in frontier if "quality_expected" in point]
     if drawn:
         axes.plot(
-            [dense / point["attention_ms"] for point in drawn],
+            [speedup(point) for point in drawn],
             [point["quality_expected"] for point in drawn],
             color=_LINE, alpha=0.7, marker=".", zorder=1, label="plans of the tables, by the fitted line",
         )  # fmt: skip
     for chosen, colour, name in ((False, _POINT, "tried"), (True, _CHOSEN, "chosen")):
         at = [trial for trial in trials if trial["chosen"] == chosen]
         if at:
-            x = [dense / trial["attention_ms_expected"] for trial in at]
+            x = [expected(trial) for trial in at]
             axes.scatter(
                 x, [t[metric] for t in at], color=colour, s=56, zorder=3, edgecolor=PAPER, label=name
             )
     for number, trial in enumerate(trials, start=1):
         axes.annotate(
-            str(number), (dense / trial["attention_ms_expected"], trial[metric]), xytext=(6, 5),
+            str(number), (expected(trial), trial[metric]), xytext=(6, 5),
             textcoords="offset points", fontsize=9, color=INK,
         )  # fmt: skip
     if target is not None:
@@ -185,10 +194,10 @@ def _curve(plan: AccelPlan) -> Figure:
     bottom, top = min(measured) - room, max(measured) + room
     axes.set_ylim(bottom, top)
     # The whole front reaches speed-ups that no target comes near.
-    seen = [dense / point["attention_ms"] for point in drawn if bottom <= point["quality_expected"] <= top]
-    seen += [dense / trial["attention_ms_expected"] for trial in trials]
+    seen = [speedup(point) for point in drawn if bottom <= point["quality_expected"] <= top]
+    seen += [expected(trial) for trial in trials]
     axes.set_xlim(min(*seen, 1.0) * 0.9, max(seen) * 1.15)
-    axes.set_xlabel("attention speed-up over dense, predicted; numbers: order of the trials", color=INK)
+    axes.set_xlabel("speed-up of a generation over dense, predicted; numbers: order of the trials", color=INK)
     axes.set_ylabel(label, color=INK)
     axes.legend(frameon=False, fontsize=9.5)
     _clean(axes)

@@ -65,7 +65,7 @@ def select(
     block: int = 64,
     scale: float | None = None,
     value: Tensor | None = None,
-    memory: Memory | None = None,
+    state: Memory | None = None,
     heads: Sequence[int] | None = None,
     layer: int = 0,
     **options: Option,
@@ -84,7 +84,7 @@ def select(
         block: tokens per block.
         scale: softmax scale, 1/√dim if None.
         value: like `key`, for families that compare outputs (`profiled`).
-        memory: of a dynamic family, between the steps of one layer and guidance branch: what it keeps for the next
+        state: of a dynamic family, between the steps of one layer and guidance branch: what it keeps for the next
             choice, and the choice itself for the options `reuse` and `layers`. Layers may share one for the latter.
             Empty at the start of a generation.
         heads: numbers of the heads in their layer, by which `sharded` tells them apart; 0, 1, 2 ... if None.
@@ -121,7 +121,7 @@ def select(
                 f"outputs, got {got}; pass the values"
             )
         chosen["value"] = value  # type: ignore[assignment]
-    memory = {} if memory is None else memory
+    memory = {} if state is None else state
     reuse, layers = int(chosen.pop("reuse")), int(chosen.pop("layers"))
     for option, least, unit in (("reuse", reuse, "step"), ("layers", layers, "layer")):
         if least < 1:

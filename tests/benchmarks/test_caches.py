@@ -259,11 +259,24 @@ def test_wrong_arguments_are_refused(arguments, message, capsys, tmp_path):
 
 def test_the_command_on_the_demo(tmp_path):
     sizes = ["--height", "32", "--width", "48", "--frames", "1", "--steps", "11", "--device", "cpu"]
-    few = ["--only", "easycache", "--probes", "1", "--prompts", "1", "--sparse", "preset:window@0.5"]
+    few = [
+        "--only",
+        "easycache",
+        "--probes",
+        "1",
+        "--prompts",
+        "1",
+        "--sparse",
+        "preset:window@0.5",
+        "--joint",
+        "none",
+    ]
     output = tmp_path / "caches.json"
     caches.main([*sizes, *few, "--output", str(output), "--work", str(tmp_path / "work")])
     report = json.loads(output.read_text(encoding="utf-8"))
     rows = report["evaluation"]["variants"]
-    assert [row["name"] for row in rows] == ["dense", report["tuned"][0]["variant"], "sparse"]
+    assert [row["name"] for row in rows] == ["dense", report["tuned"][0]["variant"], "schedule", "sparse"]
+    assert report["given"] == {"schedule": "calibrated", "sparse": "preset:window@0.5"}
+    assert rows[2]["density_mean"] == 1.0  # a schedule alone leaves attention as it is
     assert rows[0]["semantic"] is not None
     assert report["evaluation"]["model"] == "demo"

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from dit_accel.patterns import FAMILIES, select
+from dit_accel.pipelines import load_demo
 from dit_accel.presets import PRESETS, Preset
 
 ROOT = Path(__file__).parents[2]
@@ -233,7 +234,7 @@ def test_a_killed_comparison_goes_on_where_it_was(killed, capsys):
 
 
 def test_a_plan_of_ours_stands_among_them(tmp_path, capsys):
-    pipe = presets.load_demo(torch.bfloat16, "cpu")
+    pipe = load_demo(torch.bfloat16, "cpu")
     sizes = {"height": 48, "width": 64, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 5.0}
     presets.calibrate(
         pipe, ["a red circle moves left"], **sizes, density=0.9, output_dir=tmp_path / "plan", progress=False
@@ -285,7 +286,7 @@ def test_heads_are_the_brute_force_over_all_captured_calls(tmp_path):
     """Recall and rel L2 of the report against float64 sums over full masks of the calls that it was made from."""
     settings = presets.GenerationSettings(64, 80, 5, 2, 1.0)  # 3 x 8 x 10 tokens, one guidance branch
     bench = presets.Bench(
-        pipe=presets.load_demo(torch.bfloat16, "cpu"), settings=settings, prompts=["a red circle moves left"], seed=3,
+        pipe=load_demo(torch.bfloat16, "cpu"), settings=settings, prompts=["a red circle moves left"], seed=3,
         work=presets.Work(tmp_path / "work"), output=tmp_path / "presets.json", densities=[0.3], density=0.3,
         levels=1, query_blocks=1000, place={},
     )  # fmt: skip
@@ -314,7 +315,7 @@ def brute_force(preset, query, key, value, grid) -> list[tuple[float, float, flo
     memory = {}
     for _ in range(2):  # clusters of a later step go on from those before
         selection = select(
-            preset.family, query, key, grid, density=0.3, block=preset.block, memory=memory, **options
+            preset.family, query, key, grid, density=0.3, block=preset.block, state=memory, **options
         )
     heads = []
     for h in range(query.shape[2]):

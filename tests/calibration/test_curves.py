@@ -72,3 +72,9 @@ def test_gates_run_with_them(pipe):
 def test_too_few_steps(pipe):
     with pytest.raises(ValueError, match="expected more than 5 for a polynomial of degree 4, got 5"):
         measure_cache(pipe, PROMPT, **{**SETTINGS, "num_inference_steps": 5})
+
+
+def test_two_experts_are_refused(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "transformer_2", pipe.transformer, raising=False)
+    with pytest.raises(ValueError, match="pipe: expected one transformer, got WanPipeline with two experts"):
+        measure_cache(pipe, PROMPT, **SETTINGS)

@@ -65,8 +65,8 @@ def brute_force(query, key, value, grid, candidate, block, key_mask):
     selected = choose()
     if candidate.family == "clustered":
         memory = {}
-        choose(memory=memory)
-        selected = choose(memory={name: memory[name] for name in ("queries", "keys")})
+        choose(state=memory)
+        selected = choose(state={name: memory[name] for name in ("queries", "keys")})
     kept = weights * selected.mask()
     mass = kept.sum(-1)
     dense = weights @ v

@@ -17,6 +17,7 @@ import dit_accel
 from dit_accel import AccelPlan
 from dit_accel.calibration import calibrate, stages
 from dit_accel.calibration.cost import Latency
+from dit_accel.calibration.validate import lower_bound
 from dit_accel.plan import Candidate
 
 # Calibrates in a process of its own; the clock is replaced as in `density_clock`.
@@ -182,8 +183,35 @@ def test_held_out_prompts_are_reported(pipe, arguments):
     held_out = ["a red square moves up", "a blue circle"]
     report = calibrate(pipe, **arguments, density=0.6, held_out_prompts=held_out).validated
     assert 10 < report["psnr_held_out_min"] <= report["psnr_held_out"] < 100
+    assert report["psnr_held_out_low"] < report["psnr_held_out_min"]  # two prompts tell little
     assert report["speedup"] > 0
     assert "psnr_calibration" not in report  # no calibration prompt was generated with this plan
+
+
+def test_confidence_grows_with_the_prompts():
+    """By hand: mean 32, deviation 2, t = 2.920 for two degrees of freedom."""
+    assert lower_bound([30.0, 32.0, 34.0]) == pytest.approx(32 - 2.920 * 2 / 3**0.5)
+    assert lower_bound([30.0, 32.0, 34.0] * 20) == pytest.approx(32, abs=0.4)
+    assert lower_bound([30.0]) is None
+
+
+def test_prompts_that_were_calibrated_on_are_not_held_out(pipe, arguments):
+    (prompt,) = arguments["prompts"]
+    with pytest.raises(
+        ValueError, match=f"held_out_prompts: expected others than prompts, got '{prompt}' in both"
+    ):
+        calibrate(pipe, **arguments, density=0.6, held_out_prompts=["a red square", prompt])
+
+
+@pytest.mark.usefixtures("density_clock")
+def test_a_target_that_is_exceeded_says_so_in_one_line(pipe, arguments, capsys):
+    plan = calibrate(pipe, **arguments, target_psnr=15.0, max_trials=1)
+    found = plan.validated["psnr_calibration"]
+    assert found > 15.5
+    assert capsys.readouterr().out.splitlines() == [
+        f"target_psnr 15 dB was exceeded: {found:.4g} dB, since no faster plan that reaches it was found in 1 "
+        "generations (at most 1)"
+    ]
 
 
 @pytest.mark.usefixtures("density_clock")

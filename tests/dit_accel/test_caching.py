@@ -272,6 +272,19 @@ class TestSkips:
         # three outputs are kept: cond 2, cond 4 and uncond 4
         assert stats(pipe)["cache_bytes"] == 3 * cond[4][1].numel() * 4
 
+    @pytest.mark.parametrize("branches", [("cond", "uncond"), ("turn 1",)])
+    def test_a_schedule_that_skips_nothing_says_so_once(self, wan_pipeline, branches):
+        pipe = wan_pipeline()
+        # What nobody computes cannot be waited for; and branches that this pipeline does not have.
+        table = {b: {5: (Term("image", 4, 1.0),)} for b in branches}
+        enable(pipe, scheduled(table))
+        with pytest.warns(
+            UserWarning, match=f"left out no step: it was made for .*'{branches[0]}'.*ends with"
+        ):
+            pipe.latents(steps=STEPS)
+        pipe.latents(steps=STEPS)  # a warning would be an error here
+        assert stats(pipe)["skipped_forwards"] == 0
+
     def test_uncond_may_read_cond_of_the_same_step(self, wan_pipeline):
         pipe = wan_pipeline()
         enable(pipe, scheduled({"uncond": {s: (Term("cond", s, 1.0),) for s in range(3, 9)}}))
@@ -290,6 +303,25 @@ class TestSkips:
         assert bool(pipe.latents(steps=steps).isfinite().all())
         share = stats(pipe)["skipped_forwards"] / (2 * steps)
         assert abs(share - 3 / 18) < 0.03
+
+    def test_at_fewer_steps_no_more_is_left_out_in_a_row(self, wan_pipeline):
+        """Of 50 steps one in five is computed; 12 steps fall where the schedule leaves out all in a row."""
+        computed = {*range(10), *range(14, 50, 5)}
+        left_out = {s: max(c for c in computed if c < s) for s in range(50) if s not in computed}
+        schedule = Schedule(
+            50, {b: {s: (Term(b, c, 1.0),) for s, c in left_out.items()} for b in ("cond", "uncond")}
+        )
+        assert schedule.longest_gap == 4
+        assert all(schedule.skips("cond", step, 12) for step in range(3, 11))
+        pipe = wan_pipeline()
+        enable(pipe, dataclasses.replace(AccelPlan.preset("dense"), cache=CacheConfig(
+            "schedule", target="output", schedule=schedule)))  # fmt: skip
+        calls, ran = count_blocks(pipe.transformer), []
+        pipe.transformer.register_forward_hook(lambda *_: ran.append(calls[0]))
+        pipe.latents(steps=12)
+        skipped = [now == before for before, now in itertools.pairwise([0, *ran])][::2]
+        assert skipped == [step in (3, 5, 7, 9) for step in range(12)]
+        assert stats(pipe)["skipped_forwards"] == 2 * sum(skipped)
 
     def test_two_experts_have_a_cache_each(self, wan_pipeline):
         pipe = wan_pipeline(experts=2)
@@ -545,6 +577,27 @@ class TestState:
             pipe.latents(steps=11, callback_on_step_end=stop)
         assert torch.equal(pipe.latents(steps=STEPS), fresh.latents(steps=STEPS))
         assert stats(pipe) == stats(fresh)
+
+    def test_of_an_interrupted_generation_only_its_own_forwards_are_counted(self, wan_pipeline):
+        """The second expert has not run yet: what it did in the generation before is over, tensors too."""
+        pipe = wan_pipeline(experts=2)
+        enable(pipe, cached("taylorseer", max_skips=1, warm_up=1))
+        pipe.latents(steps=STEPS)
+
+        class Stop(Exception):
+            pass
+
+        def stop(_pipe, step, timestep, tensors):
+            assert timestep > 500
+            if step == 1:
+                raise Stop
+            return {}
+
+        with pytest.raises(Stop):
+            pipe.latents(steps=STEPS, callback_on_step_end=stop)
+        report = stats(pipe)
+        assert report["computed_forwards"] + report["skipped_forwards"] == 4
+        assert states(pipe)[1].memory == {}
 
     def test_steps_that_round_to_the_first_one_are_no_new_generations(self, wan_pipeline):
         pipe = wan_pipeline()

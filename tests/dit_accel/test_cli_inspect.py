@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dit_accel import AccelPlan
+from dit_accel.caching import CacheConfig, Schedule, Term, cache_preset
 from dit_accel.cli import main
 from dit_accel.plan import Candidate
 
@@ -28,8 +29,20 @@ def plan() -> AccelPlan:
     choice = torch.arange(RANGES * LAYERS * HEADS).view(RANGES, LAYERS, HEADS) % 3
     measured = torch.linspace(0.05, 1.0, choice.numel()).view_as(choice)
     points = [
-        {"density_mean": 0.1, "error": 1e-2, "attention_ms": 500.0, "quality_expected": 22.0},
-        {"density_mean": 0.3, "error": 1e-3, "attention_ms": 1500.0, "quality_expected": 29.0},
+        {
+            "density_mean": 0.1,
+            "error": 1e-2,
+            "attention_ms": 500.0,
+            "saved_ms": 700.0,
+            "quality_expected": 22.0,
+        },
+        {
+            "density_mean": 0.3,
+            "error": 1e-3,
+            "attention_ms": 1500.0,
+            "saved_ms": 0.0,
+            "quality_expected": 29.0,
+        },
         {"density_mean": 0.9, "error": 1e-5, "attention_ms": 4500.0, "quality_expected": 44.0},
     ]
     return AccelPlan(
@@ -88,6 +101,41 @@ def test_the_text_tells_what_each_range_spends(plan, capsys, tmp_path):
     assert lines[head + 2].split()[-2:] == ["25.0%", "2.50"]
     assert any(line.split()[:2] == ["window", "8"] for line in lines)
     assert not any("precision" in line for line in lines)
+
+
+def test_the_text_tells_what_steps_and_attention_do(plan, capsys, tmp_path):
+    schedule = Schedule(
+        6, {"cond": {3: (Term("cond", 2, 1.0),)}, "uncond": {s: (Term("cond", 2, 1.0),) for s in (3, 4)}}
+    )
+    joint = replace(
+        plan,
+        cache=CacheConfig("schedule", target="output", schedule=schedule),
+        validated=plan.validated
+        | {
+            "parts": {
+                "attention": {"error": 3e-4, "saved_ms": 3200.0},
+                "steps": {"error": 1e-4, "saved_ms": 1500.0},
+            }
+        },
+    )
+    joint.save_pretrained(tmp_path / "plan")
+    _, text = inspect(capsys, tmp_path / "plan")
+    lines = text.splitlines()
+    at = lines.index("left out    error share  seconds saved")
+    assert lines[at + 1].split() == ["attention", "75.0%", "3.20"]
+    assert lines[at + 2].split() == ["steps", "25.0%", "1.50"]
+    at = lines.index("steps (# computed, · forecast)")
+    assert lines[at + 1 : at + 3] == ["cond    ###·##", "uncond  ###··#"]
+    replace(plan, cache=cache_preset("cg-taylor")).save_pretrained(tmp_path / "gate")
+    _, text = inspect(capsys, tmp_path / "gate")
+    assert "steps           gate cg-taylor" in text.splitlines()
+    assert "left out" not in text
+
+
+def test_a_preset_says_what_its_authors_calibrate(capsys, tmp_path):
+    AccelPlan.preset("sta").save_pretrained(tmp_path / "plan")
+    _, text = inspect(capsys, tmp_path / "plan")
+    assert "preset sta, uncalibrated its authors calibrate the window of each head, here all" in text
 
 
 def test_families_are_listed_by_precision_where_it_differs(plan, capsys, tmp_path):

@@ -114,6 +114,8 @@ def test_bytes_of_foreign_caches(pipe):
     assert run(pipe, DBCACHE).cache_bytes == 2 * (2 * state + text)
     # ours keeps the output of the last block of the last two computed steps
     assert run(pipe, "preset:taylorseer:max_skips=2").cache_bytes == 2 * 2 * state
+    # ... and of the gate, which the first branch decides with
+    assert run(pipe, "preset:cg-taylor@1e9:max_skips=2").cache_bytes == 2 * 2 * state + 2 * state
 
 
 def test_dense_and_sparse_runs_skip_nothing(pipe):

@@ -204,7 +204,7 @@ def test_a_choice_serves_as_many_steps_as_asked(name: str) -> None:
     masks = []
     for step in range(5):
         moved = query.roll(step * grid.video_tokens // 5, dims=1)
-        options = {"density": 0.2, "block": BLOCK, "memory": memory, "reuse": 3}
+        options = {"density": 0.2, "block": BLOCK, "state": memory, "reuse": 3}
         masks.append(select(name, moved, key, grid, **options).index.to_mask())
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
@@ -223,7 +223,7 @@ def test_a_second_search_reads_the_keys_once_with_the_first_one_s_sums(monkeypat
 
     monkeypatch.setattr(scored, "block_mass", spied)
     masks = [
-        select("searched", query, key, grid, density=0.3, block=BLOCK, memory=memory).index.to_mask()
+        select("searched", query, key, grid, density=0.3, block=BLOCK, state=memory).index.to_mask()
         for _ in range(2)
     ]
     assert given[0] is None
@@ -349,7 +349,7 @@ def test_clusters_go_on_from_the_step_before(monkeypatch) -> None:
 
     monkeypatch.setattr(clustered, "kmeans", spied)
     query, key = tokens(grid)
-    options = {"density": 0.3, "block": BLOCK, "memory": memory, "iterations": 7}
+    options = {"density": 0.3, "block": BLOCK, "state": memory, "iterations": 7}
     first = select("clustered", query, key, grid, **options)
     second = select("clustered", query, key, grid, **options)
     assert [(iterations, start is None) for iterations, start in calls] == [(7, True)] * 2 + [(2, False)] * 2

@@ -85,7 +85,7 @@ def test_a_choice_multiplies_as_often_as_it_says(
 ) -> None:
     query, key, value = torch.randn(3, 2, grid.total_tokens, 3, 8, generator=torch.Generator().manual_seed(0))
     memory: dict = {}
-    arguments = {"density": 0.2, "block": 16, "value": value, "memory": memory, **options}
+    arguments = {"density": 0.2, "block": 16, "value": value, "state": memory, **options}
     if later:
         select(name, query, key, grid, **arguments)
     with FlopCounterMode(display=False) as counter:

@@ -319,7 +319,7 @@ def test_a_layer_that_comes_again_chooses_anew_though_the_first_one_is_gone() ->
 
 def test_layers_that_share_nothing_choose_for_themselves_from_one_memory() -> None:
     query, key, _ = tensors(heads=2)
-    options = {"density": 0.2, "block": BLOCK, "memory": {}}
+    options = {"density": 0.2, "block": BLOCK, "state": {}}
     for layer in range(3):
         q = query.roll(31 * layer, 1)
         found = select("pooled", q, key, GRID, layer=layer, **options).index.to_mask()
@@ -329,7 +329,7 @@ def test_layers_that_share_nothing_choose_for_themselves_from_one_memory() -> No
 def test_layers_and_steps_share_one_choice() -> None:
     query, key, _ = tensors(heads=2)
     memory: dict = {}
-    options = {"density": 0.2, "block": BLOCK, "memory": memory, "reuse": 2, "layers": 2}
+    options = {"density": 0.2, "block": BLOCK, "state": memory, "reuse": 2, "layers": 2}
     masks = []
     for step in range(3):
         for layer in (4, 5):

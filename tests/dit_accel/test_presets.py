@@ -488,3 +488,15 @@ def test_all_published_systems_of_the_field_are_there() -> None:
         "sta sparge svoo paro doublesparsity hyperattention scatterbrain"
     )
     assert set(asked.split()) == set(PRESETS)
+
+
+def test_what_authors_calibrate_is_said():
+    named = {"sparse-vdit", "sta", "moa", "svoo", "paro", "doublesparsity"}
+    assert {name for name, preset in PRESETS.items() if preset.calibrated} == named
+    for name in PRESETS:
+        said = AccelPlan.preset(name).objective.get("uncalibrated", "")
+        assert (name in named) == said.endswith("dit_accel.calibrate chooses for each")
+    assert (
+        "calibrate the window of each head" in AccelPlan.preset("sta", density=0.2).objective["uncalibrated"]
+    )
+    assert AccelPlan.preset("window", density=0.3).objective == {"preset": "window"}
