@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,17 +86,26 @@ def pick(offers: Sequence[Offer], multiplier: float) -> Pick:
 
 def pick_for_error(offers: Sequence[Offer], error: float) -> Pick:
     """The plan of the smallest multiplier that has at most this error (of the largest tried if none does)."""
-    return pick(offers, bracket(offers[0].tables, lambda m: pick(offers, m).error <= error)[1])
+    return pick(offers, _bracket(offers, lambda m: pick(offers, m).error <= error)[1])
 
 
 def pick_for_cost(offers: Sequence[Offer], cost: float) -> Pick:
     """The plan of the largest multiplier that costs at most `cost` (of the smallest tried if none does)."""
-    return pick(offers, bracket(offers[0].tables, lambda m: pick(offers, m).cost > cost)[0])
+    return pick(offers, _bracket(offers, lambda m: pick(offers, m).cost > cost)[0])
 
 
 def most_faithful(offers: Sequence[Offer]) -> Pick:
     """The plan of the largest multiplier that has any error; that of the smallest tried if all are dense."""
-    return pick(offers, bracket(offers[0].tables, lambda m: pick(offers, m).error == 0.0)[0])
+    return pick(offers, _bracket(offers, lambda m: pick(offers, m).error == 0.0)[0])
+
+
+def _bracket(offers: Sequence[Offer], enough: Callable[[float], bool]) -> tuple[float, float]:
+    """`bracket` at the scale of the offers' errors, which are those of steps alone where attention can only be dense."""
+    tables = offers[0].tables
+    if not tables.error.any():
+        error = max(offer.error for offer in offers) / tables.error.numel()
+        tables = replace(tables, error=torch.full_like(tables.error, error))
+    return bracket(tables, enough)
 
 
 def frontier(offers: Sequence[Offer], points: int = 48) -> list[Pick]:
@@ -106,7 +115,7 @@ def frontier(offers: Sequence[Offer], points: int = 48) -> list[Pick]:
     if fastest.error > 0:
 
         def needed(error: float) -> float:
-            return bracket(offers[0].tables, lambda m: pick(offers, m).error <= error)[1]
+            return _bracket(offers, lambda m: pick(offers, m).error <= error)[1]
 
         of_fastest, of_faithful = needed(0.9 * fastest.error), needed(1e-5 * fastest.error)
         spaced = torch.linspace(math.log(of_fastest), math.log(of_faithful), points, dtype=torch.float64)
