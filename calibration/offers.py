@@ -100,7 +100,7 @@ def most_faithful(offers: Sequence[Offer]) -> Pick:
 
 
 def _bracket(offers: Sequence[Offer], enough: Callable[[float], bool]) -> tuple[float, float]:
-    """`bracket` at the scale of the offers' errors, which are those of steps alone where attention can only be dense."""
+    """`bracket` at the scale of the offers' errors: those of steps alone where attention can only be dense."""
     tables = offers[0].tables
     if not tables.error.any():
         error = max(offer.error for offer in offers) / tables.error.numel()

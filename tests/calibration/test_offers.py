@@ -143,6 +143,15 @@ def test_names_tell_plans_apart():
     assert Pick(offers[1], choice).name == Pick(several()[1], choice.clone()).name
 
 
+@pytest.mark.parametrize(("error", "chosen"), [(1.0, 2), (0.5, 1), (0.1, 0)])
+def test_steps_alone_can_be_left_out(error, chosen):
+    """Where attention can only be dense, no error of its own says at what scale to look for a multiplier."""
+    offers = several(candidates=1)
+    assert pick_for_error(offers, error).offer is offers[chosen]
+    assert most_faithful(offers).offer is offers[1]
+    assert [found.offer for found in frontier(offers)] == [offers[2], offers[1], offers[0]]
+
+
 def test_the_frontier_goes_from_the_fastest_plan_towards_dense():
     offers = several(ranges=3, layers=4, heads=5, candidates=7, plain=1.5)
     points = frontier(offers)
