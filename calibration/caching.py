@@ -26,7 +26,7 @@ from dit_accel.evaluation.timing import now
 __all__ = ["StepProducts", "StepRecorder", "cheapest_schedules"]
 
 SAMPLED_VALUES = 2**18  # of the latents, at fixed random places
-LONGEST_GAP = 4  # steps from a computed one to the last that is forecast from it
+LONGEST_GAP = 8  # steps from a computed one to the last that is forecast from it
 _RIDGE = 1e-4  # of the mean inner product: keeps the weights of nearly parallel outputs small
 _FIDELITY = 0.05  # what the branches' own errors count beside that of their guided combination
 

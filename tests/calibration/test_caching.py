@@ -122,9 +122,9 @@ def least_error(outputs, latents, history, step, action):
 
 def test_constant_outputs_cost_nothing():
     outputs = torch.randn(2, 1, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    products = products_of(outputs.expand(2, 10, 200), torch.zeros(10, 200, dtype=torch.float64))
-    cheapest = cheapest_schedules(products, guidance_scale=SCALE, weights=[1e-2] * 10)[0]
-    # two at the start, one at the end, and one as soon as the longest gap is over
+    products = products_of(outputs.expand(2, 12, 200), torch.zeros(12, 200, dtype=torch.float64))
+    cheapest = cheapest_schedules(products, guidance_scale=SCALE, weights=[1e-2] * 12)[0]
+    # two at the start, one at the end, and one before the longest gap is over
     assert cheapest.computed == 2 * 4
     assert cheapest.error < 1e-6
 

@@ -234,8 +234,8 @@ class TestOffers:
                 expected += weights[step] * float(guided / size)
             assert offer.error == pytest.approx(expected, rel=1e-6)
 
-    @pytest.mark.parametrize(("steps", "first"), [(12, 2), (24, 5)])
-    def test_the_first_fifth_is_computed(self, steps, first):
+    @pytest.mark.parametrize(("steps", "first"), [(8, 2), (24, 4), (36, 5)])
+    def test_the_first_steps_are_computed(self, steps, first):
         generator = torch.Generator().manual_seed(0)
         rows = torch.linspace(1, 2, steps, dtype=torch.float64)[:, None] * torch.randn(
             300, generator=generator, dtype=torch.float64
