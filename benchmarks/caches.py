@@ -27,10 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dit_accel.bench.demo_work import add_arguments, demo_work
+from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate, measure_cache
 from dit_accel.evaluation.curve import magnitude_curve
-from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.result import Evaluation, Scorer
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.store import write_json
@@ -74,26 +73,19 @@ def of_peer(dial: Dial) -> bool:
     return not dial.template.startswith("preset:")
 
 
-@dataclass(eq=False)
-class Bench:
-    """A pipeline, what to generate with it, and where results go.
+@dataclass(frozen=True, eq=False)
+class Bench(DemoWork):
+    """What to tune and compare, and where the result goes.
 
     given: variants that are not tuned, by the name of their row; a name of `PLANS` without one is calibrated.
     """
 
-    pipe: Any
-    model: str
-    settings: GenerationSettings
-    seed: int
-    tuning_prompts: list[str]
-    prompts: list[str]
     target: float
     probes: int
     dials: Sequence[Dial]
     given: dict[str, Variant | None]
-    work: Path
     output: Path
-    scorer: Scorer | None = None
+    scorer: Scorer | None = demo.score
 
     def variant(self, name: str) -> Variant:
         """The variant of a cache's name, with what has to be measured on the model."""
@@ -126,7 +118,7 @@ class Bench:
         )
 
     def _measured(self, name: str, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-        path = self.work / f"{name}.json"
+        path = self.folder / f"{name}.json"
         if not path.is_file():
             write_json(path, measure())
         return tuple(json.loads(path.read_text(encoding="utf-8")))
@@ -135,7 +127,7 @@ class Bench:
 def tune_all(bench: Bench) -> dict[str, Tuned]:
     """Tune every cache; what finished generations gave is taken over."""
     tuning = Tuning(
-        bench.pipe, bench.tuning_prompts, bench.settings, bench.seed, bench.work / "tuning", bench.variant
+        bench.pipe, bench.tuning_prompts, bench.settings, bench.seed, bench.folder / "tuning", bench.variant
     )
     found = tuning.run(bench.dials, [bench.target], bench.probes)
     return {label: by_target[bench.target] for label, by_target in found.items()}
@@ -158,10 +150,10 @@ def compare(bench: Bench, tuned: dict[str, Tuned]) -> Evaluation:
         variants,
         bench.prompts,
         bench.settings,
-        model=bench.model,
+        model="demo",
         seed=bench.seed + HELD_OUT_SEED,
         scorer=bench.scorer,
-        output_dir=bench.work / f"held-out-{rows}",
+        output_dir=bench.folder / f"held-out-{rows}",
     )
 
 
@@ -174,7 +166,7 @@ def planned(bench: Bench, label: str) -> Variant:
         **PLANS[label],
         target_psnr=bench.target,
         seed=bench.seed,
-        output_dir=bench.work / ("schedule" if label == "schedule" else "plan"),
+        output_dir=bench.folder / ("schedule" if label == "schedule" else "plan"),
     )
     return plan_variant(plan, label)
 
@@ -254,19 +246,12 @@ def prepared(args: argparse.Namespace) -> Bench:
     given = {label: parse_variant(name) if name else None for label, name in names.items() if name != NONE}
     at = demo_work(args, FORMAT_VERSION, package_version("cache-dit"), tuning=True)
     return Bench(
-        pipe=at.pipe,
-        model="demo",
-        settings=at.settings,
-        seed=at.seed,
-        tuning_prompts=at.tuning_prompts,
-        prompts=at.prompts,
+        **vars(at),
         target=args.target_psnr,
         probes=args.probes,
         dials=dials,
         given=given,
-        work=at.folder,
         output=args.output,
-        scorer=demo.score,
     )
 
 

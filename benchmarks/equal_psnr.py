@@ -30,12 +30,10 @@ from typing import Any
 
 import torch
 
-from dit_accel.bench.demo_work import add_arguments, demo_work
+from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate, default_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
-from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.result import Scorer
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
@@ -136,30 +134,22 @@ ABLATION = {
 }
 
 
-@dataclass(eq=False)
-class Bench:
-    """A pipeline, what to generate with it, and where results go."""
+@dataclass(frozen=True, eq=False)
+class Bench(DemoWork):
+    """What to bring to the same PSNR, and where the result goes."""
 
-    pipe: Any
-    model: str
-    settings: GenerationSettings
-    seed: int
-    tuning_prompts: list[str]
-    prompts: list[str]
     targets: list[float]
     probes: int
     dials: Sequence[Dial]
     calibrators: dict[str, Calibrator]
-    work: Path
     output: Path
-    scorer: Scorer | None = None
 
     def tuned(self) -> dict[str, dict[float, Tuned]]:
         """Every dial at every target."""
         if not self.dials:
             return {}
-        work = self.work / "tuning"
-        tuning = Tuning(self.pipe, self.tuning_prompts, self.settings, self.seed, work, parse_variant)
+        folder = self.folder / "tuning"
+        tuning = Tuning(self.pipe, self.tuning_prompts, self.settings, self.seed, folder, parse_variant)
         return tuning.run(self.dials, self.targets, self.probes)
 
     def plans(self) -> dict[str, dict[float, AccelPlan]]:
@@ -180,7 +170,7 @@ class Bench:
 
     def _plan(self, calibrator: Calibrator, allowed: Sequence[Candidate], target: float) -> AccelPlan:
         content = [[c.to_dict() for c in allowed], calibrator.downstream, self.tuning_prompts]
-        folder = self.work / f"plan-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
+        folder = self.folder / f"plan-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]}"
         arguments: dict[str, Any] = {
             **self.settings.to_dict(),
             "candidates": allowed,
@@ -243,11 +233,11 @@ def run(bench: Bench) -> dict[str, Any]:
         list(variants.values()),
         bench.prompts,
         bench.settings,
-        model=bench.model,
+        model="demo",
         seed=bench.seed + HELD_OUT_SEED,
-        scorer=bench.scorer,
+        scorer=demo.score,
         attention_steps=0,
-        output_dir=bench.work / f"held-out-{hashlib.sha256(identities.encode()).hexdigest()[:12]}",
+        output_dir=bench.folder / f"held-out-{hashlib.sha256(identities.encode()).hexdigest()[:12]}",
     ).to_dict()
     report = {
         "format_version": FORMAT_VERSION,
@@ -325,19 +315,12 @@ def prepared(args: argparse.Namespace) -> Bench:
     at = demo_work(args, FORMAT_VERSION, tuning=True)
     output = args.output or Path("benchmarks/results") / f"equal_psnr_{args.group}.json"
     return Bench(
-        pipe=at.pipe,
-        model="demo",
-        settings=at.settings,
-        seed=at.seed,
-        tuning_prompts=at.tuning_prompts,
-        prompts=at.prompts,
+        **vars(at),
         targets=args.targets,
         probes=args.probes,
         dials=dials,
         calibrators=PLAN if args.group == "presets" else ABLATION,
-        work=at.folder,
         output=output,
-        scorer=demo.score,
     )
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import dit_accel
 from dit_accel import attention, processor
-from dit_accel.bench.demo_work import add_arguments, demo_work
+from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate
 from dit_accel.calibration.profile import profile_call
 from dit_accel.evaluation.attention_time import attention_seconds
@@ -237,21 +237,16 @@ class Work:
         write_json(self._path(kind, name, prompt), found)
 
 
-@dataclass(eq=False)
-class Bench:
-    """The demo model, what to generate with it, and where results go."""
+@dataclass(frozen=True, eq=False)
+class Bench(DemoWork):
+    """What to measure, what is measured so far, and where the result goes."""
 
-    pipe: Any
-    settings: GenerationSettings
-    prompts: list[str]
-    seed: int
     work: Work
     output: Path
     densities: list[float]
     density: float
     levels: int
     query_blocks: int
-    place: dict[str, Any]
     plan: Calibrated | None = None
 
     @property
@@ -623,7 +618,7 @@ def write_report(bench: Bench) -> None:
     """Write the output from all that is finished."""
     report = {
         "format_version": FORMAT_VERSION,
-        "machine": bench.place,
+        "machine": bench.machine,
         "dense_backend": dense_backend(bench.pipe.transformer),
         "model": "demo",
         "settings": bench.settings.to_dict(),
@@ -652,17 +647,13 @@ def prepared(args: argparse.Namespace, densities: list[float], density: float) -
         plan = calibrated(at.pipe, args.calibration, density, work.folder / "plan")
         work.put("runs", "calibrated", {"name": plan.name, "density": density})
     return Bench(
-        pipe=at.pipe,
-        settings=at.settings,
-        prompts=at.prompts,
-        seed=at.seed,
+        **vars(at),
         work=work,
         output=args.output,
         densities=densities,
         density=density,
         levels=args.levels,
         query_blocks=args.query_blocks,
-        place=at.machine,
         plan=plan,
     )
 

@@ -31,6 +31,10 @@ class Latency:
     plain: float
     split: float = 0.0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the milliseconds as JSON values."""
+        return {"dense": self.plain, "split": self.split, "candidates": self.candidates.tolist()}
+
 
 def measure_latency(
     query: Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,10 @@ def calibrate(
             Called with another target_psnr or density, it keeps what was measured and only chooses anew.
         held_out_prompts: further prompts on which PSNR and speed-up are measured, see `plan.validated`.
 
+    Returns:
+        The plan. Its `validated` tells what was measured: quality and speed, the trials, what each step range and part
+        spends, and in `head_ms` what a head takes on this device with every candidate.
+
     Raises:
         ValueError: not exactly one goal, no prompts, candidates that repeat, lack dense or need a precision that the
             device lacks, an unsupported pipeline or one with a plan, a transformer that no gradient can pass, or an
@@ -136,15 +141,23 @@ def calibrate(
     generations = generations_needed(len(prompts), len(held_out), goal, max_trials)
     steps = generations * num_inference_steps + (0 if checkpoint.load("latency") else LATENCY_STEPS)
     bounds = range_bounds(num_inference_steps)
+    if progress:
+        dense = len(prompts) + len(held_out)
+        _tell(
+            f"calibration: {dense} dense and at most {generations - dense} accelerated generations of "
+            f"{num_inference_steps} steps, {len(candidates)} candidates to time; at most the time of "
+            f"{steps / num_inference_steps:.1f} dense generations"
+        )
     with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar:
         stages = Stages(pipe, settings, candidates, checkpoint, bar, downstream=downstream)
         runs = [
             stages.profiled(f"dense_{i}", prompt, seed + i, sampled_steps(bounds, i, len(prompts)), share=i)
             for i, prompt in enumerate(prompts)
         ]
+        latency = stages.latency()
         profile = build_profile(
             [run.sums for run in runs],
-            stages.latency(),
+            latency,
             dense=[candidate.is_dense for candidate in candidates].index(True),
             launch=tuple(PRECISIONS.index(candidate.precision) for candidate in candidates),
             bounds=bounds,
@@ -177,7 +190,7 @@ def calibrate(
             found = validation.meet_speedup()
         else:
             found = Pick(offers[0], choose_density(profile.tables, goal.value))
-        validated = validation.report(found) | profile.sensitivities()
+        validated = validation.report(found) | profile.sensitivities() | {"head_ms": latency.to_dict()}
     plan = replace(
         draft,
         choice=found.choice,
@@ -224,31 +237,36 @@ def _texts(name: str, prompts: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
+def _tell(line: str) -> None:
+    """Above the progress bar, where it is, and like it not into what a command prints as its result."""
+    tqdm.write(line, file=sys.stderr)
+
+
 def _say(goal: Goal, validated: dict[str, Any], max_trials: int, *, all_dense: bool) -> None:
     """What the user has to know of a plan that is not what was asked for, in one line."""
     unit = " dB" if goal.name == "target_psnr" else ""
     if goal.quality is not None and all_dense:
-        tqdm.write(
+        _tell(
             f"{goal.name} {goal.value:g}{unit}: only the dense generation reaches it, nothing will be faster"
         )
     if goal.quality is not None and not all_dense and validated["target_met"]:
         found = validated[f"{goal.quality.metric}_calibration"]
         above = goal.quality.decibel(found) - goal.quality.decibel(goal.value)
         if above > TOLERANCE_DB:
-            tqdm.write(
+            _tell(
                 f"{goal.name} {goal.value:g}{unit} was exceeded: {found:.4g}{unit}, since no faster plan that reaches "
                 f"it was found in {len(validated['trials'])} generations (at most {max_trials})"
             )
     if validated.get("target_met", True):
         return
     if goal.quality is None:
-        tqdm.write(
+        _tell(
             f"speedup {goal.value:g} was not reached; the plan is the fastest that was tried, "
             f"{validated['speedup']:.2f} times as fast as dense"
         )
         return
     found = validated[f"{goal.quality.metric}_calibration"]
-    tqdm.write(
+    _tell(
         f"{goal.name} {goal.value:g}{unit} was not reached in {max_trials} generations; the plan is the most faithful "
         f"that was tried, {found:.4g}{unit} on the calibration prompts"
     )

@@ -1,11 +1,11 @@
 """The training script makes a model that loads, is fixed by its seed, and continues after a kill."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import train_demo_model
 from diffusers import WanPipeline
 from safetensors.torch import load_file
 
@@ -20,14 +20,6 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "train_demo_model.py"
 def train(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, SCRIPT, "--recipe", "smoke", "--device", "cpu", "--output", output, *more]
     return subprocess.run([str(c) for c in command], text=True, capture_output=True, timeout=300)
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_demo_model", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_smoke_recipe_trains_resumes_and_loads(tmp_path: Path) -> None:
@@ -61,9 +53,8 @@ def test_training_further_keeps_the_vae(tmp_path: Path) -> None:
 
 
 def test_some_frames_keep_their_places_in_time() -> None:
-    module = load_script()
     rope = build_transformer().rope
-    some = module.FrameRope(rope)
+    some = train_demo_model.FrameRope(rope)
     whole = rope(torch.empty(1, 8, 7, 4, 6))
     some.kept, some.frames = torch.tensor([0, 2, 5]), 7
     for got, expected in zip(some(torch.empty(1, 8, 3, 4, 6)), whole, strict=True):
@@ -88,13 +79,14 @@ def test_help_names_the_recipes(tmp_path: Path) -> None:
 
 def test_labels_say_what_the_pixels_show() -> None:
     """Each token's label against the colour that is really drawn there."""
-    module = load_script()
     prompts = ["a red circle moves left and a blue star moves up over a dotted background", PROMPT]
     drawn = [
-        module.render_owned(module.parse(prompt), frames=9, height=96, width=112, seed=5 + n)
+        train_demo_model.render_owned(
+            train_demo_model.parse(prompt), frames=9, height=96, width=112, seed=5 + n
+        )
         for n, prompt in enumerate(prompts)
     ]
-    labels = module.token_labels(prompts, torch.stack([owner for _, owner in drawn]), (2, 8, 8))
+    labels = train_demo_model.token_labels(prompts, torch.stack([owner for _, owner in drawn]), (2, 8, 8))
     assert labels.shape == (2, 5, 12, 14, 4)
     backgrounds, shapes, colours, directions = labels.unbind(-1)
     assert [b.unique().tolist() for b in backgrounds] == [[2], [1]]
@@ -110,15 +102,14 @@ def test_labels_say_what_the_pixels_show() -> None:
 
 
 def test_the_reader_learns_through_the_block_it_reads() -> None:
-    module = load_script()
     torch.manual_seed(0)
     block = torch.nn.Linear(4, 16)
-    reader = module.Reader(block, 16)
+    reader = train_demo_model.Reader(block, 16)
     labels = torch.randint(0, 4, (2, 6, 4))
     block(torch.randn(2, 6, 4))
     loss = reader.loss(labels)
     # untrained, each kind costs about the logarithm of its number of answers
-    expected = sum(torch.tensor(float(kinds)).log() for kinds in module.Reader.KINDS)
+    expected = sum(torch.tensor(float(kinds)).log() for kinds in train_demo_model.Reader.KINDS)
     assert abs(loss.item() - expected.item()) < 1.0
     loss.backward()
     assert block.weight.grad.abs().sum() > 0

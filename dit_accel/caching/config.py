@@ -72,10 +72,22 @@ class Schedule:
         return step if steps == self.steps else round(step * (self.steps - 1) / max(steps - 1, 1))
 
     @functools.cached_property
-    def needed(self) -> frozenset[tuple[str, int]]:
-        """Computed forwards (branch, step) that a later forecast reads."""
-        terms = (term for steps in self.forecasts.values() for step in steps.values() for term in step)
-        return frozenset((term.branch, term.step) for term in terms if term.branch != "latents")
+    def last_read(self) -> dict[tuple[str, int], int]:
+        """Computed forwards (branch, step) that forecasts read, with the last step that does."""
+        found: dict[tuple[str, int], int] = {}
+        for steps in self.forecasts.values():
+            for step, terms in steps.items():
+                for term in terms:
+                    if term.branch != "latents":
+                        key = term.branch, term.step
+                        found[key] = max(step, found.get(key, step))
+        return found
+
+    @property
+    def most_held(self) -> int:
+        """Most outputs that a generation keeps at a time."""
+        spans = [(step, last) for (_, step), last in self.last_read.items()]
+        return max((sum(start <= at <= last for start, last in spans) for at in range(self.steps)), default=0)
 
     @functools.cached_property
     def longest_gap(self) -> int:
@@ -132,8 +144,8 @@ class CacheConfig:
         order: degree of the polynomial in the step number through the last `order + 1` computed values; 0 repeats the
             last one.
         first_blocks, last_blocks: blocks that run at every step, before and after the skipped part.
-        warm_up, cool_down: steps computed at the start and at the end of a generation, at least 1 each; a schedule has
-            its own.
+        warm_up, cool_down: steps computed at the start and at the end of a generation, at least 1 each; a warm-up below
+            1 is a share of the steps. A schedule has its own.
         max_skips: most steps skipped in a row; a schedule has its own.
         min_steps: generations with fewer steps are left alone.
         gate_order: degree of the forecast of the head, gate "cg-taylor".
@@ -153,7 +165,7 @@ class CacheConfig:
     order: int = 0
     first_blocks: int = 0
     last_blocks: int = 0
-    warm_up: int = 1
+    warm_up: int | float = 1
     cool_down: int = 1
     max_skips: int = 3
     min_steps: int = 11
@@ -172,7 +184,6 @@ class CacheConfig:
             ("gate_order", 0, MAX_ORDER),
             ("first_blocks", 0, None),
             ("last_blocks", 0, None),
-            ("warm_up", 1, None),
             ("cool_down", 1, None),
             ("max_skips", 1, None),
             ("min_steps", 2, None),
@@ -182,6 +193,12 @@ class CacheConfig:
             if type(value) is not int or value < low or (high is not None and value > high):
                 expected = f"an integer from {low}" + ("" if high is None else f" to {high}")
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        if type(self.warm_up) not in (int, float) or not (
+            0 < self.warm_up < 1 or self.warm_up in range(1, 10**6)
+        ):
+            raise ValueError(
+                f"warm_up: expected a number of steps from 1, or a share between 0 and 1, got {self.warm_up!r}"
+            )
         if (
             isinstance(self.threshold, bool)
             or not isinstance(self.threshold, int | float)
@@ -205,6 +222,10 @@ class CacheConfig:
         if (self.schedule is not None) != (self.gate == "schedule"):
             expected = "a Schedule" if self.gate == "schedule" else "none"
             raise ValueError(f"schedule: expected {expected} for gate {self.gate!r}, got {self.schedule!r}")
+
+    def first_choice(self, steps: int) -> int:
+        """The first of `steps` steps that a gate may skip."""
+        return max(1, int(self.warm_up * steps)) if self.warm_up < 1 else int(self.warm_up)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON values, those at their default left out."""

@@ -164,6 +164,9 @@ class StepCache:
         if decides and GATES[self.config.gate] == "latents":
             forward.signal = latents
         if self.config.schedule is not None:
+            last_read = self.config.schedule.last_read
+            for key in [key for key in generation.outputs if last_read.get(key, step) < step]:
+                del generation.outputs[key]
             forward.skip = self._allowed(forward) and self.config.schedule.skips(branch, step, steps)
         elif not self._has_history(forward):
             forward.skip = False
@@ -192,15 +195,15 @@ class StepCache:
             generation.skips_in_a_row = generation.skips_in_a_row + 1 if forward.skip else 0
             if not forward.skip:
                 generation.gate.computed(forward.step, forward.steps, forward.signal, sample)
+        if not forward.skip and self.config.target == "output":
+            self._remember_output(forward, sample)
+        held = generation.gate.bytes + sum(history.bytes for history in generation.histories.values())
+        held += sum(output.numel() * output.element_size() for output in generation.outputs.values())
+        generation.bytes = max(generation.bytes, held)
         if not forward.skip:
             counts.computed_forwards += 1
             if forward.step == forward.steps - 1:
                 self._say_if_idle(forward)
-            if self.config.target == "output":
-                self._remember_output(forward, sample)
-            held = generation.gate.bytes + sum(history.bytes for history in generation.histories.values())
-            held += sum(output.numel() * output.element_size() for output in generation.outputs.values())
-            generation.bytes = max(generation.bytes, held)
             if forward.step == forward.steps - 1 and not self._forecasts_last(forward):
                 generation.release(self.config)
             return None
@@ -261,7 +264,7 @@ class StepCache:
         if config.schedule is not None:
             return self._has_history(forward) and self._in_reach(config.schedule, forward)
         return (
-            config.warm_up <= forward.step < forward.steps - config.cool_down
+            config.first_choice(forward.steps) <= forward.step < forward.steps - config.cool_down
             and forward.generation.skips_in_a_row < config.max_skips
         )
 
@@ -377,7 +380,7 @@ class StepCache:
         schedule = self.config.schedule
         if schedule is not None and forward.steps == schedule.steps:
             key = forward.branch, forward.step
-            if key in schedule.needed:
+            if key in schedule.last_read:
                 forward.generation.outputs[key] = sample
             return
         value = sample - like(forward.latents, sample) if self.config.residual else sample

@@ -1,12 +1,12 @@
 """The comparison of feature caches: how dials are tuned, that it goes on where it was killed, what it writes."""
 
 import dataclasses
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import caches
 import pytest
+import tables
 import torch
 
 from dit_accel.caching import CACHES
@@ -17,15 +17,6 @@ from dit_accel.evaluation.variants import parse_variant
 ROOT = Path(__file__).parents[2]
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-caches, tables = load("caches"), load("tables")
 STEPS = 12
 LABELS = ("diffusers:mag_cache", "cache-dit:dbcache", "taylorseer")
 
@@ -59,11 +50,11 @@ def bench(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches")
     return caches.Bench(
         pipe=pipe,
-        model="tiny",
         settings=GenerationSettings(32, 48, 5, STEPS, 3.0),
         seed=0,
         tuning_prompts=["a red circle"],
         prompts=["a blue square"],
+        machine={},
         target=30.0,
         probes=2,
         dials=[dial for dial in caches.DIALS if dial.label in LABELS],
@@ -71,8 +62,9 @@ def bench(pipe, tmp_path_factory):
             "sparse": parse_variant("preset:window@0.3:block=8"),
             "joint": parse_variant("preset:window@0.3:block=8:cache=magcache@0.1"),
         },
-        work=folder / "work",
+        folder=folder / "work",
         output=folder / "caches.json",
+        scorer=None,
     )
 
 
@@ -151,13 +143,13 @@ def test_tuned_and_given_rows_are_compared_with_dense(killed_then_finished):
 
 
 def test_another_set_of_rows_leaves_finished_ones_alone(killed_then_finished, bench):
-    folders = [path for path in bench.work.iterdir() if path.name.startswith("held-out-")]
+    folders = [path for path in bench.folder.iterdir() if path.name.startswith("held-out-")]
     assert len(folders) == 1
     assert (folders[0] / "evaluation.json").is_file()
 
 
 def test_teacache_runs_with_a_polynomial_of_the_model(bench, tmp_path):
-    bench = dataclasses.replace(bench, work=tmp_path)
+    bench = dataclasses.replace(bench, folder=tmp_path)
     variant = bench.variant("preset:teacache@0.2:max_skips=6")
     kept = json.loads((tmp_path / "polynomial.json").read_text(encoding="utf-8"))
     assert len(kept) == 5

@@ -1,36 +1,28 @@
 """The card of the demo model is measured, not written down."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import demo_card
 import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "demo_card.py"
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("demo_card", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_mass_of_the_best_blocks_on_known_attention() -> None:
     """Queries that look at one block only hold all mass there; without structure mass spreads evenly."""
-    card = load()
-    tokens = 40 * card.BLOCK
+    tokens = 40 * demo_card.BLOCK
     key = torch.zeros(1, tokens, 2, 64)
-    key[:, : card.BLOCK, 0, 0] = 1.0  # head 0: the first block stands out, head 1: nothing does
+    key[:, : demo_card.BLOCK, 0, 0] = 1.0  # head 0: the first block stands out, head 1: nothing does
     query = torch.zeros(1, tokens, 2, 64)
     query[..., 0] = 400.0
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
-    in_order = card.held_mass(query, key, torch.arange(tokens), torch.tensor([0, 17]))
+    in_order = demo_card.held_mass(query, key, torch.arange(tokens), torch.tensor([0, 17]))
     torch.testing.assert_close(in_order, torch.tensor([[1.0, 1.0], [0.25, 0.10]]))
-    shuffled = card.held_mass(query, key, order, torch.tensor([0, 17]))
+    shuffled = demo_card.held_mass(query, key, order, torch.tensor([0, 17]))
     assert float(shuffled[0, 1]) < 0.5
 
 

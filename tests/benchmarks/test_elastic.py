@@ -1,10 +1,11 @@
 """What a plan gives at settings that it was not calibrated for: the command, its JSON and its table."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import elastic
 import pytest
+import tables
 import torch
 
 from dit_accel import AccelPlan
@@ -12,16 +13,6 @@ from dit_accel.pipelines import demo, load_demo
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"height": 48, "width": 64, "num_frames": 9, "num_inference_steps": 3, "guidance_scale": 4.0}
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-elastic, tables = load("elastic"), load("tables")
 
 
 def plan_of(**objective):

@@ -2,12 +2,12 @@
 
 import copy
 import dataclasses
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
+import equal_psnr
 import pytest
+import tables
 import torch
 
 from dit_accel.calibration import default_candidates, stages
@@ -18,17 +18,6 @@ from dit_accel.pipelines import demo, load_demo
 from dit_accel.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-equal_psnr, tables = load("equal_psnr"), load("tables")
 
 
 @pytest.mark.parametrize("means", ["", equal_psnr.MEANS])
@@ -122,18 +111,17 @@ def bench(tmp_path_factory):
     kept = ("plan", "with downstream weights", "without measured cost", "native precision only")
     return equal_psnr.Bench(
         pipe=load_demo(torch.float32),
-        model="demo",
         settings=GenerationSettings(48, 64, 5, 3, 4.0),
         seed=0,
         tuning_prompts=demo.PROMPTS["calibration"][:1],
         prompts=demo.PROMPTS["held_out"][:1],
+        machine={},
         targets=[26.0, 34.0],
         probes=2,
         dials=[equal_psnr.dial_of("sta", 3), equal_psnr.dial_of("sparge+means", 3)],
         calibrators={name: equal_psnr.ABLATION[name] for name in kept},
-        work=folder / "work",
+        folder=folder / "work",
         output=folder / "equal.json",
-        scorer=demo.score,
     )
 
 
@@ -176,13 +164,13 @@ def test_every_row_is_tuned_and_compared(killed_then_finished, bench):
         assert row["reached"] == (row["tuned_psnr"] >= row["target"])
     assert report["evaluation"]["complete"]
     assert report["evaluation"]["prompts"] != report["tuning_prompts"]
-    files = list((bench.work / "tuning").glob("000-*.json"))
+    files = list((bench.folder / "tuning").glob("000-*.json"))
     assert 4 <= len(files) <= 2 * 2 * bench.probes
 
 
 def test_without_measured_cost_every_pair_costs_alike(killed_then_finished, bench):
     assert killed_then_finished
-    (folder,) = bench.work.glob("plan-*-by-pairs")
+    (folder,) = bench.folder.glob("plan-*-by-pairs")
     latency = equal_psnr.Checkpoint(
         folder / "calibration", json.loads((folder / "calibration" / "fingerprint.json").read_text())
     ).load("latency")
@@ -190,7 +178,7 @@ def test_without_measured_cost_every_pair_costs_alike(killed_then_finished, benc
     assert latency[0]["candidates"].tolist() == pytest.approx([2.0 * c.density for c in candidates])
     measured = folder.with_name(folder.name.removesuffix("-by-pairs"))
     assert (measured / "calibration" / "latency.safetensors").is_file()
-    assert not list(bench.work.glob("*.partial"))
+    assert not list(bench.folder.glob("*.partial"))
 
 
 def test_another_run_generates_nothing(killed_then_finished, bench):

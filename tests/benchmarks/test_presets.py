@@ -1,6 +1,5 @@
 """The comparison of all published systems: what it runs, that it goes on where it was killed, what it writes."""
 
-import importlib.util
 import json
 import math
 import os
@@ -12,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import presets
 import pytest
 import torch
 from PIL import Image
@@ -22,10 +22,6 @@ from dit_accel.presets import PRESETS, Preset
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "presets.py"
-spec = importlib.util.spec_from_file_location("presets", SCRIPT)
-presets = importlib.util.module_from_spec(spec)
-sys.modules["presets"] = presets  # dataclasses look their module up
-spec.loader.exec_module(presets)
 
 # 3 x 6 x 8 = 144 tokens: three blocks of 64, the last one short.
 TINY = [
@@ -288,7 +284,7 @@ def test_heads_are_the_brute_force_over_all_captured_calls(tmp_path):
     bench = presets.Bench(
         pipe=load_demo(torch.bfloat16, "cpu"), settings=settings, prompts=["a red circle moves left"], seed=3,
         work=presets.Work(tmp_path / "work"), output=tmp_path / "presets.json", densities=[0.3], density=0.3,
-        levels=1, query_blocks=1000, place={},
+        levels=1, query_blocks=1000, machine={}, tuning_prompts=[], folder=tmp_path,
     )  # fmt: skip
     calls = []
 

@@ -1,15 +1,13 @@
 """README tables come from the committed results."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import tables
+
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
 
 
 def test_readme_tables_are_up_to_date() -> None:

@@ -15,7 +15,7 @@ from diffusers import WanPipeline
 
 import dit_accel
 from dit_accel import AccelPlan
-from dit_accel.calibration import calibrate, stages
+from dit_accel.calibration import calibrate, default_candidates, stages
 from dit_accel.calibration.cost import Latency
 from dit_accel.calibration.validate import lower_bound
 from dit_accel.plan import Candidate
@@ -69,6 +69,12 @@ def test_density_plan_runs_at_its_density(pipe, arguments, tmp_path):
     assert plan.grid == dit_accel.TokenGrid(2, 9, 11)
     assert plan.validated["density_mean"] == pytest.approx(0.5, abs=0.1)
     assert plan.validated["calibration_dense_generations"] > 1
+    costs = plan.validated["head_ms"]
+    assert len(costs["candidates"]) == len(plan.candidates)
+    chosen = torch.tensor(costs["candidates"])[plan.choice.long()]
+    dense_layers = (plan.choice == [c.is_dense for c in plan.candidates].index(True)).all(-1)
+    chosen[dense_layers] = costs["dense"]
+    torch.testing.assert_close(plan.latency_ms, chosen)
     assert ((plan.recall >= 0) & (plan.recall <= 1.0001)).all()
     assert (plan.latency_ms > 0).all()
     dense = plan.choice == [c.family for c in plan.candidates].index("dense")
@@ -129,7 +135,7 @@ def test_a_speedup_that_no_plan_has_gives_the_fastest_and_says_so(pipe, argument
     assert plan.validated["speedup"] == pytest.approx(
         plan.validated["trials"][0]["seconds_dense"] / plan.validated["trials"][0]["seconds"]
     )
-    assert "speedup 50 was not reached; the plan is the fastest that was tried" in capsys.readouterr().out
+    assert "speedup 50 was not reached; the plan is the fastest that was tried" in capsys.readouterr().err
 
 
 def test_a_speedup_where_nothing_is_faster_than_dense_says_so(pipe, arguments, tmp_path, monkeypatch, capsys):
@@ -142,7 +148,7 @@ def test_a_speedup_where_nothing_is_faster_than_dense_says_so(pipe, arguments, t
     assert plan.validated["density_mean"] == 1.0
     assert plan.validated["speedup"] == pytest.approx(1.0, abs=0.5)
     assert AccelPlan.from_pretrained(tmp_path).density_mean == 1.0
-    assert "speedup 1.5 was not reached" in capsys.readouterr().out
+    assert "speedup 1.5 was not reached" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("density_clock")
@@ -204,11 +210,24 @@ def test_prompts_that_were_calibrated_on_are_not_held_out(pipe, arguments):
 
 
 @pytest.mark.usefixtures("density_clock")
+def test_what_a_calibration_will_take_is_said_before_it_begins(pipe, arguments, capsys):
+    steps = arguments["num_inference_steps"]
+    calibrate(pipe, **arguments | {"progress": True}, density=0.5, held_out_prompts=["a red square"])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(
+        f"calibration: 2 dense and at most 1 accelerated generations of {steps} steps, "
+        f"{len(default_candidates(torch.device('cpu'), torch.float32))} candidates to time; at most the time of "
+        f"{3 + 5 / steps:.1f} dense generations\n"
+    )
+
+
+@pytest.mark.usefixtures("density_clock")
 def test_a_target_that_is_exceeded_says_so_in_one_line(pipe, arguments, capsys):
     plan = calibrate(pipe, **arguments, target_psnr=15.0, max_trials=1)
     found = plan.validated["psnr_calibration"]
     assert found > 15.5
-    assert capsys.readouterr().out.splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         f"target_psnr 15 dB was exceeded: {found:.4g} dB, since no faster plan that reaches it was found in 1 "
         "generations (at most 1)"
     ]
@@ -218,7 +237,7 @@ def test_a_target_that_is_exceeded_says_so_in_one_line(pipe, arguments, capsys):
 def test_target_that_only_dense_attention_reaches_says_so_in_one_line(pipe, arguments, capsys):
     plan = calibrate(pipe, **arguments, target_psnr=99.9)
     assert plan.validated["density_mean"] == 1.0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert lines == ["target_psnr 99.9 dB: only the dense generation reaches it, nothing will be faster"]
 
 

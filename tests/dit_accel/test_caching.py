@@ -12,7 +12,7 @@ import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
 
 from dit_accel import AccelPlan, disable, enable, stats
-from dit_accel.caching import CACHES, CacheConfig, Schedule, StepCache, Term, cache_preset
+from dit_accel.caching import CACHES, CacheConfig, Schedule, StepCache, Term, cache_bytes, cache_preset
 from dit_accel.caching.config import GATES
 from dit_accel.caching.forecast import History, polynomial_weights, weighted_sum
 from dit_accel.caching.gates import polynomial_fit
@@ -55,7 +55,7 @@ def count_blocks(transformer):
 
 
 def drive(tiny, config, *, steps=STEPS, vary=True):
-    """Runs a bare transformer step by step under a cache; returns outputs and the decisions' counts."""
+    """Runs a bare transformer step by step under a cache; returns outputs, counts and the most bytes held."""
     cache = StepCache(tiny.transformer, family_of(tiny.transformer), config)
     memory, outputs = {}, []
     remove = cache.install()
@@ -69,7 +69,7 @@ def drive(tiny, config, *, steps=STEPS, vary=True):
             outputs.append((output if replaced is None else replaced)[0])
     finally:
         remove()
-    return outputs, cache.counts(memory)
+    return outputs, cache.counts(memory), cache.bytes(memory)
 
 
 class TestForecast:
@@ -167,7 +167,7 @@ class TestExactness:
     def test_equal_steps_are_forecast_exactly(self, any_tiny, config):
         """Where nothing changes from step to step, every forecast is right, whatever it is made of."""
         plain = any_tiny.run(timestep=500.0)
-        outputs, counts = drive(any_tiny, config, vary=False)
+        outputs, counts, _ = drive(any_tiny, config, vary=False)
         assert counts.skipped_forwards >= 6
         band = 64 * torch.finfo(torch.float32).eps * plain.abs().max()
         for output in outputs:
@@ -196,11 +196,11 @@ class TestExactness:
 
 
 class TestSkips:
-    @pytest.mark.parametrize("max_skips", [1, 2, 3])
-    def test_counts_are_those_of_the_blocks(self, any_tiny, max_skips):
+    @pytest.mark.parametrize(("max_skips", "warm_up"), [(1, 3), (2, 3), (3, 0.3)])
+    def test_counts_are_those_of_the_blocks(self, any_tiny, max_skips, warm_up):
         calls = count_blocks(any_tiny.transformer)
-        config = CacheConfig("always", max_skips=max_skips, warm_up=3, cool_down=2)
-        _, counts = drive(any_tiny, config)
+        config = CacheConfig("always", max_skips=max_skips, warm_up=warm_up, cool_down=2)
+        _, counts, _ = drive(any_tiny, config)
         expected = [
             step < 3 or step >= STEPS - 2 or (step - 3) % (max_skips + 1) == max_skips
             for step in range(STEPS)
@@ -466,6 +466,52 @@ class TestPublished:
         torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 
+class TestMemory:
+    @pytest.mark.parametrize("last_blocks", [0, 1])
+    @pytest.mark.parametrize("name", CACHES)
+    def test_told_before_a_run(self, any_tiny, tiny, name, last_blocks):
+        fields = SMALL[name] | {"first_blocks": min(cached(name).cache.first_blocks, 1)}
+        config = cache_preset(name, **fields)
+        if config.target == "blocks":
+            config = dataclasses.replace(config, last_blocks=last_blocks)
+        # Every step but one in three is computed: a threshold that any signal stays below.
+        config = dataclasses.replace(config, threshold=1e9, warm_up=4, max_skips=2)
+        model = tiny(any_tiny.name, layers=4)
+        family = family_of(model.transformer)
+        grid = family.read_grid(model.transformer, family.bind(model.transformer, (), model.inputs()))
+        _, counts, held = drive(model, config)
+        assert counts.skipped_forwards > 0
+        told = cache_bytes(model.transformer, config, grid, batch=2, branches=1)
+        if (name, model.name) == ("teacache", "wan"):
+            assert 0 < held <= told
+        else:
+            assert held == told
+
+    def test_both_branches_count(self, wan_pipeline):
+        pipe = wan_pipeline()
+        plan = cached("cg-taylor", threshold=1e9)
+        enable(pipe, plan)
+        pipe.latents(steps=STEPS)
+        grid = states(pipe)[0].grid
+        assert stats(pipe)["cache_bytes"] == cache_bytes(pipe.transformer, plan.cache, grid)
+
+    def test_a_schedule_keeps_outputs_until_their_last_reader(self, wan_pipeline):
+        pipe = wan_pipeline()
+        plan = scheduled(
+            {
+                "cond": {3: (Term("cond", 1, 1.0), Term("cond", 2, 0.5)), 9: (Term("cond", 8, 1.0),)},
+                "uncond": {3: (Term("cond", 2, 1.0),), 6: (Term("cond", 6, 1.0), Term("uncond", 5, 0.1))},
+            }
+        )
+        assert plan.cache.schedule.most_held == 2  # cond 1 and 2, then uncond 5 and cond 6, then cond 8
+        enable(pipe, plan)
+        pipe.latents(steps=STEPS)
+        assert stats(pipe)["skipped_forwards"] == 4
+        grid = states(pipe)[0].grid
+        told = cache_bytes(pipe.transformer, plan.cache, grid)
+        assert stats(pipe)["cache_bytes"] == told == 2 * grid.video_tokens * 4 * 4 * 4
+
+
 class TestState:
     @pytest.mark.parametrize("name", CACHES)
     def test_a_second_generation_equals_a_fresh_one(self, wan_pipeline, name):
@@ -680,7 +726,10 @@ class TestRefusals:
         [
             ({"gate": "luck"}, "gate: expected one of schedule, always, .* got 'luck'"),
             ({"gate": "always", "order": 4}, "order: expected an integer from 0 to 3, got 4"),
-            ({"gate": "always", "warm_up": 0}, "warm_up: expected an integer from 1, got 0"),
+            (
+                {"gate": "always", "warm_up": 0},
+                "warm_up: expected a number of steps from 1, or a share between 0 and 1, got 0",
+            ),
             ({"gate": "always", "threshold": -1.0}, "threshold: expected a number from 0, got -1.0"),
             ({"gate": "always", "target": "sky"}, "target: expected one of blocks, output, got 'sky'"),
             ({"gate": "cg-taylor"}, "first_blocks: expected at least 1 for gate 'cg-taylor'"),

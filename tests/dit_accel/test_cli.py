@@ -243,7 +243,12 @@ def test_evaluate(run, tiny_wan_dir, prompts, tmp_path):
 
 def test_calibrate_and_use_the_plan(run, tiny_wan_dir, prompts, tmp_path):
     plan = tmp_path / "plan"
-    arguments = ["calibrate", tiny_wan_dir, "--prompts", prompts, "--density", 0.5, *SIZES, "--output", plan]
+    arguments = ["calibrate", tiny_wan_dir, "--prompts", prompts, *SIZES, "--output", plan]
+    code, out, err = run(*arguments, "--target-psnr", 99, "--json")
+    assert code == 0
+    assert "only the dense generation reaches it" in err
+    assert json.loads(out)["density_mean"] == 1.0
+    arguments += ["--density", 0.5]
     code, out, _ = run(*arguments, "--json")
     data = json.loads(out)
     assert code == 0
