@@ -8,8 +8,7 @@ schedules can be compared without running one.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -27,6 +26,7 @@ __all__ = ["StepProducts", "StepRecorder", "cheapest_schedules"]
 
 SAMPLED_VALUES = 2**18  # of the latents, at fixed random places
 LONGEST_GAP = 8  # steps from a computed one to the last that is forecast from it
+_MOST_SINGLE = 2  # steps between two computed ones that compute the first branch alone, if not all do
 _RIDGE = 1e-4  # of the mean inner product: keeps the weights of nearly parallel outputs small
 _FIDELITY = 0.05  # what the branches' own errors count beside that of their guided combination
 
@@ -125,7 +125,8 @@ class StepRecorder:
 class Choice:
     """One schedule: its forwards that are computed, and the error it is expected to leave.
 
-    error: sum over the forecast steps of the mean square of the guided output's error, times the step's weight.
+    error: sum over the runs of forecast steps of the mean square of the guided output's errors, each times the root of
+        the step's weight, added up.
     """
 
     computed: int
@@ -143,8 +144,10 @@ def cheapest_schedules(
 ) -> list[Choice]:
     """The schedules of least error for every number of computed forwards, fewest first.
 
-    Exact, by dynamic programming over the last computed steps. A step computes all branches, the first one alone (the
-    others are forecast from it, as guidance changes slowly), or none; errors of steps add in squares.
+    A step computes all branches, the first one alone (the others are forecast from it, as guidance changes slowly), or
+    none. Within a run of such steps forecasts read the same outputs and err in the same direction, so their errors add
+    before they are squared; those of different runs add in squares. Dynamic programming over the steps that compute all
+    branches compares all schedules whose runs are short and compute the first branch all the time, or at most twice.
 
     Args:
         products: of the dense generations.
@@ -162,33 +165,32 @@ def cheapest_schedules(
         )
     if branches > 2:
         raise ValueError(f"products: expected one or two guidance branches, got {branches}")
-    solver = _Solver(products, guidance_scale)
     if len(weights) != steps:
         raise ValueError(f"weights: expected {steps} numbers, one for each step, got {len(weights)}")
-    # By history: the least error for each number of computed forwards, and where it came from.
-    table: dict[_History, tuple[NDArray[Any], list[Any]]] = {
-        (): (np.where(np.arange(steps * branches + 1) == 0, 0.0, np.inf), [()] * (steps * branches + 1))
-    }
-    for step in range(steps):
-        forced = step < warm_up or step >= steps - cool_down
-        after: dict[_History, tuple[NDArray[Any], list[Any]]] = {}
-        for history, (errors, paths) in table.items():
-            for action in (branches,) if forced else range(branches + 1):
-                if not _allowed(history, step, action, branches):
-                    continue
-                cost = weights[step] * solver.fit(history, step, action).error if action < branches else 0.0
-                following = _follow(history, step, action, branches)
-                if following not in after:
-                    after[following] = np.full_like(errors, np.inf), [None] * len(errors)
-                best, ways = after[following]
-                for forwards in np.flatnonzero(np.isfinite(errors)).tolist():
-                    total = errors[forwards] + cost
-                    if total < best[forwards + action]:
-                        best[forwards + action] = total
-                        ways[forwards + action] = (*paths[forwards], action)
-        table = after
+    solver = _Solver(products, guidance_scale, weights)
+    # At each step that computes all branches, by history: the least error for each number of computed forwards, and the
+    # actions that lead there.
+    tables: list[dict[_History, tuple[NDArray[Any], list[Any]]]] = [{} for _ in range(steps)]
+    errors = np.full(steps * branches + 1, np.inf)
+    paths: list[Any] = [None] * len(errors)
+    errors[warm_up * branches], paths[warm_up * branches] = 0.0, (branches,) * warm_up
+    tables[warm_up - 1][((warm_up - 1, warm_up - 2),) * branches] = errors, paths
+    for step in range(warm_up - 1, steps - 1):
+        longest = min(LONGEST_GAP, steps - cool_down - 1 - step)
+        for history, (errors, paths) in tables[step].items():
+            for run in solver.runs(history, step + 1, longest):
+                stop = step + 1 + len(run.actions)
+                following = _follow(run.history, stop, branches, branches)
+                if following not in tables[stop]:
+                    tables[stop][following] = np.full_like(errors, np.inf), [None] * len(errors)
+                best, ways = tables[stop][following]
+                spent = sum(run.actions) + branches
+                totals = errors[:-spent] + run.error
+                for forwards in np.flatnonzero(totals < best[spent:]).tolist():
+                    best[forwards + spent] = totals[forwards]
+                    ways[forwards + spent] = (*paths[forwards], *run.actions, branches)
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
-    for errors, paths in table.values():
+    for errors, paths in tables[-1].values():
         for forwards in np.flatnonzero(np.isfinite(errors)).tolist():
             if errors[forwards] < found.get(forwards, (np.inf, ()))[0]:
                 found[forwards] = float(errors[forwards]), paths[forwards]
@@ -201,33 +203,43 @@ def cheapest_schedules(
 
 
 # The last two computed steps of the first branch, then those of the second, latest first.
-_History = tuple[tuple[int, ...], ...] | tuple[()]
-
-
-def _allowed(history: _History, step: int, action: int, branches: int) -> bool:
-    """Whether every branch that is not computed has been so not long ago."""
-    return all(history and step - history[branch][0] <= LONGEST_GAP for branch in range(action, branches))
+_History = tuple[tuple[int, ...], ...]
 
 
 def _follow(history: _History, step: int, action: int, branches: int) -> _History:
-    last = history or ((),) * branches
-    return tuple((step, *last[b])[:2] if b < action else last[b] for b in range(branches))
+    return tuple((step, *history[b])[:2] if b < action else history[b] for b in range(branches))
 
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Forecasts of one step: terms by branch, and the mean square error of the guided output."""
+    """Forecasts of one step: terms by branch, and the error of the guided output, times the root of the step's weight.
+
+    error: a vector whose inner products with others of its kind are mean products of the values.
+    """
 
     terms: dict[int, tuple[Term, ...]]
+    error: NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Steps in a row that do not compute all branches: how many each computes, their error, what is known after."""
+
+    actions: tuple[int, ...]
     error: float
+    history: _History
 
 
 class _Solver:
     """Best weights for every situation, each solved once."""
 
-    def __init__(self, products: StepProducts, guidance_scale: float) -> None:
+    def __init__(self, products: StepProducts, guidance_scale: float, weights: Sequence[float]) -> None:
         self._products = products
         self._gram = products.gram.numpy()
+        self._weights = weights
+        # Rows of which `gram` holds the inner products.
+        sizes, directions = np.linalg.eigh(self._gram)
+        self._rows = directions * np.sqrt(sizes.clip(min=0.0))
         self._combination = (guidance_scale, 1.0 - guidance_scale) if len(products.branches) == 2 else (1.0,)
         self._fits: dict[tuple[_History, int, int], _Fit] = {}
 
@@ -237,6 +249,27 @@ class _Solver:
         if key not in self._fits:
             self._fits[key] = self._solve(history, step, action)
         return self._fits[key]
+
+    def runs(self, history: _History, first: int, longest: int) -> Iterator[_Run]:
+        """The runs of at most `longest` steps that may begin at step `first`, the empty one too."""
+        branches = len(self._products.branches)
+        empty = _Run((), 0.0, history)
+        yield empty
+        growing = [(empty, np.zeros(len(self._rows)))]
+        while growing:
+            run, before = growing.pop()
+            if len(run.actions) >= longest:
+                continue
+            step = first + len(run.actions)
+            for action in range(branches):
+                actions = (*run.actions, action)
+                if _MOST_SINGLE < sum(actions) < len(actions):
+                    continue
+                error = before + self.fit(run.history, step, action).error
+                after = _follow(run.history, step, action, branches)
+                longer = _Run(actions, float(error @ error), after)
+                yield longer
+                growing.append((longer, error))
 
     def _row(self, branch: int, step: int) -> int:
         return branch * self._products.steps + step
@@ -265,18 +298,9 @@ class _Solver:
             [sum(pairing[i, j] * cross[:, j] for j in range(len(missing))) for i in range(len(missing))]
         )
         weights = np.linalg.solve(matrix, right).reshape(len(missing), size)
-        error = 0.0
-        for (i, f), (j, g) in itertools.product(enumerate(factors), repeat=2):
-            error += (
-                f
-                * g
-                * (
-                    gram[targets[i], targets[j]]
-                    - weights[i] @ cross[:, j]
-                    - weights[j] @ cross[:, i]
-                    + weights[i] @ inner @ weights[j]
-                )
-            )
+        error = np.zeros(len(gram))
+        for factor, target, of_branch in zip(factors, targets, weights, strict=True):
+            error += factor * (self._rows[target] - of_branch @ self._rows[rows])
         names = [*products.branches, "latents"]
         terms = {
             branch: tuple(
@@ -285,13 +309,13 @@ class _Solver:
             )
             for i, branch in enumerate(missing)
         }
-        return _Fit(terms, max(float(error), 0.0))
+        return _Fit(terms, self._weights[step] ** 0.5 * error)
 
     def config(self, actions: Sequence[int]) -> CacheConfig:
         """The schedule of a generation's actions, one for each step."""
         branches = self._products.branches
         forecasts: dict[str, dict[int, tuple[Term, ...]]] = {branch: {} for branch in branches}
-        history: _History = ()
+        history: _History = ((),) * len(branches)
         for step, action in enumerate(actions):
             if action < len(branches):
                 for branch, terms in self.fit(history, step, action).terms.items():

@@ -23,7 +23,7 @@ from dit_accel.calibration.schedule import step_weights
 from dit_accel.calibration.tables import Tables
 
 _FEWEST_STEPS = 4  # of a generation that a schedule can leave any out of
-_WARM_UP = 0.15  # share of the steps, at least two, that every schedule computes: prompts differ most there
+_WARM_UP = 0.1  # share of the steps, at least two, that every schedule computes: prompts differ most there
 
 
 @dataclass(frozen=True, eq=False)

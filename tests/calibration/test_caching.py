@@ -42,7 +42,7 @@ def error_of(config, outputs, latents, weights):
     """What the schedule leaves, from the outputs themselves."""
     names = [*("cond", "uncond")[: len(outputs)], "latents"]
     rows = torch.cat([outputs, latents[None]])
-    total = 0.0
+    runs = [torch.zeros(latents.shape[1], dtype=torch.float64)]
     for step in range(len(latents)):
         wrong = [torch.zeros(latents.shape[1], dtype=torch.float64) for _ in outputs]
         for branch in range(len(outputs)):
@@ -51,8 +51,11 @@ def error_of(config, outputs, latents, weights):
                 guess = sum(term.weight * rows[names.index(term.branch), term.step] for term in terms)
                 wrong[branch] = outputs[branch, step] - guess
         guided = wrong[0] if len(wrong) == 1 else wrong[1] + SCALE * (wrong[0] - wrong[1])
-        total += float(weights[step] * guided.square().mean())
-    return total
+        if guided.any():
+            runs[-1] = runs[-1] + weights[step] ** 0.5 * guided
+        else:
+            runs.append(torch.zeros_like(guided))
+    return sum(float(run.square().mean()) for run in runs)
 
 
 @pytest.mark.parametrize("branches", [1, 2])
@@ -81,13 +84,16 @@ def test_no_schedule_is_better(branches):
     best = {}
     for free in itertools.product(range(branches + 1), repeat=steps - 3):
         actions = (branches, branches, *free, branches)
-        error, history = 0.0, [[] for _ in range(branches)]
+        runs, history = [0.0], [[] for _ in range(branches)]
         for step, action in enumerate(actions):
             if action < branches:
-                error += weights_of(steps)[step] * least_error(outputs, latents, history, step, action)
+                wrong = least_error(outputs, latents, history, step, action)
+                runs[-1] = runs[-1] + weights_of(steps)[step] ** 0.5 * wrong
+            else:
+                runs.append(0.0)
             for branch in range(action):
                 history[branch] = [step, *history[branch]][:2]
-        computed = sum(actions)
+        computed, error = sum(actions), sum(float(torch.as_tensor(run).square().mean()) for run in runs)
         best[computed] = min(best.get(computed, float("inf")), error)
     for computed, error in choices.items():
         assert error == pytest.approx(best[computed], rel=1e-5, abs=1e-12)
@@ -98,6 +104,7 @@ def test_no_schedule_is_better(branches):
 
 
 def least_error(outputs, latents, history, step, action):
+    """The guided output's error with the weights of the least-squares problem, [values]."""
     branches, values = len(outputs), latents.shape[1]
     known = [outputs[b, step] for b in range(action)] + [
         outputs[b, s] for b in range(branches) for s in history[b]
@@ -117,7 +124,7 @@ def least_error(outputs, latents, history, step, action):
     blocks.append(ridge * torch.eye(size * len(factors), dtype=torch.float64))
     rights.append(torch.zeros(size * len(factors), dtype=torch.float64))
     weights = torch.linalg.lstsq(torch.cat(blocks), torch.cat(rights)[:, None]).solution[:, 0]
-    return float((rights[0] - blocks[0] @ weights).square().sum())
+    return (rights[0] - blocks[0] @ weights) * values**0.5
 
 
 def test_constant_outputs_cost_nothing():

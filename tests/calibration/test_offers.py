@@ -218,7 +218,7 @@ class TestOffers:
         rows = self.products()[1]
         weights, names = step_weights(self.PROGRESS), ["cond", "uncond", "latents"]
         for offer in offers[1:]:
-            expected = 0.0
+            previous, expected, run = 0.0, 0.0, torch.zeros(300, dtype=torch.float64)
             for step in range(self.STEPS):
                 wrong = []
                 for branch in range(2):
@@ -229,12 +229,15 @@ class TestOffers:
                         else sum(t.weight * rows[names.index(t.branch), t.step] for t in terms)
                     )
                     wrong.append(torch.zeros(300) if terms is None else rows[branch, step] - guess)
-                guided = (self.SCALE * wrong[0] + (1 - self.SCALE) * wrong[1]).square().mean()
+                guided = self.SCALE * wrong[0] + (1 - self.SCALE) * wrong[1]
                 size = (self.SCALE**2 + (1 - self.SCALE) ** 2) * rows[0, step].square().mean()
-                expected += weights[step] * float(guided / size)
+                # Errors of steps in a row add up; the last step, which is computed, ends the last run.
+                run = run + (weights[step] / size) ** 0.5 * guided if guided.any() else torch.zeros_like(run)
+                expected += float(run.square().mean() - previous) if guided.any() else 0.0
+                previous = run.square().mean()
             assert offer.error == pytest.approx(expected, rel=1e-6)
 
-    @pytest.mark.parametrize(("steps", "first"), [(8, 2), (24, 4), (36, 5)])
+    @pytest.mark.parametrize(("steps", "first"), [(8, 2), (24, 2), (36, 4)])
     def test_the_first_steps_are_computed(self, steps, first):
         generator = torch.Generator().manual_seed(0)
         rows = torch.linspace(1, 2, steps, dtype=torch.float64)[:, None] * torch.randn(

@@ -1,0 +1,47 @@
+"""How much memory a cache takes, told before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dit_accel.caching.config import CacheConfig
+from dit_accel.grid import TokenGrid
+
+__all__ = ["cache_bytes"]
+
+
+def cache_bytes(
+    transformer: Any, config: CacheConfig, grid: TokenGrid, *, batch: int = 1, branches: int = 2
+) -> int:
+    """Most bytes that a cache holds at a time in one generation, in the transformer's dtype.
+
+    Args:
+        transformer: of a supported class.
+        config: of the cache.
+        grid: of one forward's tokens.
+        batch: of one forward; pipelines that join both branches of guidance in one forward count twice.
+        branches: of guidance, one forward after another. A schedule has its own.
+
+    Returns:
+        What `dit_accel.stats` reports as `cache_bytes` where generations fill it: the forecasts' values and the gate's.
+        TeaCache on Wan takes less, since its signal has no tokens there.
+    """
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    item, tokens = transformer.dtype.itemsize * batch, grid.video_tokens
+    hidden, text = item * tokens * width, item * grid.text_tokens * width
+    per_token = transformer.proj_out.out_features
+    channels = transformer.config.in_channels
+    patch = per_token // (getattr(transformer.config, "out_channels", None) or channels)
+    output, latents = item * tokens * per_token, item * tokens * channels * patch
+    if config.schedule is not None:
+        return output * config.schedule.most_held
+    forecast = output if config.target == "output" else hidden + (text if config.last_blocks else 0)
+    gate = {
+        "always": 0,
+        "magcache": 0,
+        "easycache": 2 * latents + output,
+        "teacache": hidden,
+        "first-block": hidden,
+        "cg-taylor": hidden * (config.gate_order + 1),
+    }
+    return branches * (config.order + 1) * forecast + gate[config.gate]
