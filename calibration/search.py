@@ -25,25 +25,31 @@ _LARGEST_MOVE = 1.0  # decades of error beyond the points measured so far
 _HEIGHT_DB = (5.0, 8.0)
 _SLOPE_DB = (8.0, 3.0)  # per decade of squared error; 10 would be an error that reaches the frames unchanged
 _PROMPT_DB = (0.0, 2.0)
+_KIND_DB = (0.0, 4.0)  # plans that leave out steps, against plans that do not, at the same predicted error
 # A line describes the curve only near the target, so points far from it say less.
 _MISFIT_DB, _MISFIT_PER_DB = 0.15, 0.15
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One generation: `plan` names the plan, `log_error` is log10 of its predicted error."""
+    """One generation: `plan` names the plan, `log_error` is log10 of its predicted error, `steps` whether it leaves out
+    any."""
 
     plan: str
     prompt: int
     log_error: float
     quality: float
+    steps: bool = False
 
 
 class Line:
-    """The line fitted to trials: `quality(prompt, log_error)`, by least squares with the prior beliefs above."""
+    """The line fitted to trials: `quality(prompt, log_error)`, by least squares with the prior beliefs above.
+
+    It is that of plans of the last trial's kind, with steps left out or without; the others lie beside it.
+    """
 
     def __init__(self, trials: Sequence[Trial], prompts: int, target: float) -> None:
-        unknowns = 2 + prompts
+        unknowns = 3 + prompts
         rows, values = [], []
 
         def observe(coefficients: dict[int, float], value: float, deviation: float) -> None:
@@ -56,12 +62,15 @@ class Line:
         observe({1: 1.0}, *_SLOPE_DB)
         for prompt in range(prompts):
             observe({2 + prompt: 1.0}, *_PROMPT_DB)
+        observe({2 + prompts: 1.0}, *_KIND_DB)
         for trial in trials:
             misfit = _MISFIT_DB + _MISFIT_PER_DB * abs(trial.quality - target)
-            observe({0: 1.0, 1: -trial.log_error, 2 + trial.prompt: 1.0}, trial.quality, misfit)
+            other = float(trial.steps != trials[-1].steps)
+            point = {0: 1.0, 1: -trial.log_error, 2 + trial.prompt: 1.0, 2 + prompts: other}
+            observe(point, trial.quality, misfit)
         solution = np.linalg.lstsq(np.stack(rows), np.array(values), rcond=None)[0]
         self._height, self._slope = float(solution[0]), max(float(solution[1]), 1.0)
-        self._offsets = [float(offset) for offset in solution[2:]]
+        self._offsets = [float(offset) for offset in solution[2:-1]]
 
     def quality(self, prompt: int, log_error: float) -> float:
         """Expected quality of one prompt in dB."""
@@ -128,7 +137,9 @@ def search(
         error = picks[name].error
         if error == 0.0:
             return Outcome(picks[name], PSNR_CEILING_DB, True, tuple(trials))
-        trials.append(Trial(name, prompt, math.log10(error), measure(picks[name], prompt)))
+        quality = measure(picks[name], prompt)
+        steps = picks[name].offer.cache is not None
+        trials.append(Trial(name, prompt, math.log10(error), quality, steps))
         values = _measured(trials, name)
         if len(values) == prompts and target <= fmean(values.values()) <= target + TOLERANCE_DB:
             break

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dit_accel.caching import cache_preset
 from dit_accel.calibration.offers import Offer, Pick
 from dit_accel.calibration.search import TOLERANCE_DB, search
 from dit_accel.calibration.tables import Tables
@@ -106,3 +107,17 @@ def test_what_other_searches_found_says_where_to_begin():
     assert len(knowing.asked) < len(blind.asked)
     # what is known is not a trial of this search
     assert len(found.trials) == len(knowing.asked)
+
+
+@pytest.mark.parametrize("apart", [-7.0, 0.0, 5.0])
+def test_trials_of_another_kind_only_say_where_to_begin(apart):
+    """At the same predicted error plans that leave out steps come out 7 dB worse, or 5 better: the search notices."""
+    attention = Curve(8, 9, (0.0,))
+    first = search([Offer(None, tables())], 1, 30.0, attention, max_trials=6)
+    assert [trial.steps for trial in first.trials] == [False] * len(first.trials)
+    with_steps = [Offer(cache_preset("cg-taylor"), tables(), error=1e-5, saved=50.0)]
+    curve = Curve(8 + apart, 9, (0.0,))
+    found = search(with_steps, 1, 30.0, curve, max_trials=5, known=first.trials)
+    assert [trial.steps for trial in found.trials] == [True] * len(found.trials)
+    assert found.met
+    assert 30.0 <= curve.mean(found.pick) <= 30.0 + TOLERANCE_DB
