@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
 
-from dit_accel import AccelPlan, disable, enable, stats
+from dit_accel import AccelPlan, TokenGrid, disable, enable, stats
 from dit_accel.caching import CACHES, CacheConfig, Schedule, StepCache, Term, cache_bytes, cache_preset
 from dit_accel.caching.config import GATES
 from dit_accel.caching.forecast import History, polynomial_weights, weighted_sum
@@ -492,8 +492,7 @@ class TestMemory:
         plan = cached("cg-taylor", threshold=1e9)
         enable(pipe, plan)
         pipe.latents(steps=STEPS)
-        grid = states(pipe)[0].grid
-        assert stats(pipe)["cache_bytes"] == cache_bytes(pipe.transformer, plan.cache, grid)
+        assert stats(pipe)["cache_bytes"] == cache_bytes(pipe.transformer, plan.cache, TokenGrid(3, 5, 7))
 
     def test_a_schedule_keeps_outputs_until_their_last_reader(self, wan_pipeline):
         pipe = wan_pipeline()
@@ -507,9 +506,8 @@ class TestMemory:
         enable(pipe, plan)
         pipe.latents(steps=STEPS)
         assert stats(pipe)["skipped_forwards"] == 4
-        grid = states(pipe)[0].grid
-        told = cache_bytes(pipe.transformer, plan.cache, grid)
-        assert stats(pipe)["cache_bytes"] == told == 2 * grid.video_tokens * 4 * 4 * 4
+        told = cache_bytes(pipe.transformer, plan.cache, TokenGrid(3, 5, 7))
+        assert stats(pipe)["cache_bytes"] == told == 2 * (3 * 5 * 7) * 16 * 4  # two outputs, 16 float32 a token
 
 
 class TestState:
