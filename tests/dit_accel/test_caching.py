@@ -507,7 +507,9 @@ class TestMemory:
         pipe.latents(steps=STEPS)
         assert stats(pipe)["skipped_forwards"] == 4
         told = cache_bytes(pipe.transformer, plan.cache, TokenGrid(3, 5, 7))
-        assert stats(pipe)["cache_bytes"] == told == 2 * (3 * 5 * 7) * 16 * 4  # two outputs, 16 float32 a token
+        assert (
+            stats(pipe)["cache_bytes"] == told == 2 * (3 * 5 * 7) * 16 * 4
+        )  # two outputs, 16 float32 a token
 
 
 class TestState:
