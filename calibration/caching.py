@@ -147,7 +147,8 @@ def cheapest_schedules(
     A step computes all branches, the first one alone (the others are forecast from it, as guidance changes slowly), or
     none. Within a run of such steps forecasts read the same outputs and err in the same direction, so their errors add
     before they are squared; those of different runs add in squares. Dynamic programming over the steps that compute all
-    branches compares all schedules whose runs are short and compute the first branch all the time, or at most twice.
+    branches compares all schedules whose runs have at most `LONGEST_GAP` steps and compute the first branch in each of
+    them, or in at most two.
 
     Args:
         products: of the dense generations.
@@ -189,6 +190,8 @@ def cheapest_schedules(
                 for forwards in np.flatnonzero(totals < best[spent:]).tolist():
                     best[forwards + spent] = totals[forwards]
                     ways[forwards + spent] = (*paths[forwards], *run.actions, branches)
+        tables[step] = {}
+        solver.forget(step + 1)
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
     for errors, paths in tables[-1].values():
         for forwards in np.flatnonzero(np.isfinite(errors)).tolist():
@@ -212,12 +215,15 @@ def _follow(history: _History, step: int, action: int, branches: int) -> _Histor
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
-    """Forecasts of one step: terms by branch, and the error of the guided output, times the root of the step's weight.
+    """Forecasts of one step.
 
-    error: a vector whose inner products with others of its kind are mean products of the values.
+    rows: of the products that they sum up; weights: `[branches that are forecast, rows]`.
+    error: of the guided output, times the root of the step's weight; a vector whose inner products with others of its
+        kind are mean products of the values.
     """
 
-    terms: dict[int, tuple[Term, ...]]
+    rows: list[int]
+    weights: NDArray[Any]
     error: NDArray[Any]
 
 
@@ -241,14 +247,18 @@ class _Solver:
         sizes, directions = np.linalg.eigh(self._gram)
         self._rows = directions * np.sqrt(sizes.clip(min=0.0))
         self._combination = (guidance_scale, 1.0 - guidance_scale) if len(products.branches) == 2 else (1.0,)
-        self._fits: dict[tuple[_History, int, int], _Fit] = {}
+        self._fits: dict[int, dict[tuple[_History, int], _Fit]] = {}
 
     def fit(self, history: _History, step: int, action: int) -> _Fit:
         """Forecasts of the branches from number `action` on."""
-        key = history, step, action
-        if key not in self._fits:
-            self._fits[key] = self._solve(history, step, action)
-        return self._fits[key]
+        found, key = self._fits.setdefault(step, {}), (history, action)
+        if key not in found:
+            found[key] = self._solve(history, step, action)
+        return found[key]
+
+    def forget(self, step: int) -> None:
+        """Let go of the forecasts of a step."""
+        self._fits.pop(step, None)
 
     def runs(self, history: _History, first: int, longest: int) -> Iterator[_Run]:
         """The runs of at most `longest` steps that may begin at step `first`, the empty one too."""
@@ -301,25 +311,21 @@ class _Solver:
         error = np.zeros(len(gram))
         for factor, target, of_branch in zip(factors, targets, weights, strict=True):
             error += factor * (self._rows[target] - of_branch @ self._rows[rows])
-        names = [*products.branches, "latents"]
-        terms = {
-            branch: tuple(
-                Term(names[row // products.steps], row % products.steps, float(weight))
-                for row, weight in zip(rows, weights[i], strict=True)
-            )
-            for i, branch in enumerate(missing)
-        }
-        return _Fit(terms, self._weights[step] ** 0.5 * error)
+        return _Fit(rows, weights, self._weights[step] ** 0.5 * error)
 
     def config(self, actions: Sequence[int]) -> CacheConfig:
         """The schedule of a generation's actions, one for each step."""
-        branches = self._products.branches
+        branches, names = self._products.branches, [*self._products.branches, "latents"]
         forecasts: dict[str, dict[int, tuple[Term, ...]]] = {branch: {} for branch in branches}
         history: _History = ((),) * len(branches)
         for step, action in enumerate(actions):
             if action < len(branches):
-                for branch, terms in self.fit(history, step, action).terms.items():
-                    forecasts[branches[branch]][step] = terms
+                fit = self.fit(history, step, action)
+                for branch, of_branch in zip(branches[action:], fit.weights, strict=True):
+                    forecasts[branch][step] = tuple(
+                        Term(names[row // len(actions)], row % len(actions), float(weight))
+                        for row, weight in zip(fit.rows, of_branch, strict=True)
+                    )
             history = _follow(history, step, action, len(branches))
         schedule = Schedule(len(actions), forecasts)
         return CacheConfig("schedule", target="output", schedule=schedule, min_steps=min(11, len(actions)))

@@ -32,6 +32,7 @@ from dit_accel.kernels import PRECISIONS, available_precisions
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate, config_hash_of
 
+_PROFILE_STEPS = 8  # what profiling one prompt takes, in steps of a dense generation
 # What a calibration depends on besides its arguments and the model: latencies belong to a machine.
 _MACHINE = ("cpu", "gpu", "threads", "dtype", "torch", "diffusers", "dit_accel")
 
@@ -93,7 +94,8 @@ def calibrate(
 
     Returns:
         The plan. Its `validated` tells what was measured: quality and speed, the trials, what each step range and part
-        spends, and in `head_ms` what a head takes on this device with every candidate.
+        spends, and in `head_ms` the milliseconds of a head on this device: `dense`, and `candidates` in the plan's
+        order; `split` is what a layer takes longer for each further precision.
 
     Raises:
         ValueError: not exactly one goal, no prompts, candidates that repeat, lack dense or need a precision that the
@@ -143,10 +145,11 @@ def calibrate(
     bounds = range_bounds(num_inference_steps)
     if progress:
         dense = len(prompts) + len(held_out)
+        generations_of_time = (steps + _PROFILE_STEPS * len(prompts)) / num_inference_steps
         _tell(
             f"calibration: {dense} dense and at most {generations - dense} accelerated generations of "
-            f"{num_inference_steps} steps, {len(candidates)} candidates to time; at most the time of "
-            f"{steps / num_inference_steps:.1f} dense generations"
+            f"{num_inference_steps} steps, {len(candidates)} candidates to time; with profiling about the time of "
+            f"{generations_of_time:.1f} dense generations, less what an earlier run has finished"
         )
     with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar:
         stages = Stages(pipe, settings, candidates, checkpoint, bar, downstream=downstream)

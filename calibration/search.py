@@ -22,8 +22,8 @@ _AIM_DB = TOLERANCE_DB / 2
 _LARGEST_MOVE = 1.0  # decades of error beyond the points measured so far
 
 # What is believed before the first generation, as (mean, standard deviation).
-_HEIGHT_DB = (5.0, 8.0)
-_SLOPE_DB = (8.0, 3.0)  # per decade of squared error; 10 would be an error that reaches the frames unchanged
+_HEIGHT_DB = (6.5, 8.0)  # the demo model's, at two sizes
+_SLOPE_DB = (10.0, 3.0)  # per decade of squared error; 10 is an error that reaches the frames unchanged
 _PROMPT_DB = (0.0, 2.0)
 _KIND_DB = (0.0, 4.0)  # plans that leave out steps, against plans that do not, at the same predicted error
 # A line describes the curve only near the target, so points far from it say less.
@@ -43,9 +43,9 @@ class Trial:
 
 
 class Line:
-    """The line fitted to trials: `quality(prompt, log_error)`, by least squares with the prior beliefs above.
+    """The lines fitted to trials, one for plans that leave out steps and one for others, of one slope.
 
-    It is that of plans of the last trial's kind, with steps left out or without; the others lie beside it.
+    By least squares with the prior beliefs above.
     """
 
     def __init__(self, trials: Sequence[Trial], prompts: int, target: float) -> None:
@@ -65,25 +65,26 @@ class Line:
         observe({2 + prompts: 1.0}, *_KIND_DB)
         for trial in trials:
             misfit = _MISFIT_DB + _MISFIT_PER_DB * abs(trial.quality - target)
-            other = float(trial.steps != trials[-1].steps)
-            point = {0: 1.0, 1: -trial.log_error, 2 + trial.prompt: 1.0, 2 + prompts: other}
+            point = {0: 1.0, 1: -trial.log_error, 2 + trial.prompt: 1.0, 2 + prompts: float(trial.steps)}
             observe(point, trial.quality, misfit)
         solution = np.linalg.lstsq(np.stack(rows), np.array(values), rcond=None)[0]
         self._height, self._slope = float(solution[0]), max(float(solution[1]), 1.0)
         self._offsets = [float(offset) for offset in solution[2:-1]]
+        self._steps = float(solution[-1])
 
-    def quality(self, prompt: int, log_error: float) -> float:
-        """Expected quality of one prompt in dB."""
-        return self._height + self._offsets[prompt] - self._slope * log_error
+    def quality(self, prompt: int, log_error: float, steps: bool) -> float:
+        """Expected quality in dB of one prompt with a plan that leaves out steps, or with one that does not."""
+        return self._height + self._offsets[prompt] + steps * self._steps - self._slope * log_error
 
-    def log_error(self, quality: float) -> float:
+    def log_error(self, quality: float, steps: bool) -> float:
         """The log10 error at which the mean over the prompts is expected to have this quality."""
-        return (self._height + float(np.mean(self._offsets)) - quality) / self._slope
+        height = self._height + float(np.mean(self._offsets)) + steps * self._steps
+        return (height - quality) / self._slope
 
 
-def next_log_error(trials: Sequence[Trial], prompts: int, target: float) -> float:
+def next_log_error(trials: Sequence[Trial], prompts: int, target: float, steps: bool) -> float:
     """Where to try next: the error expected to land in the middle of the accepted band."""
-    wanted = Line(trials, prompts, target).log_error(target + _AIM_DB)
+    wanted = Line(trials, prompts, target).log_error(target + _AIM_DB, steps)
     if not trials:
         return wanted
     tried = [trial.log_error for trial in trials]
@@ -123,7 +124,7 @@ def search(
     while len(trials) < max_trials:
         wanted = _unfinished(trials, prompts, target)
         if wanted is None:
-            found = pick_for_error(offers, 10 ** next_log_error([*known, *trials], prompts, target))
+            found = _next(offers, [*known, *trials], prompts, target)
             if not trials and found.error == 0.0:
                 # Belief alone does not rule out every plan that errs.
                 found = most_faithful(offers)
@@ -138,14 +139,28 @@ def search(
         if error == 0.0:
             return Outcome(picks[name], PSNR_CEILING_DB, True, tuple(trials))
         quality = measure(picks[name], prompt)
-        steps = picks[name].offer.cache is not None
-        trials.append(Trial(name, prompt, math.log10(error), quality, steps))
+        trials.append(Trial(name, prompt, math.log10(error), quality, leaves_out_steps(picks[name])))
         values = _measured(trials, name)
         if len(values) == prompts and target <= fmean(values.values()) <= target + TOLERANCE_DB:
             break
     name = _best(trials, prompts, target)
     quality = _expected(trials, name, prompts, target)
     return Outcome(picks[name], quality, quality >= target, tuple(trials))
+
+
+def leaves_out_steps(found: Pick) -> bool:
+    """Whether a plan has a schedule."""
+    return found.offer.cache is not None
+
+
+def _next(offers: Sequence[Offer], trials: Sequence[Trial], prompts: int, target: float) -> Pick:
+    """The plan to try next: the one that is where the line of its own kind says, else the more faithful one."""
+    kinds = sorted({offer.cache is not None for offer in offers})
+    found = {
+        kind: pick_for_error(offers, 10 ** next_log_error(trials, prompts, target, kind)) for kind in kinds
+    }
+    fitting = [pick for kind, pick in found.items() if leaves_out_steps(pick) == kind]
+    return min(fitting or found.values(), key=lambda pick: pick.cost if fitting else pick.error)
 
 
 def _best(trials: Sequence[Trial], prompts: int, target: float) -> str:
@@ -164,8 +179,9 @@ def _measured(trials: Sequence[Trial], plan: str) -> dict[int, float]:
 def _expected(trials: Sequence[Trial], plan: str, prompts: int, target: float) -> float:
     """Mean quality of a plan; prompts it was not tried on are read off the line."""
     line = Line(trials, prompts, target)
-    log_error = next(trial.log_error for trial in trials if trial.plan == plan)
-    values = {prompt: line.quality(prompt, log_error) for prompt in range(prompts)} | _measured(trials, plan)
+    at = next(trial for trial in trials if trial.plan == plan)
+    values = {prompt: line.quality(prompt, at.log_error, at.steps) for prompt in range(prompts)}
+    values |= _measured(trials, plan)
     return fmean(values.values())
 
 

@@ -86,7 +86,8 @@ class Validation:
         target = quality.decibel(self._goal.value)
         goal = self._goal
         name = f"{goal.name}_{goal.value:g}_{'steps' if len(self._offers) > 1 else 'attention'}"
-        known = [Trial(**trial) for trial in self._stages.known_trials(goal.name, name)]
+        # Those without `steps` are of versions that measured a schedule's error otherwise.
+        known = [Trial(**t) for t in self._stages.known_trials(goal.name, name) if "steps" in t]
         self._outcome = search(self._offers, searched, target, measure, self._max_trials, known)
         self._stages.keep_trials(name, [asdict(trial) for trial in self._outcome.trials])
         self._met = self._outcome.met
@@ -224,7 +225,10 @@ class Validation:
         line = Line(outcome.trials, searched, quality.decibel(self._goal.value))
         for point in points:
             if point["error"] > 0:
-                level = fmean(line.quality(prompt, log10(point["error"])) for prompt in range(searched))
+                steps = point["skipped_forwards"] > 0
+                level = fmean(
+                    line.quality(prompt, log10(point["error"]), steps) for prompt in range(searched)
+                )
                 point["quality_expected"] = quality.value(level)
         return points
 

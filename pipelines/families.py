@@ -148,8 +148,10 @@ def _ltx_normalised(block: Any, arguments: Arguments) -> Tensor:
 
 
 def _wan_time(block: Any, arguments: Arguments) -> Tensor:
-    # As the authors of TeaCache do for Wan: the embedding of the timestep, the same for every prompt.
-    return arguments["temb"]
+    # As the authors of TeaCache do for Wan: the embedding of the timestep, the same for every prompt. Where each token
+    # has its own, the given frames come first and the last token is among those to be denoised.
+    embedding = arguments["temb"]
+    return embedding if embedding.ndim == 3 else embedding[:, -1]
 
 
 _FAMILIES = {

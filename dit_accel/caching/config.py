@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,15 +90,14 @@ class Schedule:
         spans = [(step, last) for (_, step), last in self.last_read.items()]
         return max((sum(start <= at <= last for start, last in spans) for at in range(self.steps)), default=0)
 
-    @functools.cached_property
-    def longest_gap(self) -> int:
-        """Most steps from a forecast back to the last forward that its branch computed."""
-        gaps = [
-            next(gap for gap in range(1, step + 2) if step - gap not in steps)
-            for steps in self.forecasts.values()
-            for step in steps
-        ]
-        return max(gaps, default=0)
+    def reach(self, branch: str, step: int) -> int:
+        """Steps of the run of forecasts that a step of a branch lies in; none where the step is computed."""
+        steps = self.forecasts.get(branch, {})
+        if step not in steps:
+            return 0
+        before = next(gap for gap in range(1, step + 2) if step - gap not in steps)
+        after = next(gap for gap in itertools.count(1) if step + gap not in steps)
+        return before + after - 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the schedule as JSON values."""
@@ -193,11 +193,10 @@ class CacheConfig:
             if type(value) is not int or value < low or (high is not None and value > high):
                 expected = f"an integer from {low}" + ("" if high is None else f" to {high}")
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
-        if type(self.warm_up) not in (int, float) or not (
-            0 < self.warm_up < 1 or self.warm_up in range(1, 10**6)
-        ):
+        whole, share = type(self.warm_up) is int, type(self.warm_up) is float
+        if not (whole and self.warm_up >= 1) and not (share and 0 < self.warm_up < 1):
             raise ValueError(
-                f"warm_up: expected a number of steps from 1, or a share between 0 and 1, got {self.warm_up!r}"
+                f"warm_up: expected an integer from 1, or a share of the steps between 0 and 1, got {self.warm_up!r}"
             )
         if (
             isinstance(self.threshold, bool)

@@ -51,7 +51,7 @@ class History:
         self.steps = [*self.steps[:kept], step][-self.length :]
         self.values = [*self.values[:kept], value][-self.length :]
 
-    def forecast(self, step: int) -> tuple[Tensor, ...]:
+    def forecast(self, step: float) -> tuple[Tensor, ...]:
         """The values at a later step; the degree is what the history allows, at most `length` - 1."""
         weights = polynomial_weights(self.steps, step)
         return tuple(weighted_sum(parts, weights) for parts in zip(*self.values, strict=True))

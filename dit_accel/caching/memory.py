@@ -19,12 +19,18 @@ def cache_bytes(
         transformer: of a supported class.
         config: of the cache.
         grid: of one forward's tokens.
-        batch: of one forward; pipelines that join both branches of guidance in one forward count twice.
-        branches: of guidance, one forward after another. A schedule has its own.
+        batch: of one forward.
+        branches: of guidance that run one after the other: 2 with guidance as Wan's pipeline has it, 1 without, where
+            guidance is embedded, and where both branches are one forward (with twice the batch). A schedule knows
+            its own.
 
     Returns:
         What `dit_accel.stats` reports as `cache_bytes` where generations fill it: the forecasts' values and the gate's.
-        TeaCache on Wan takes less, since its signal has no tokens there.
+        TeaCache on Wan takes less, since its signal has no tokens there. A schedule at another number of steps than its
+        own keeps two outputs for each branch instead.
+
+    Example:
+        >>> cache_bytes(pipe.transformer, plan.cache, plan.grid)  # a calibrated plan knows its grid
     """
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     item, tokens = transformer.dtype.itemsize * batch, grid.video_tokens

@@ -25,6 +25,10 @@ from dit_accel.pipelines import ModelFamily
 
 __all__ = ["Counts", "StepCache"]
 
+# A schedule at other step counts than its own follows the line through two computed outputs as far as this many times
+# their distance, and stays there.
+_LINE_REACH = 2
+
 
 @dataclass
 class Counts:
@@ -277,16 +281,16 @@ class StepCache:
         return bool(self._history(forward).steps)
 
     def _in_reach(self, schedule: Schedule, forward: _Forward) -> bool:
-        """Whether no more lies between a forecast and the last computed forward than where the schedule was made.
+        """Whether the last computed forward is no further back than the run of forecasts is long that the step lies in.
 
-        With fewer steps than its own, steps that it computes may fall between two of the generation's.
+        With fewer steps than the schedule's own, steps that it computes may fall between two of the generation's.
         """
         if forward.steps == schedule.steps:
             return True
         last, here = (
             schedule.nearest(step, forward.steps) for step in (self._history(forward).steps[-1], forward.step)
         )
-        return here - last <= schedule.longest_gap
+        return here - last <= schedule.reach(forward.branch, here)
 
     def _history(self, forward: _Forward) -> History:
         order = 1 if self.config.schedule is not None else self.config.order
@@ -401,7 +405,12 @@ class StepCache:
             outputs = forward.generation.outputs
             values = [latents if t.branch == "latents" else outputs[t.branch, t.step] for t in terms]
             return weighted_sum([v.to(sample.dtype) for v in values], [term.weight for term in terms])
-        value = self._history(forward).forecast(forward.step)[0]
+        history, at = self._history(forward), float(forward.step)
+        if (
+            schedule is not None
+        ):  # a line through two points close together says little of places far from them
+            at = min(at, history.steps[-1] + _LINE_REACH * (history.steps[-1] - history.steps[0]))
+        value = history.forecast(at)[0]
         return value + latents if self.config.residual else value
 
 

@@ -3,7 +3,7 @@
 | name | what runs |
 |---|---|
 | `dense` | the pipeline as it is |
-| `plan:DIR` | a calibrated plan |
+| `plan:DIR` | a calibrated plan; `plan:DIR:guard=false` leaves its heads unchecked |
 | `preset:window@0.3` | one family for every head; further options follow: `preset:pooled@0.25:order=space` |
 | `preset:xattention` | a published system, see `dit_accel.presets` |
 | `preset:cg-taylor@0.1` | a cache, see `dit_accel.caching.CACHES`; the number is its threshold |
@@ -64,14 +64,14 @@ class Variant:
 DENSE = Variant("dense", lambda pipe: nullcontext(), None, "dense")
 
 
-def plan_variant(plan: AccelPlan, name: str) -> Variant:
-    """The variant that runs a plan."""
+def plan_variant(plan: AccelPlan, name: str, *, guard: bool | None = None) -> Variant:
+    """The variant that runs a plan; for `guard` see `dit_accel.enable`."""
 
     @contextmanager
     def apply(pipe: Any) -> Iterator[None]:
         from dit_accel.switch import disable, enable
 
-        enable(pipe, plan)
+        enable(pipe, plan, guard=guard)
         try:
             yield
         finally:
@@ -84,6 +84,8 @@ def plan_variant(plan: AccelPlan, name: str) -> Variant:
     ]
     if plan.cache is not None:
         content.append(plan.cache.to_dict())
+    if guard is not None:
+        content.append({"guard": guard})
     # The guard compares with what the calibration measured.
     tensors = [
         tensor.contiguous().numpy().tobytes() for tensor in (plan.choice, plan.rel_l2) if tensor is not None
@@ -103,7 +105,13 @@ def _awaiting_curve(name: str, with_curve: Callable[[Curve], Variant]) -> Varian
 
 
 def _from_plan(text: str, name: str) -> Variant:
-    return plan_variant(AccelPlan.from_pretrained(text), name)
+    directory, _, option = text.rpartition(":guard=")
+    if not directory:
+        return plan_variant(AccelPlan.from_pretrained(text), name)
+    guard = _value(option)
+    if not isinstance(guard, bool):
+        raise ValueError(f"variant {name!r}: expected guard=true or guard=false, got guard={option}")
+    return plan_variant(AccelPlan.from_pretrained(directory), name, guard=guard)
 
 
 def _from_preset(text: str, name: str) -> Variant:

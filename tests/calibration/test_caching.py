@@ -71,19 +71,28 @@ def test_errors_are_those_of_the_outputs(branches):
         assert choice.computed + skipped == 9 * branches
 
 
-@pytest.mark.parametrize("branches", [1, 2])
-def test_no_schedule_is_better(branches):
+@pytest.mark.parametrize(
+    ("branches", "steps", "gap", "single", "cool_down"), [(1, 7, 2, 1, 1), (1, 7, 8, 2, 2), (2, 6, 8, 2, 1),
+                                                          (2, 8, 3, 1, 1), (2, 8, 4, 2, 2)]
+)  # fmt: skip
+def test_no_schedule_is_better(branches, steps, gap, single, cool_down, monkeypatch):
     """All sequences of actions, with the weights solved from the outputs by a general least-squares routine."""
-    steps = 6
+    monkeypatch.setattr(caching, "LONGEST_GAP", gap)
+    monkeypatch.setattr(caching, "_MOST_SINGLE", single)
     outputs, latents = trajectory(steps, branches, seed=3)
     products = products_of(outputs, latents)
     choices = {
         c.computed: c.error
-        for c in cheapest_schedules(products, guidance_scale=SCALE, weights=weights_of(steps))
+        for c in cheapest_schedules(
+            products, guidance_scale=SCALE, weights=weights_of(steps), cool_down=cool_down
+        )
     }
     best = {}
-    for free in itertools.product(range(branches + 1), repeat=steps - 3):
-        actions = (branches, branches, *free, branches)
+    for free in itertools.product(range(branches + 1), repeat=steps - 2 - cool_down):
+        actions = (branches, branches, *free, *[branches] * cool_down)
+        skipping = [list(run) for full, run in itertools.groupby(free, lambda a: a == branches) if not full]
+        if any(len(run) > gap or single < sum(run) < len(run) for run in skipping):
+            continue
         runs, history = [0.0], [[] for _ in range(branches)]
         for step, action in enumerate(actions):
             if action < branches:

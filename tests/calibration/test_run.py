@@ -217,8 +217,8 @@ def test_what_a_calibration_will_take_is_said_before_it_begins(pipe, arguments, 
     assert out == ""
     assert err.startswith(
         f"calibration: 2 dense and at most 1 accelerated generations of {steps} steps, "
-        f"{len(default_candidates(torch.device('cpu'), torch.float32))} candidates to time; at most the time of "
-        f"{3 + 5 / steps:.1f} dense generations\n"
+        f"{len(default_candidates(torch.device('cpu'), torch.float32))} candidates to time; with profiling about the "
+        f"time of {3 + (5 + 8) / steps:.1f} dense generations, less what an earlier run has finished\n"
     )
 
 

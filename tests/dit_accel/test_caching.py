@@ -9,7 +9,12 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    WanTransformer3DModel,
+)
 
 from dit_accel import AccelPlan, TokenGrid, disable, enable, stats
 from dit_accel.caching import CACHES, CacheConfig, Schedule, StepCache, Term, cache_bytes, cache_preset
@@ -311,7 +316,7 @@ class TestSkips:
         schedule = Schedule(
             50, {b: {s: (Term(b, c, 1.0),) for s, c in left_out.items()} for b in ("cond", "uncond")}
         )
-        assert schedule.longest_gap == 4
+        assert [schedule.reach("cond", step) for step in (9, 10, 12, 13, 14)] == [0, 4, 4, 4, 0]
         assert all(schedule.skips("cond", step, 12) for step in range(3, 11))
         pipe = wan_pipeline()
         enable(pipe, dataclasses.replace(AccelPlan.preset("dense"), cache=CacheConfig(
@@ -381,6 +386,41 @@ class TestSkips:
         assert min(apart) == 1
         assert len(seen) > 60
         assert stats(pipe)["skipped_forwards"] == pytest.approx(2 * 48 * 2 / 12, abs=2)
+
+    def test_at_fewer_steps_each_branch_keeps_to_its_own_runs(self, wan_pipeline):
+        """The first branch leaves out every other step, the second many in a row; half the steps meet only those."""
+        cond = {s: (Term("cond", s - 1, 1.0),) for s in range(6, 22, 2)}
+        uncond = {s: (Term("uncond", 5, 1.0),) for s in range(6, 14)}
+        schedule = Schedule(24, {"cond": cond, "uncond": uncond})
+        assert all(schedule.skips("cond", step, 12) for step in range(3, 6))
+        pipe = wan_pipeline()
+        config = CacheConfig("schedule", target="output", schedule=schedule)
+        enable(pipe, dataclasses.replace(AccelPlan.preset("dense"), cache=config))
+        calls, ran = count_blocks(pipe.transformer), []
+        pipe.transformer.register_forward_hook(lambda *_: ran.append(calls[0]))
+        pipe.latents(steps=12)
+        skipped = [now == before for before, now in itertools.pairwise([0, *ran])]
+        assert not any(skipped[::2])
+        assert sum(skipped[1::2]) >= 3
+
+    def test_at_more_steps_a_line_ends_soon(self, wan_pipeline):
+        table = {b: {s: (Term(b, 3, 1.0),) for s in range(4, 10)} for b in ("cond", "uncond")}
+        schedule = Schedule(12, table)
+        pipe = wan_pipeline()
+        config = CacheConfig("schedule", target="output", schedule=schedule)
+        enable(pipe, dataclasses.replace(AccelPlan.preset("dense"), cache=config))
+        seen = []
+        pipe.transformer.register_forward_hook(lambda _, __, out: seen.append(out[0].clone()))
+        pipe.latents(steps=36)
+        cond = seen[0::2]
+        skipped = [step for step in range(36) if schedule.skips("cond", step, 36)]
+        assert len(skipped) == 19
+        last = skipped[0] - 1
+        before = max(step for step in range(last) if schedule.nearest(step, 36) == 2)
+        assert schedule.nearest(last, 36) == 3
+        for step in skipped:
+            share = min(step - last, 2 * (last - before)) / (last - before)
+            torch.testing.assert_close(cond[step], cond[last] + share * (cond[last] - cond[before]))
 
     @pytest.mark.parametrize("name", ["controlnet_block_samples", "controlnet_single_block_samples"])
     def test_blocks_that_a_controlnet_counts_are_not_skipped(self, tiny, name):
@@ -467,14 +507,13 @@ class TestPublished:
 
 
 class TestMemory:
-    @pytest.mark.parametrize("last_blocks", [0, 1])
-    @pytest.mark.parametrize("name", CACHES)
+    @pytest.mark.parametrize(
+        ("name", "last_blocks"), [(n, b) for n in CACHES for b in ((0,) if n == "easycache" else (0, 1))]
+    )
     def test_told_before_a_run(self, any_tiny, tiny, name, last_blocks):
         fields = SMALL[name] | {"first_blocks": min(cached(name).cache.first_blocks, 1)}
-        config = cache_preset(name, **fields)
-        if config.target == "blocks":
-            config = dataclasses.replace(config, last_blocks=last_blocks)
-        # Every step but one in three is computed: a threshold that any signal stays below.
+        config = dataclasses.replace(cache_preset(name, **fields), last_blocks=last_blocks)
+        # A threshold that any signal stays below: one step in three is computed.
         config = dataclasses.replace(config, threshold=1e9, warm_up=4, max_skips=2)
         model = tiny(any_tiny.name, layers=4)
         family = family_of(model.transformer)
@@ -486,6 +525,44 @@ class TestMemory:
             assert 0 < held <= told
         else:
             assert held == told
+
+    @pytest.mark.parametrize("name", ["easycache", "cg-taylor"])
+    @pytest.mark.parametrize("model", ["image-to-video", "frames-in-patches"])
+    def test_told_where_input_and_output_differ_in_size(self, name, model):
+        torch.manual_seed(0)
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "out_channels": 4}
+        if model == "image-to-video":
+            transformer = WanTransformer3DModel(
+                **sizes, in_channels=9, text_dim=12, freq_dim=16, ffn_dim=32, rope_max_seq_len=32
+            )
+            latents = torch.randn(1, 9, 3, 10, 14)
+        else:
+            transformer = CogVideoXTransformer3DModel(
+                **sizes, in_channels=6, text_embed_dim=12, time_embed_dim=8, patch_size_t=2, sample_frames=4,
+                sample_height=10, sample_width=14, temporal_compression_ratio=1,
+                use_rotary_positional_embeddings=True, max_text_seq_length=5,
+            )  # fmt: skip
+            latents = torch.randn(1, 4, 6, 10, 14)
+        inputs = {
+            "hidden_states": latents,
+            "timestep": torch.tensor([500.0]),
+            "encoder_hidden_states": torch.randn(1, 5, 12),
+        }
+        if model == "frames-in-patches":
+            angles = torch.randn(2 * 5 * 7, 16)
+            inputs["image_rotary_emb"] = (angles.cos(), angles.sin())
+        config = cache_preset(name, threshold=1e9, warm_up=4)
+        family = family_of(transformer)
+        cache, memory = StepCache(transformer, family, config), {}
+        remove = cache.install()
+        for step in range(STEPS):
+            cache.begin(latents if step < 6 else latents + 0.01 * step, step, STEPS, "", memory)
+            with torch.no_grad():
+                cache.end(transformer(**inputs, return_dict=False))
+        remove()
+        assert cache.counts(memory).skipped_forwards > 0
+        grid = family.read_grid(transformer, family.bind(transformer, (), inputs))
+        assert cache.bytes(memory) == cache_bytes(transformer, config, grid, branches=1)
 
     def test_both_branches_count(self, wan_pipeline):
         pipe = wan_pipeline()
@@ -507,9 +584,8 @@ class TestMemory:
         pipe.latents(steps=STEPS)
         assert stats(pipe)["skipped_forwards"] == 4
         told = cache_bytes(pipe.transformer, plan.cache, TokenGrid(3, 5, 7))
-        assert (
-            stats(pipe)["cache_bytes"] == told == 2 * (3 * 5 * 7) * 16 * 4
-        )  # two outputs, 16 float32 a token
+        two_outputs = 2 * (3 * 5 * 7) * 16 * 4  # 16 float32 a token
+        assert stats(pipe)["cache_bytes"] == told == two_outputs
 
 
 class TestState:
@@ -703,7 +779,7 @@ def test_compiled_blocks_give_the_same(wan_pipeline):
 class TestPlans:
     @pytest.mark.parametrize("name", CACHES)
     def test_saved_and_read(self, tmp_path, name):
-        plan = cached(name, threshold=0.25)
+        plan = cached(name, threshold=0.25, warm_up=CACHES[name].get("warm_up", 1))
         plan.save_pretrained(tmp_path / "plan")
         assert AccelPlan.from_pretrained(tmp_path / "plan").cache == plan.cache
 
@@ -728,7 +804,7 @@ class TestRefusals:
             ({"gate": "always", "order": 4}, "order: expected an integer from 0 to 3, got 4"),
             (
                 {"gate": "always", "warm_up": 0},
-                "warm_up: expected a number of steps from 1, or a share between 0 and 1, got 0",
+                "warm_up: expected an integer from 1, or a share of the steps between 0 and 1, got 0",
             ),
             ({"gate": "always", "threshold": -1.0}, "threshold: expected a number from 0, got -1.0"),
             ({"gate": "always", "target": "sky"}, "target: expected one of blocks, output, got 'sky'"),

@@ -10,6 +10,9 @@ from diffusers.hooks import HookRegistry
 from dit_accel import AccelPlan, PlanError
 from dit_accel.caching import CacheConfig, Schedule, Term, cache_preset
 from dit_accel.evaluation.variants import DENSE, parse_variant, parse_variants, plan_variant
+from dit_accel.pipelines import family_of
+from dit_accel.plan import Candidate
+from dit_accel.switch import states
 
 
 def _hooks(pipe):
@@ -159,6 +162,24 @@ def test_cache_dit_has_to_be_installed(monkeypatch):
 def test_a_missing_plan_is_a_plan_error(tmp_path):
     with pytest.raises(PlanError):
         parse_variant(f"plan:{tmp_path}")
+
+
+def test_a_plan_runs_with_its_guard_or_without(tmp_path, wan_pipeline):
+    pipe, found = wan_pipeline(), {}
+    AccelPlan(
+        (Candidate("dense", 1.0), Candidate("window", 0.4)),
+        torch.ones(1, 2, 2, dtype=torch.int16),
+        layers=tuple(family_of(pipe.transformer).attention_modules(pipe.transformer)),
+        rel_l2=torch.full((1, 2, 2), 0.1),
+    ).save_pretrained(tmp_path)
+    variants = [parse_variant(f"plan:{tmp_path}{option}") for option in ("", ":guard=false", ":guard=true")]
+    for variant in variants:
+        with variant.apply(pipe):
+            found[variant.name] = states(pipe)[0].guard is not None
+    assert list(found.values()) == [True, False, True]
+    assert len({variant.identity.split(" ")[-1] for variant in variants}) == 3
+    with pytest.raises(ValueError, match="expected guard=true or guard=false, got guard=maybe"):
+        parse_variant(f"plan:{tmp_path}:guard=maybe")
 
 
 def test_identity_tells_plans_of_one_name_apart():
