@@ -85,8 +85,29 @@ def pick(offers: Sequence[Offer], multiplier: float) -> Pick:
 
 
 def pick_for_error(offers: Sequence[Offer], error: float) -> Pick:
-    """The plan of the smallest multiplier that has at most this error (of the largest tried if none does)."""
+    """The cheapest plan of at most this error; among the choices of one offer those of a multiplier are compared.
+
+    Offers are few and far apart, so one that no multiplier over all of them prefers may be the best that the error
+    allows. If every plan errs more, the plan of the largest multiplier tried.
+    """
+    allowed = [found for offer in offers if (found := _within(offer, error)) is not None]
+    if allowed:
+        return min(allowed, key=lambda found: (found.cost, found.error))
     return pick(offers, _bracket(offers, lambda m: pick(offers, m).error <= error)[1])
+
+
+def _within(offer: Offer, error: float) -> Pick | None:
+    """The choice of the smallest multiplier with which an offer has at most this error."""
+    if offer.error > error:
+        return None
+    if not offer.tables.error.any():
+        return Pick(offer, choose(offer.tables, 0.0))
+
+    def fits(multiplier: float) -> bool:
+        return Pick(offer, choose(offer.tables, multiplier)).error <= error
+
+    found = Pick(offer, choose(offer.tables, bracket(offer.tables, fits)[1]))
+    return found if found.error <= error else None
 
 
 def pick_for_cost(offers: Sequence[Offer], cost: float) -> Pick:

@@ -152,6 +152,16 @@ def test_steps_alone_can_be_left_out(error, chosen):
     assert [found.offer for found in frontier(offers)] == [offers[2], offers[1], offers[0]]
 
 
+def test_an_offer_that_no_multiplier_prefers_is_taken_where_the_error_allows_it():
+    every, _, most = several(candidates=1)
+    saved = pick([every], 0.0).cost - pick([most], 0.0).cost  # by leaving out the most
+    between = Offer(most.cache, every.tables, error=0.5 * most.error, saved=0.2 * saved)
+    offers = [every, between, most]
+    assert all(pick(offers, 1.1**n).offer is not between for n in range(-300, 300))
+    assert pick_for_error(offers, 0.6 * most.error).offer is between
+    assert pick_for_error(offers, 0.4 * most.error).offer is every
+
+
 def test_the_frontier_goes_from_the_fastest_plan_towards_dense():
     offers = several(ranges=3, layers=4, heads=5, candidates=7, plain=1.5)
     points = frontier(offers)

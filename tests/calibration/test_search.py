@@ -48,8 +48,8 @@ def test_target_is_met_within_the_tolerance(target, height, slope, offsets):
     curve = Curve(height, slope, offsets)
     found = search([Offer(None, t)], len(offsets), target, curve, max_trials=6)
     assert found.met
-    # With two prompts a plan may be measured on one of them only, and the second is read off the line.
-    slack = 0.0 if len(offsets) == 1 else 0.3
+    # Plans are discrete; and with two prompts one may be measured on the first only, and read off the line.
+    slack = 0.2 if len(offsets) == 1 else 0.3
     assert target - slack <= curve.mean(found.pick)
     if len(offsets) == 1 or len(found.trials) < 6:
         assert curve.mean(found.pick) <= target + TOLERANCE_DB + slack
