@@ -30,13 +30,12 @@ from typing import Any
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate, measure_cache
 from dit_accel.evaluation.curve import magnitude_curve
-from dit_accel.evaluation.result import Evaluation, Scorer
+from dit_accel.evaluation.result import Evaluation
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.timing import package_version
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
-from dit_accel.pipelines import demo
 from dit_accel.plan import Candidate
 
 FORMAT_VERSION = 1
@@ -73,7 +72,7 @@ def of_peer(dial: Dial) -> bool:
     return not dial.template.startswith("preset:")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Bench(DemoWork):
     """What to tune and compare, and where the result goes.
 
@@ -85,7 +84,6 @@ class Bench(DemoWork):
     dials: Sequence[Dial]
     given: dict[str, Variant | None]
     output: Path
-    scorer: Scorer | None = demo.score
 
     def variant(self, name: str) -> Variant:
         """The variant of a cache's name, with what has to be measured on the model."""

@@ -38,7 +38,6 @@ from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
-from dit_accel.pipelines import demo
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.presets import PRESETS
 
@@ -134,7 +133,7 @@ ABLATION = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Bench(DemoWork):
     """What to bring to the same PSNR, and where the result goes."""
 
@@ -235,7 +234,7 @@ def run(bench: Bench) -> dict[str, Any]:
         bench.settings,
         model="demo",
         seed=bench.seed + HELD_OUT_SEED,
-        scorer=demo.score,
+        scorer=bench.scorer,
         attention_steps=0,
         output_dir=bench.folder / f"held-out-{hashlib.sha256(identities.encode()).hexdigest()[:12]}",
     ).to_dict()

@@ -22,6 +22,7 @@ names, and says how many there are.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import shutil
@@ -237,17 +238,21 @@ class Work:
         write_json(self._path(kind, name, prompt), found)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Bench(DemoWork):
-    """What to measure, what is measured so far, and where the result goes."""
+    """What to measure, and where the result goes."""
 
-    work: Work
     output: Path
     densities: list[float]
     density: float
     levels: int
     query_blocks: int
     plan: Calibrated | None = None
+
+    @functools.cached_property
+    def work(self) -> Work:
+        """What is measured so far."""
+        return Work(self.folder)
 
     @property
     def steps(self) -> int:
@@ -642,13 +647,12 @@ def prepared(args: argparse.Namespace, densities: list[float], density: float) -
                 f"{name}: expected a number from 1 to {most}, got {getattr(args, name)}; choose one of these"
             )
     at = demo_work(args, FORMAT_VERSION, tuning=False)
-    plan, work = None, Work(at.folder)
+    plan = None
     if args.calibration is not None:
-        plan = calibrated(at.pipe, args.calibration, density, work.folder / "plan")
-        work.put("runs", "calibrated", {"name": plan.name, "density": density})
+        plan = calibrated(at.pipe, args.calibration, density, at.folder / "plan")
+        Work(at.folder).put("runs", "calibrated", {"name": plan.name, "density": density})
     return Bench(
         **vars(at),
-        work=work,
         output=args.output,
         densities=densities,
         density=density,

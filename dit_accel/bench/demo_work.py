@@ -12,19 +12,21 @@ from typing import Any
 import torch
 
 from dit_accel.evaluation.models import GenerationSettings, resolve_device
+from dit_accel.evaluation.result import Scorer
 from dit_accel.evaluation.timing import machine, weights_digest
 from dit_accel.pipelines import demo, load_demo
 
 _SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class DemoWork:
-    """The demo pipeline and what to generate with it.
+    """The demo pipeline and what to generate with it; comparisons add to it what they need.
 
     prompts: held-out ones, to compare on; tuning_prompts: others, to tune on.
     machine: as `evaluation.timing.machine` describes it.
     folder: for finished measurements; another for other weights, settings, seeds, machines or conditions.
+    scorer: tells how much of a prompt its frames show.
     """
 
     pipe: Any
@@ -34,6 +36,7 @@ class DemoWork:
     tuning_prompts: list[str]
     machine: dict[str, Any]
     folder: Path
+    scorer: Scorer | None = demo.score
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, work: str, tuning: bool) -> None:

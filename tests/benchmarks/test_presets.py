@@ -283,7 +283,7 @@ def test_heads_are_the_brute_force_over_all_captured_calls(tmp_path):
     settings = presets.GenerationSettings(64, 80, 5, 2, 1.0)  # 3 x 8 x 10 tokens, one guidance branch
     bench = presets.Bench(
         pipe=load_demo(torch.bfloat16, "cpu"), settings=settings, prompts=["a red circle moves left"], seed=3,
-        work=presets.Work(tmp_path / "work"), output=tmp_path / "presets.json", densities=[0.3], density=0.3,
+        output=tmp_path / "presets.json", densities=[0.3], density=0.3,
         levels=1, query_blocks=1000, machine={}, tuning_prompts=[], folder=tmp_path,
     )  # fmt: skip
     calls = []
