@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dit_accel.caching import CacheConfig, Schedule, Term
-from dit_accel.caching.runtime import like
+from dit_accel.caching.calls import like
 from dit_accel.evaluation.timing import now
 
 __all__ = ["StepProducts", "StepRecorder", "cheapest_schedules"]

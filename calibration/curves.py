@@ -7,8 +7,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from dit_accel.caching.calls import block_inputs, block_outputs, named_arguments
 from dit_accel.caching.gates import polynomial_fit, relative_l1
-from dit_accel.caching.runtime import block_inputs, block_outputs, named_arguments
 from dit_accel.evaluation.generate import generate, quiet
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.pipelines import family_of
