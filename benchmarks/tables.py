@@ -19,6 +19,7 @@ from dit_accel.evaluation import markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+NOT_YET = "*not measured yet*"
 _PLACE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -128,6 +129,8 @@ def _gpu_attention(report: dict[str, Any]) -> str:
 def _preset_heads(report: dict[str, Any]) -> str:
     """One line per system: recall and rel L2 without and with remainder at each density, a selection's cost."""
     heads = report["heads"]
+    if not heads["rows"]:
+        return NOT_YET
     densities = list(dict.fromkeys(row["asked"] for row in heads["rows"]))
     lines: dict[str, list[str]] = {}
     chosen: dict[str, list[str]] = {}
@@ -161,10 +164,10 @@ def _first_and_later(first: float, later: float) -> str:
 
 
 def _preset_generations(report: dict[str, Any]) -> str:
-    """One line per system, cells without / with remainder, and one for dense."""
+    """One line per system, the best first, cells without / with remainder, and one for dense."""
     part = report["generations"]
     lines: dict[str, dict[bool, dict[str, Any]]] = {}
-    for row in part["rows"]:
+    for row in sorted(part["rows"], key=lambda row: -row["psnr_mean"]):
         lines.setdefault(row["preset"], {})[row["remainder"]] = row
     columns = (
         ("density", "density", ".2f"),
@@ -341,7 +344,7 @@ def filled(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         files, write = TABLES[match[2]]
         paths = [RESULTS / file for file in files]
-        body = "*not measured yet*"
+        body = NOT_YET
         if all(path.exists() for path in paths):
             body = write(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
         return f"{match[1]}{body}\n{match[3]}"
