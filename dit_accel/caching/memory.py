@@ -6,6 +6,7 @@ from typing import Any
 
 from dit_accel.caching.config import CacheConfig
 from dit_accel.grid import TokenGrid
+from dit_accel.pipelines import family_of
 
 __all__ = ["cache_bytes"]
 
@@ -29,9 +30,13 @@ def cache_bytes(
         TeaCache on Wan takes less, since its signal has no tokens there. A schedule at another number of steps than its
         own keeps two outputs for each branch instead.
 
+    Raises:
+        ValueError: a transformer of an unsupported class.
+
     Example:
         >>> cache_bytes(pipe.transformer, plan.cache, plan.grid)  # a calibrated plan knows its grid
     """
+    family_of(transformer)
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     item, tokens = transformer.dtype.itemsize * batch, grid.video_tokens
     hidden, text = item * tokens * width, item * grid.text_tokens * width

@@ -564,6 +564,10 @@ class TestMemory:
         grid = family.read_grid(transformer, family.bind(transformer, (), inputs))
         assert cache.bytes(memory) == cache_bytes(transformer, config, grid, branches=1)
 
+    def test_of_an_unsupported_transformer(self):
+        with pytest.raises(ValueError, match="expected one of the supported classes .*, got Linear"):
+            cache_bytes(torch.nn.Linear(2, 2), cache_preset("cg-taylor"), TokenGrid(3, 5, 7))
+
     def test_both_branches_count(self, wan_pipeline):
         pipe = wan_pipeline()
         plan = cached("cg-taylor", threshold=1e9)
