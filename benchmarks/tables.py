@@ -322,6 +322,36 @@ def _elastic(report: dict[str, Any]) -> str:
     return "\n".join([_rows(head, rows), "", caption])
 
 
+def _steps(report: dict[str, Any]) -> str:
+    """One line per part of the steps."""
+    evaluation = report["evaluation"]
+    _, *variants = evaluation["variants"]
+    noise = ["–", *(f"{first:.2f} to {last:.2f}" for first, last in report["noise"])]
+    rows = [
+        [
+            row["name"],
+            level,
+            f"{row['psnr_mean']:.2f}",
+            f"{row['psnr_min']:.2f}",
+            f"{row['ssim_mean']:.4f}",
+            f"{row['latent_rel_l2']:.3f}",
+        ]
+        for row, level in zip(variants, noise, strict=True)
+    ]
+    settings, count = evaluation["settings"], len(evaluation["prompts"])
+    caption = (
+        f"Demo, {count} held-out {'prompt' if count == 1 else 'prompts'}, {settings['num_frames']} frames of "
+        f"{settings['width']}×{settings['height']}; sparse: `{report['candidate']}`; {_where(evaluation['machine'])}."
+    )
+    return "\n".join(
+        [
+            _rows(["sparse", "noise level", "PSNR mean", "PSNR min", "SSIM", "latent rel L2"], rows),
+            "",
+            caption,
+        ]
+    )
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("demo_evaluation.json",), markdown_table),
     "curve": (("demo_curve.json",), markdown_table),
@@ -334,6 +364,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "ablation": (("equal_psnr_ablation.json",), _equal_psnr),
     "caches": (("caches.json",), _caches),
     "elastic": (("elastic.json",), _elastic),
+    "steps": (("steps.json",), _steps),
     "card": (("demo_card.json", "demo_evaluation.json"), _demo_card),
 }
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from dit_accel.kernels import available_precisions
+from dit_accel.patterns.base import SHARED
 from dit_accel.plan import Candidate
 
 # Families that look at shapes alone serve heads that need little; what needs more is worth a selection.
@@ -17,14 +18,16 @@ _HASHED = (0.03, *_CHOSEN)
 # Blocks of few places over many frames, for heads that follow a place or a motion through the clip.
 _TUBES = "tile:16x2x2"
 
+_SHARED = ("branches", SHARED)
+
 _FAMILIES: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[float, ...]], ...] = (
     ("window", (), _FIXED),
     ("window", (("order", _TUBES),), _FIXED),
     ("bands", (("order", "frame"),), _FIXED),
     ("bands", (("order", "space"),), _FIXED),
-    ("pooled", (), _CHOSEN),
-    ("pooled", (("order", _TUBES),), _CHOSEN),
-    ("hashed", (), _HASHED),
+    ("pooled", (_SHARED,), _CHOSEN),
+    ("pooled", (("order", _TUBES), _SHARED), _CHOSEN),
+    ("hashed", (_SHARED,), _HASHED),
 )
 
 
@@ -33,7 +36,8 @@ def default_candidates(
 ) -> tuple[Candidate, ...]:
     """Dense first, then skip without and with a remainder, then every other family at every density with one.
 
-    All but skip are offered in every precision that the device has, dense too.
+    All but skip are offered in every precision that the device has, dense too. What is chosen from queries and keys is
+    chosen by the first guidance branch of a step for all.
 
     A remainder costs 1/block of dense attention. The softmax mass it gives a block is a lower bound of the true one
     (Jensen), while leaving the block out gives none, so it is not offered as a choice.
@@ -43,7 +47,9 @@ def default_candidates(
             kernel on GPUs only; on a CPU, row by row, they take longer than what they save.
         dtype: of the model.
     """
-    families = _FAMILIES if torch.device(device).type == "cpu" else (*_FAMILIES, ("clustered", (), _FIXED))
+    families = (
+        _FAMILIES if torch.device(device).type == "cpu" else (*_FAMILIES, ("clustered", (_SHARED,), _FIXED))
+    )
     dense = Candidate("dense", 1.0)
     sparse = [
         Candidate(name, density, options, remainder=True)

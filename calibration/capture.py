@@ -16,10 +16,11 @@ from dit_accel.evaluation.timing import now
 from dit_accel.plan import Candidate
 from dit_accel.state import AccelState
 
+_QUERY_BLOCKS = 4  # profiled in each call; the ranges of a plan sum up several calls
 _GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly, so calls sample different query blocks
 
-# first_call(state, query, key, value, key_mask) of the generation
-FirstCall = Callable[[AccelState, Tensor, Tensor, Tensor, Tensor | None], None]
+# once(state, branches, query, key, value, key_mask) of the first call that knows how many guidance branches a step has
+Once = Callable[[AccelState, int, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
 class Recorder:
@@ -36,8 +37,9 @@ class Recorder:
         candidates: Sequence[Candidate],
         sampled: Mapping[int, int],
         layers: int,
+        steps: int,
         *,
-        first_call: FirstCall | None = None,
+        once: Once | None = None,
         downstream: bool = True,
         share: int = 0,
         seed: int = 0,
@@ -48,11 +50,12 @@ class Recorder:
         self._candidates = candidates
         self._sampled = sampled
         self._layers = layers
-        self._first_call = first_call
+        self._steps = steps
+        self._once = once
         self._downstream = downstream
         self._share = share
         self._seed = seed
-        self._calls = 0
+        self._errors: dict[int, Tensor] = {}  # by layer, of the first branch of the running step
         self._branches: list[str] = []  # of the running step, in the order of their forwards
         self._branches_before = 1
         self._probing = False
@@ -75,19 +78,20 @@ class Recorder:
         self.seconds += probe.seconds
 
     def _is_probed(self, state: AccelState) -> bool:
-        sampled = self._range(state) is not None
-        if state.branch not in self._branches:
-            self._branches.append(state.branch)
+        sampled = self._span(state) is not None
         turn = self._share % self._branches_before
         self._probing = sampled and state.branch == self._branches[min(turn, len(self._branches) - 1)]
         self._probing &= len(self._branches) == turn + 1
         return self._probing
 
-    def _range(self, state: AccelState) -> int | None:
-        """The range that the running forward is profiled for."""
+    def _span(self, state: AccelState) -> int | None:
+        """The span of steps that the running forward is profiled for."""
         if not self.progress or self.progress[-1] != state.progress:
             self._branches_before, self._branches = max(len(self._branches), 1), []
             self.progress.append(state.progress)
+            self._errors.clear()
+        if state.branch not in self._branches:
+            self._branches.append(state.branch)
         return self._sampled.get(len(self.progress) - 1)
 
     def _call(
@@ -100,10 +104,11 @@ class Recorder:
         key_mask: Tensor | None,
     ) -> None:
         start = now(query.device)
-        if self._first_call is not None:
-            self._first_call(state, query, key, value, key_mask)
-            self._first_call = None
-        if self._range(state) is not None and not self._probing:
+        span = self._span(state)
+        if self._once is not None and len(self.progress) == min(2, self._steps):
+            self._once(state, self._branches_before, query, key, value, key_mask)
+            self._once = None
+        if span is not None and not self._probing:
             self._profile(state, layer, query, key, value, key_mask, None)
         self.seconds += now(query.device) - start
 
@@ -122,9 +127,9 @@ class Recorder:
                 "the token grid is unknown during profiling; set AccelState.capture before generating"
             )
         if state.branch not in self.sums:
-            ranges = max(self._sampled.values()) + 1
+            spans = max(self._sampled.values()) + 1
             self.sums[state.branch] = ProfileSums.zeros(
-                ranges, self._layers, query.shape[2], len(self._candidates)
+                spans, self._layers, query.shape[2], len(self._candidates)
             )
         with torch.no_grad():
             call = profile_call(
@@ -134,9 +139,13 @@ class Recorder:
                 state.grid,
                 self._candidates,
                 block=state.plan.block,
-                phase=self._calls * _GOLDEN % 1.0,
+                query_blocks=_QUERY_BLOCKS,
+                # Alike in all branches of a step, whose errors are compared.
+                phase=(len(self.progress) * self._layers + layer) * _GOLDEN % 1.0,
                 key_mask=key_mask,
                 gradient=gradient,
             )
-        self._calls += 1
-        self.sums[state.branch].add_call(self._sampled[len(self.progress) - 1], layer, call, gradient)
+        first = self._errors.get(layer)
+        if first is None:
+            self._errors[layer] = call.errors
+        self.sums[state.branch].add_call(self._sampled[len(self.progress) - 1], layer, call, gradient, first)

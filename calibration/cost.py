@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_accel.attention import attend
 from dit_accel.evaluation.timing import now
 from dit_accel.grid import TokenGrid
+from dit_accel.patterns.base import SHARED
 from dit_accel.plan import Candidate
 
 _ROUNDS = 3
@@ -47,18 +48,20 @@ def measure_latency(
     block: int = 64,
     key_mask: Tensor | None = None,
     backend: str = "auto",
+    branches: int = 1,
     on_call: Callable[[], object] | None = None,
 ) -> Latency:
     """Times one attention call of `[batch, seq, heads, dim]` with all heads on each candidate, selection
     included.
 
     Dynamic families find what a step before left them, as in the middle of a generation, and choose anew: what the
-    option `reuse` saves is not counted. Every few calls the original attention is timed too, and candidates are taken
-    relative to it, so that a machine that slows down half-way does not favour the candidates measured first. Median
-    of three rounds after one warm-up.
+    option `reuse` saves is not counted. One that chooses once for all guidance branches is timed over all of them.
+    Every few calls the original attention is timed too, and candidates are taken relative to it, so that a machine that
+    slows down half-way does not favour the candidates measured first. Median of three rounds after one warm-up.
 
     Args:
         original: the attention that an all-dense layer runs.
+        branches: of guidance that run one after the other in a step.
         on_call: called after each timed candidate, `latency_calls(candidates)` times in all.
     """
     heads = query.shape[2]
@@ -68,7 +71,7 @@ def measure_latency(
         call()
         return now(query.device) - start
 
-    def sparse(row: list[int], kept: dict[Any, Any]) -> Callable[[], object]:
+    def sparse(row: list[int], kept: dict[Any, Any], step: int, branch: int = 0) -> Callable[[], object]:
         return lambda: attend(
             query,
             key,
@@ -80,6 +83,8 @@ def measure_latency(
             key_mask=key_mask,
             backend=backend,
             layer=0,
+            branch=str(branch),
+            step=step,
             cache=kept,
             launches=kept,
         )
@@ -92,7 +97,10 @@ def measure_latency(
         for number in range(len(candidates)):
             if number % _CANDIDATES_PER_REFERENCE == 0:
                 reference = seconds(lambda: original(query, key, value))
-            taken = seconds(sparse([number], caches[number]))
+            turns = branches if ("branches", SHARED) in candidates[number].options else 1
+            taken = fmean(
+                seconds(sparse([number], caches[number], round_number, turn)) for turn in range(turns)
+            )
             if round_number > 0:
                 references.append(reference)
                 relative[number].append(taken / reference)
@@ -105,7 +113,7 @@ def measure_latency(
         return Latency(found, plain)
     row = [pair[head % 2] for head in range(heads)]
     kept: dict[Any, Any] = {}
-    calls = [seconds(sparse(row, kept)) for _ in range(_ROUNDS + 1)][1:]
+    calls = [seconds(sparse(row, kept, round_number)) for round_number in range(_ROUNDS + 1)][1:]
     alone = float(found[row].sum())
     return Latency(found, plain, max(0.0, 1000 * median(calls) - alone))
 

@@ -32,6 +32,8 @@ class CallProfile:
         norm: `[heads, candidates]`, squared norm of the dense output on the rows that candidate was tried on.
         rows: `[heads, candidates]`, number of those rows; candidates of one token order share their rows.
         density: `[candidates]`, kept pairs / all pairs of the whole call.
+        errors: bfloat16 `[heads, candidates, places, dim]`, output - dense output at places that depend on the grid and
+            the arguments alone; 0 for candidates whose token order comes from the data.
     """
 
     mass: Tensor
@@ -40,6 +42,7 @@ class CallProfile:
     norm: Tensor
     rows: Tensor
     density: Tensor
+    errors: Tensor
 
 
 def profile_call(
@@ -77,6 +80,8 @@ def profile_call(
     remainder = torch.tensor([c.remainder for c in candidates], device=query.device)
     precisions = [c.precision for c in candidates]
     picks = _spread(-(-seq // block), query_blocks, phase).tolist()
+    places_each = sum(-(-(stop - start) // _EVERY) for start, stop in _stretches(picks, block, seq))
+    errors = torch.zeros(heads, len(candidates), batch, places_each, dim, dtype=torch.bfloat16)
     for members in _by_arrangement(selections):
         first, at = selections[members[0]], torch.tensor(members)
         for b in range(batch):
@@ -98,7 +103,7 @@ def profile_call(
                 )
                 hidden = tiles.hidden if real is None else ~real[tiles.tokens] | tiles.hidden
                 lengths = [stop - start for start, stop, _ in spans[h]]
-                sums[:, h, at] += _profile_head(
+                of_head, errors_of_head = _profile_head(
                     head,
                     tiles,
                     hidden,
@@ -108,10 +113,14 @@ def profile_call(
                     [precisions[member] for member in members],
                     scale,
                 )
+                sums[:, h, at] += of_head
+                if first.order_name is not None:
+                    errors[h, at, b] = errors_of_head
     density = torch.tensor([s.density for s in selections], dtype=torch.float64)
-    return CallProfile(**dict(zip(_SUMS, sums, strict=True)), density=density)
+    return CallProfile(**dict(zip(_SUMS, sums, strict=True)), density=density, errors=errors.flatten(2, 3))
 
 
+_EVERY = 8  # rows from one whose error is kept to the next
 _SUMS = ("mass", "error", "effect", "norm", "rows")
 # Key blocks of varying length are cut into tiles of this many tokens, the last one of a block partly empty.
 _VARYING_TILE = 16
@@ -168,8 +177,8 @@ def _profile_head(
     remainder: Tensor,
     precisions: Sequence[str],
     scale: float,
-) -> Tensor:
-    """The sums `_SUMS` of a head in one arrangement, `[5, candidates]`.
+) -> tuple[Tensor, Tensor]:
+    """The sums `_SUMS` of a head in one arrangement, `[5, candidates]`, and the errors of every eighth row of each run.
 
     lengths: rows of each run of rows that read the same blocks; kept: bool `[candidates, runs, blocks]`; remainder:
     bool `[candidates]`, whether means stand for the rest; precisions: of the candidates.
@@ -186,6 +195,7 @@ def _profile_head(
     sums = torch.zeros(len(_SUMS), candidates, dtype=torch.float64, device=head.query.device)
 
     # Run by run: the scores stay in a CPU's cache.
+    some_errors = []
     stop = 0
     for number, length in enumerate(lengths):
         start, stop = stop, stop + length
@@ -202,11 +212,12 @@ def _profile_head(
         error = output[:-1] - output[-1]
         sums[0] += (kept_mass / whole.clamp(min=_TINY)).sum(-1)
         sums[1] += error.square().sum((1, 2))
+        some_errors.append(error[:, ::_EVERY].to("cpu", torch.bfloat16))
         if head.gradient is not None:
             sums[2] += (error * head.gradient[start:stop]).sum(-1).square_().sum(-1)
         sums[3] += output[-1].square().sum()
         sums[4] += length if real is None else real.sum()
-    return sums.cpu()
+    return sums.cpu(), torch.cat(some_errors, dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,9 +368,13 @@ def _of(x: Tensor, b: int, h: int) -> Tensor:
     return x[h % x.shape[0]] if x.ndim == 2 else x[b % x.shape[0], h % x.shape[1]]
 
 
+def _stretches(picks: Sequence[int], block: int, seq: int) -> list[tuple[int, int]]:
+    return [(pick * block, min((pick + 1) * block, seq)) for pick in picks]
+
+
 def _spans(index: BlockIndex, b: int, h: int, picks: Sequence[int], block: int) -> list[tuple[int, int, int]]:
     """Runs of rows of the sampled stretches that lie in one query block: (start, stop, query block)."""
-    stretches = [(pick * block, min((pick + 1) * block, index.seq_q)) for pick in picks]
+    stretches = _stretches(picks, block, index.seq_q)
     if index.query_starts is None:
         return [(start, stop, pick) for (start, stop), pick in zip(stretches, picks, strict=True)]
     starts = _of(index.query_starts, b, h).tolist()

@@ -20,7 +20,8 @@ from dit_accel.calibration.checkpoint import Checkpoint
 from dit_accel.calibration.goals import Goal, the_goal
 from dit_accel.calibration.knapsack import choose_density
 from dit_accel.calibration.offers import Pick, offers_of
-from dit_accel.calibration.schedule import range_bounds, range_starts, sampled_steps
+from dit_accel.calibration.ranges import find_ranges
+from dit_accel.calibration.schedule import range_starts, sampled_steps, span_bounds
 from dit_accel.calibration.search import TOLERANCE_DB
 from dit_accel.calibration.stages import LATENCY_STEPS, DenseRun, Stages
 from dit_accel.calibration.tables import build_profile
@@ -136,13 +137,14 @@ def calibrate(
         "held_out_prompts": held_out,
         **conditions,
         "downstream": downstream,
+        "spans": list(span_bounds(num_inference_steps)),
         "candidates": [candidate.label for candidate in candidates],
         **_describe(pipe),
     }
     checkpoint = Checkpoint(None if output_dir is None else Path(output_dir) / "calibration", fingerprint)
     generations = generations_needed(len(prompts), len(held_out), goal, max_trials)
     steps = generations * num_inference_steps + (0 if checkpoint.load("latency") else LATENCY_STEPS)
-    bounds = range_bounds(num_inference_steps)
+    spans = span_bounds(num_inference_steps)
     if progress:
         dense = len(prompts) + len(held_out)
         generations_of_time = (steps + _PROFILE_STEPS * len(prompts)) / num_inference_steps
@@ -154,7 +156,7 @@ def calibrate(
     with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar:
         stages = Stages(pipe, settings, candidates, checkpoint, bar, downstream=downstream)
         runs = [
-            stages.profiled(f"dense_{i}", prompt, seed + i, sampled_steps(bounds, i, len(prompts)), share=i)
+            stages.profiled(f"dense_{i}", prompt, seed + i, sampled_steps(spans, i, len(prompts)), share=i)
             for i, prompt in enumerate(prompts)
         ]
         latency = stages.latency()
@@ -163,11 +165,14 @@ def calibrate(
             latency,
             dense=[candidate.is_dense for candidate in candidates].index(True),
             launch=tuple(PRECISIONS.index(candidate.precision) for candidate in candidates),
-            bounds=bounds,
+            bounds=spans,
             progress=runs[0].progress,
             guidance_scale=guidance_scale,
             downstream=downstream,
         )
+        ranges = find_ranges(profile.tables)
+        profile = profile.joined(ranges)
+        bounds = tuple(spans[number] for number in ranges)
         draft = AccelPlan(
             candidates=candidates,
             choice=torch.zeros(profile.recall.shape[:3], dtype=torch.int16),

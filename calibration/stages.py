@@ -94,7 +94,7 @@ class Stages:
     def profiled(
         self, name: str, prompt: str, seed: int, sampled: Mapping[int, int], share: int = 0
     ) -> DenseRun:
-        """Generates densely and profiles attention on the way; the very first call times the candidates."""
+        """Generates densely and profiles attention on the way; the first such run times the candidates."""
         stage = self._load(name)
         if stage is None:
             timed = self._checkpoint.load("latency") is not None
@@ -102,7 +102,8 @@ class Stages:
                 self._candidates,
                 sampled,
                 len(self._attention),
-                first_call=None if timed else self._measure_latency,
+                self._settings.num_inference_steps,
+                once=None if timed else self._measure_latency,
                 downstream=self._downstream,
                 share=share,
                 seed=seed,
@@ -240,7 +241,13 @@ class Stages:
             disable(self._pipe)
 
     def _measure_latency(
-        self, state: AccelState, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
+        self,
+        state: AccelState,
+        branches: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
     ) -> None:
         if state.grid is None:
             raise RuntimeError(
@@ -261,6 +268,7 @@ class Stages:
                 lambda q, k, v: dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend),
                 block=state.plan.block,
                 key_mask=key_mask,
+                branches=branches,
                 on_call=lambda: self._bar.update(share),
             )
         values = {"plain": latency.plain, "split": latency.split, "seconds": now(query.device) - start}

@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_accel.calibration.cost import Latency
 from dit_accel.calibration.profile import CallProfile
-from dit_accel.calibration.schedule import range_weights
+from dit_accel.calibration.schedule import span_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,34 +64,66 @@ class Tables:
         if len(self.launch) != candidates:
             raise ValueError(f"launch must have {candidates} numbers, got {len(self.launch)}")
 
+    def joined(self, bounds: Sequence[int]) -> Tables:
+        """With the ranges between each bound and the next taken together."""
+        return replace(
+            self,
+            error=_joined(self.error, bounds),
+            cost=_joined(self.cost, bounds),
+            plain_cost=_joined(self.plain_cost, bounds),
+            calls=_joined(self.calls, bounds),
+        )
+
+
+def _joined(x: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Sums along the first axis, from each bound to the next."""
+    return torch.stack([x[start:stop].sum(0) for start, stop in itertools.pairwise(bounds)])
+
 
 class ProfileSums:
-    """Sums of call profiles, kept by step range and layer, for one guidance branch.
+    """Sums of call profiles, kept by span of steps and layer, for one guidance branch.
 
-    `mass`, `error`, `norm`, `rows`, `effect`: float64 `[ranges, layers, heads, candidates]`; `gradient`: `[ranges,
-    layers, heads]`; `density`: `[ranges, layers, candidates]`; `calls`, `probes`: `[ranges, layers]`. `effect` is the
-    squared change of the model's prediction relative to it, `gradient` the squared norm of its gradient by the head's
-    output, mean over the head's channels, see `downstream`; both are sums over the `probes` among the calls.
+    `mass`, `error`, `norm`, `rows`, `effect`: float64 `[spans, layers, heads, candidates]`; `gradient`: `[spans,
+    layers, heads]`; `density`: `[spans, layers, candidates]`; `calls`, `probes`: `[spans, layers]`. `alike`, like
+    `error`, is the correlation of the errors with those of the first branch of the step, 0 in that branch. `effect` is
+    the squared change of the model's prediction relative to it, `gradient` the squared norm of its gradient by the
+    head's output, mean over the head's channels, see `downstream`; both are sums over the `probes` among the calls.
     """
 
-    NAMES = ("mass", "error", "norm", "rows", "effect", "gradient", "density", "calls", "probes")
+    NAMES = ("mass", "error", "norm", "rows", "effect", "alike", "gradient", "density", "calls", "probes")
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.mass, self.error, self.norm, self.rows, self.effect = (tensors[n] for n in self.NAMES[:5])
-        self.gradient, self.density, self.calls, self.probes = (tensors[n] for n in self.NAMES[5:])
+        self.mass, self.error, self.norm, self.rows, self.effect, self.alike = (
+            tensors[n] for n in self.NAMES[:6]
+        )
+        self.gradient, self.density, self.calls, self.probes = (tensors[n] for n in self.NAMES[6:])
 
     @classmethod
-    def zeros(cls, ranges: int, layers: int, heads: int, candidates: int) -> ProfileSums:
+    def zeros(cls, spans: int, layers: int, heads: int, candidates: int) -> ProfileSums:
         """Nothing profiled yet."""
-        per_head, per_layer = (ranges, layers, heads, candidates), (ranges, layers, candidates)
-        shapes = (*(per_head,) * 5, (ranges, layers, heads), per_layer, *((ranges, layers),) * 2)
+        per_head, per_layer = (spans, layers, heads, candidates), (spans, layers, candidates)
+        shapes = (*(per_head,) * 6, (spans, layers, heads), per_layer, *((spans, layers),) * 2)
         return cls({n: torch.zeros(s, dtype=torch.float64) for n, s in zip(cls.NAMES, shapes, strict=True)})
 
-    def add_call(self, number: int, layer: int, call: CallProfile, gradient: Tensor | None = None) -> None:
-        """Adds one call of a layer in range `number`; gradient: that of `downstream`, `[batch, seq, heads, dim]`."""
+    def add_call(
+        self,
+        number: int,
+        layer: int,
+        call: CallProfile,
+        gradient: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> None:
+        """Adds one call of a layer in span `number`.
+
+        Args:
+            gradient: that of `downstream`, `[batch, seq, heads, dim]`.
+            first: `CallProfile.errors` of the same layer in the first branch of the step; None in that branch.
+        """
         for name in ("mass", "error", "norm", "rows", "density"):
             getattr(self, name)[number, layer] += getattr(call, name)
         self.calls[number, layer] += 1
+        if first is not None and first.shape == call.errors.shape:
+            self.alike[number, layer] += _correlation(call.errors, first)
         if gradient is not None:
             tokens, width = gradient.shape[0] * gradient.shape[1], gradient.shape[3]
             self.effect[number, layer] += call.effect * tokens / call.rows.clamp(min=1)
@@ -105,6 +137,16 @@ class ProfileSums:
 
     def __add__(self, other: ProfileSums) -> ProfileSums:
         return ProfileSums({name: getattr(self, name) + getattr(other, name) for name in self.NAMES})
+
+
+def _correlation(errors: Tensor, others: Tensor) -> Tensor:
+    """Of `[heads, candidates, places, dim]`, float64 `[heads, candidates]`; where one is 0 the mean of its head."""
+    a, b = (x.flatten(2).double() for x in (errors, others))
+    sizes = a.norm(dim=-1) * b.norm(dim=-1)
+    known = sizes > 0
+    found = torch.where(known, (a * b).sum(-1) / sizes.clamp(min=1e-30), 0.0)
+    mean = found.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(known, found, mean)
 
 
 class Measures(TypedDict):
@@ -128,6 +170,23 @@ class Profile:
     sensitivity: Tensor | None
     latency: Latency
     tables: Tables
+
+    def joined(self, bounds: Sequence[int]) -> Profile:
+        """With neighbouring ranges taken together, see `Tables.joined`; means are over the calls."""
+        calls = self.tables.calls
+
+        def mean(x: Tensor) -> Tensor:
+            ones = (1,) * (x.ndim - 1)
+            return _joined(x * calls.view(-1, *ones), bounds) / _joined(calls, bounds).view(-1, *ones)
+
+        gain = self.sensitivity
+        return Profile(
+            recall=mean(self.recall),
+            rel_l2=mean(self.rel_l2.square()).sqrt(),
+            sensitivity=None if gain is None else mean(gain.square()).sqrt(),
+            latency=self.latency,
+            tables=self.tables.joined(bounds),
+        )
 
     def sensitivities(self) -> dict[str, Any]:
         """`sensitivity` as nested lists `[ranges, layers, heads]`, by that name; nothing if it was not measured."""
@@ -156,10 +215,11 @@ def build_profile(
     guidance_scale: float,
     downstream: bool = True,
 ) -> Profile:
-    """Combines branches, ranges and latencies.
+    """Combines branches, spans of steps, which are the ranges here, and latencies.
 
-    Classifier-free guidance predicts g * cond - (g - 1) * uncond, so squared errors of the branches are averaged with
-    g^2 and (g - 1)^2; ranges are weighted by `range_weights`.
+    Classifier-free guidance predicts g * cond - (g - 1) * uncond. So squared errors of the branches are averaged with
+    g^2 and (g - 1)^2, and what both err alike is taken off, 2 g (g - 1) times their correlation; spans are weighted by
+    `span_weights`.
 
     Args:
         runs: of each prompt the sums by branch name; "cond" and "uncond" are the guided pair, other branches
@@ -177,21 +237,25 @@ def build_profile(
     relative = torch.zeros_like(sums[branches[0]].error)
     gain = torch.zeros_like(sums[branches[0]].gradient)
     measured = _measured(list(sums.values())) if downstream else None
+    own: list[Tensor] = []  # relative squared error of each branch
     for number, (weight, branch) in enumerate(zip(weights, branches, strict=True)):
         share, of_branch = weight / sum(weights), sums[branch]
         if measured is not None:
             # An error as large as the output and alike in all directions: the gradient's square times the output's.
             squares = of_branch.norm[..., dense] / of_branch.rows[..., dense].clamp(min=1)
             gain += share * measured.gradient[number] * squares
-            relative += share * measured.effect[number]
+            own.append(measured.effect[number])
         else:
             layer_norm = of_branch.norm.sum(2, keepdim=True).clamp(min=1e-30)
-            relative += share * of_branch.error / layer_norm / of_branch.error.shape[1]
+            own.append(of_branch.error / layer_norm / of_branch.error.shape[1])
+        relative += share * own[-1]
+    if set(guided) == set(branches):
+        relative -= _cancelled(own, [sums[branch] for branch in branches], guidance_scale)
     both = functools.reduce(operator.add, sums.values())
     lengths = torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=torch.float64)
     calls = lengths * len(branches)
-    in_range = torch.tensor(range_weights(bounds, progress), dtype=torch.float64)
-    error = in_range.view(-1, 1, 1, 1) * relative
+    in_span = torch.tensor(span_weights(bounds, progress), dtype=torch.float64)
+    error = in_span.view(-1, 1, 1, 1) * relative
     error[..., dense] = 0.0  # not even rounding: nothing is more faithful than dense
     return Profile(
         recall=both.mass / both.rows.clamp(min=1),
@@ -211,6 +275,13 @@ def build_profile(
     )
 
 
+def _cancelled(own: Sequence[Tensor], sums: Sequence[ProfileSums], guidance_scale: float) -> Tensor:
+    """What guidance takes off the mean squared error of two branches, since they err alike."""
+    factor = guidance_scale * (guidance_scale - 1) / (guidance_scale**2 + (guidance_scale - 1) ** 2)
+    alike = sum(s.alike for s in sums) / sums[0].calls.clamp(min=1)[..., None, None]
+    return 2 * factor * alike.clamp(0, 1) * (own[0] * own[1]).sqrt()
+
+
 @dataclass(frozen=True, eq=False)
 class _Measured:
     """Of each branch the mean effect and gradient of one call, `[branches, ranges, layers, heads(, candidates)]`."""
@@ -228,7 +299,7 @@ def _measured(sums: Sequence[ProfileSums]) -> _Measured:
     """
     probes = torch.stack([s.probes for s in sums])[..., None]
     if not (probes.sum(0) > 0).all():
-        raise RuntimeError("a step range and layer was profiled without a gradient")
+        raise RuntimeError("a layer was profiled without a gradient in some span of steps")
     share = probes / probes.sum(0)
     error = torch.stack([s.error / s.norm.clamp(min=1e-30) for s in sums])
     effect = torch.stack([s.effect for s in sums]) / probes.clamp(min=1)[..., None]

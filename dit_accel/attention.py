@@ -13,6 +13,7 @@ from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex, block_sparse_attention, resolve_backend, resolve_precision
 from dit_accel.kernels.backend import on_device
 from dit_accel.patterns import FAMILIES, Selection, select
+from dit_accel.patterns.base import SHARED
 from dit_accel.plan import Candidate
 
 
@@ -29,6 +30,8 @@ def attend(
     key_mask: Tensor | None = None,
     backend: str = "auto",
     layer: int | None = None,
+    branch: str = "",
+    step: int | None = None,
     cache: MutableMapping[Any, Any] | None = None,
     launches: MutableMapping[Any, Any] | None = None,
 ) -> tuple[Tensor, float | Tensor]:
@@ -44,8 +47,10 @@ def attend(
         key_mask: bool `[batch, seq]` in the model's order, True = may be read.
         backend: of `block_sparse_attention`.
         layer: number of the layer, which tells apart what is kept.
-        cache: keeps what dynamic families remember from step to step; its owner says for how long, and holds one per
-            guidance branch. Without a layer nothing is remembered.
+        branch: of guidance, which does so too.
+        step: number of the denoising step, None if it is unknown.
+        cache: keeps what dynamic families remember from step to step; its owner says for how long. Without a layer
+            nothing is remembered.
         launches: keeps the lists of a layer's launches whose families are all static, until the layer has another row.
 
     Returns:
@@ -76,7 +81,9 @@ def attend(
         launch = kept.get(tuple(members)) if static else None
         if launch is None:
             memories = None if layer is None else cache
-            launch = _prepare(q, k, v, grid, of_members, members, block, scale, layer or 0, memories)
+            launch = _prepare(
+                q, k, v, grid, of_members, members, block, scale, layer or 0, branch, step, memories
+            )
             if static:
                 kept[tuple(members)] = launch
         return launch.run(q, k, v, scale, key_mask, backend, precision), launch.density
@@ -142,6 +149,8 @@ def _prepare(
     block: int,
     scale: float | None,
     layer: int,
+    branch: str,
+    step: int | None,
     memories: MutableMapping[Any, Any] | None,
 ) -> _Launch:
     """Select for every group of heads and merge the groups.
@@ -165,9 +174,10 @@ def _prepare(
         in_layer = [numbers[member] for member in members]
         memory = None
         if memories is not None:
-            # The layers that share a choice share the memory of the first of them.
-            owner = layer - layer % max(options.get("layers", 1), 1)
-            memory = memories.setdefault((grid, block, owner), {}).setdefault(
+            # Those that share a choice share a memory, layers that of the first of them.
+            owner = layer - layer % max(options.get("layers", 1), 1), query.shape[0]
+            own_branch = None if options.get("branches") == SHARED else branch
+            memory = memories.setdefault((grid, block, owner, own_branch), {}).setdefault(
                 (candidate, tuple(in_layer)), {}
             )
         selection = select(
@@ -182,6 +192,7 @@ def _prepare(
             state=memory,
             heads=in_layer,
             layer=layer,
+            step=step,
             **options,
         )
         chosen.append((selection, members))

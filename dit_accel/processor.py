@@ -246,7 +246,8 @@ def _planned(
             f"dit-accel: layer {layer}: expected the tokens of {state.grid}, got a sequence of {tokens}"
         )
     key_mask = _key_mask(attn_mask, query)
-    grid, cache, launches = state.grid, state.cache, state.launches
+    grid, branch, step = state.grid, state.branch, state.step
+    cache, launches = state.cache, state.launches
 
     def run(row: Tensor) -> tuple[Tensor, float | Tensor]:
         return attend(
@@ -261,6 +262,8 @@ def _planned(
             key_mask=key_mask,
             backend=state.backend,
             layer=layer,
+            branch=branch,
+            step=step,
             cache=cache,
             launches=launches,
         )

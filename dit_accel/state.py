@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -33,7 +33,7 @@ class BranchState:
     first_progress: float
     progress: float
     forwards: int = 0
-    cache: dict[Any, Any] = field(default_factory=dict)
+    first_step: int = 0  # of the generation, that the branch saw
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Stats:
 class AccelState:
     """The plan of one transformer and the position of its running forward.
 
-    What pattern families remember between steps is kept by branch, and forgotten when a generation starts.
+    What pattern families remember between steps is forgotten when a generation ends or starts.
 
     Attributes:
         all_dense: whether the plan has no sparse head anywhere.
@@ -65,6 +65,7 @@ class AccelState:
         progress: fraction of the denoising done, see `ModelFamily.progress`.
         branch: diffusers' `cache_context` name. Outside one "" for the first forward of a step, which may hold both
             branches, and "turn 1" and so on for those that follow in the same step.
+        step: number of the denoising step, as far as the transformer saw them.
         running: whether a forward is under way.
         guard: checks the plan's heads while they run; None leaves them alone.
         stats: counts of the generation that runs, or ran last.
@@ -83,10 +84,12 @@ class AccelState:
         self.grid: TokenGrid | None = None
         self.progress = 0.0
         self.branch = ""
+        self.step = 0
         self.running = False
         self.stats = Stats()
         self.memory: dict[str, Any] = {}
         self._branches: dict[str, BranchState] = {}
+        self._in_step: set[str] = set()  # branches that the step has seen
         self._finished = False
         self._rows: dict[tuple[int, int], tuple[Tensor, bool]] = {}
         self._dense = [candidate.is_dense for candidate in plan.candidates]
@@ -106,14 +109,19 @@ class AccelState:
         return self.memory.setdefault("launches", {})
 
     @property
+    def here(self) -> BranchState:
+        """Of the running branch."""
+        return self._branches[self.branch]
+
+    @property
     def forwards(self) -> int:
         """Forwards of the running branch in this generation, the running one included."""
-        return self._branches[self.branch].forwards
+        return self.here.forwards
 
     @property
     def cache(self) -> dict[Any, Any]:
-        """What the pattern families keep from step to step, of the running branch."""
-        return self._branches[self.branch].cache
+        """What the pattern families keep from step to step."""
+        return self.memory.setdefault("patterns", {})
 
     def begin(
         self, grid: TokenGrid | None, progress: float, branch: str = "", new: bool | None = None
@@ -125,6 +133,10 @@ class AccelState:
         """
         if self.running or self._finished or new or self._starts_over(progress, branch, new is None):
             self.reset()
+        if progress != self.progress or branch in self._in_step:
+            self.step += 1
+            self._in_step.clear()
+        self._in_step.add(branch)
         self.grid, self.progress, self.branch = grid, progress, branch
         position = self._branches.setdefault(branch, BranchState(progress, progress))
         position.progress = progress
@@ -140,11 +152,14 @@ class AccelState:
     def finish(self) -> None:
         """Mark the generation as complete; its stats stay until the next one begins."""
         self._finished = True
-        self.memory.pop("launches", None)
+        for part in ("launches", "patterns"):
+            self.memory.pop(part, None)
 
     def reset(self) -> None:
         """Forget the generation."""
         self._branches.clear()
+        self._in_step.clear()
+        self.step = 0
         self.memory = {}
         self.stats = Stats()
         self.running = self._finished = False
@@ -293,8 +308,8 @@ class AccelHook(ModelHook):
         state = self.state
         if state.forwards == 1:
             distance = [abs(p - state.progress) for p in progress]
-            state.cache["first_step"] = distance.index(min(distance))
-        return state.cache["first_step"] + state.forwards - 1, len(progress)
+            state.here.first_step = distance.index(min(distance))
+        return state.here.first_step + state.forwards - 1, len(progress)
 
 
 def other_cache(transformer: nn.Module) -> str | None:

@@ -15,6 +15,10 @@ from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
 
 Option = str | int | float
+# Values of the option `branches`: guidance branches choose each for itself, or the first one of a step for all.
+OWN, SHARED = BRANCHES = "own", "shared"
+# Options of every dynamic family that say whom a choice serves.
+SERVES: dict[str, Option] = {"reuse": 1, "layers": 1, "branches": OWN}
 # What a dynamic family remembers of earlier steps of one layer and guidance branch.
 Memory = MutableMapping[str, Any]
 

@@ -20,7 +20,7 @@ from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
 from dit_accel.kernels.kmeans import Clusters, kmeans
 from dit_accel.kernels.select import select_blocks
-from dit_accel.patterns.base import Family, Memory, Selection
+from dit_accel.patterns.base import SERVES, Family, Memory, Selection
 
 # Tokens per cluster at the published numbers, 300 and 1,000 for the 75,600 tokens of Wan at 720p.
 _QUERIES_EACH, _KEYS_EACH = 252, 76
@@ -137,8 +137,7 @@ CLUSTERED = Family(
             "iterations": 10,
             "top_p": 0.0,
             "least": 0.0,
-            "reuse": 1,
-            "layers": 1,
+            **SERVES,
         }
     ),
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
-from dit_accel.patterns.base import BlockSpace, Family, Memory, Selection, for_heads, lists_of
+from dit_accel.patterns.base import SERVES, BlockSpace, Family, Memory, Selection, for_heads, lists_of
 
 
 def _arrange(
@@ -76,5 +76,5 @@ HASHED = Family(
     "hashed",
     static=False,
     arrange=_arrange,
-    options=MappingProxyType({"planes": 12, "seed": 0, "reuse": 1, "layers": 1}),
+    options=MappingProxyType({"planes": 12, "seed": 0, **SERVES}),
 )

@@ -18,6 +18,7 @@ from dit_accel.grid import AXIS_ORDERS, TokenGrid
 from dit_accel.kernels import BlockIndex
 from dit_accel.patterns.bands import BANDS
 from dit_accel.patterns.base import (
+    SERVES,
     BlockSpace,
     Family,
     Memory,
@@ -101,5 +102,5 @@ PROFILED = Family(
     static=False,
     arrange=_arrange,
     reads_values=True,
-    options=MappingProxyType({"orders": "fhw+hwf", "samples": 64, "sink": 0, "reuse": 1, "layers": 1}),
+    options=MappingProxyType({"orders": "fhw+hwf", "samples": 64, "sink": 0, **SERVES}),
 )

@@ -10,6 +10,8 @@
   their scores, found per head from the call itself where the authors calibrate them.
 - `searched`: AdaSpa (https://arxiv.org/abs/2502.21079), the exact mass of every block. It costs as much as the scores
   of dense attention and pays through `reuse`; from the second search on the first one's log-sum-exp saves a pass.
+  `easy` = r > 0 is its budget by head: of the heads that run together, those that hold more than r of the mass, at most
+  half of all, leave half of their blocks to as many that hold least.
 
 `pooled` has two more options. `guard` > 0 is that of SpargeAttn (https://arxiv.org/abs/2502.18137): where the mean
 cosine between the tokens of a block is lower, its mean says little; then all queries read that block of keys, or that
@@ -21,7 +23,9 @@ As in AdaSpa every row keeps equally many blocks, so no part of the picture star
 block. `top_p` > 0 lets a row stop earlier, once its blocks hold that share of the mass (XAttention, ZipVL
 https://arxiv.org/abs/2410.08584). `segment` > 0 sorts the keys first, see `sorted_keys.py`. `reuse` = n makes a choice
 serve n steps (AdaSpa), `layers` = n as many layers (TidalDecode, https://arxiv.org/abs/2410.05076): those from a
-multiple of n on, among the heads that all have in common.
+multiple of n on, among the heads that all have in common. `branches` = "shared" makes the first guidance branch of a
+step choose for the others too. Their latents are the same, so they want nearly the same blocks; and what both leave out
+in the same places falls out of the difference that guidance magnifies.
 """
 
 from collections.abc import Callable
@@ -39,7 +43,7 @@ from dit_accel.kernels.scores import (
     lowbit_scores,
     pooled_scores,
 )
-from dit_accel.patterns.base import BlockSpace, Family, Memory, Option, keep_best
+from dit_accel.patterns.base import SERVES, BlockSpace, Family, Memory, Option, keep_best
 
 # score(space, kept, query, key, scale, memory, **options) -> mass [batch, heads, rows, cols] of the video blocks
 Score = Callable[..., Tensor]
@@ -67,7 +71,14 @@ def _family(name: str, score: Score, **options: Option) -> Family:
             raise ValueError(
                 f"option 'guard' of family {name!r}: expected a number from 0 to 1, got {guard!r}"
             )
+        easy = float(given.pop("easy", 0.0))
+        if not 0.0 <= easy <= 1.0 or (easy and top_p):
+            raise ValueError(
+                f"option 'easy' of family {name!r}: expected a number from 0 to 1, and 0 beside 'top_p', got {easy!r}"
+            )
         mass = score(space, kept, query, key, scale, memory, **given)
+        if easy:
+            return _by_head(mass, kept, easy)
         if not guard:
             return _best(mass, kept, top_p)
         trusted_q, trusted_k = (_self_similarity(space, x) >= guard for x in (query, key))
@@ -75,7 +86,7 @@ def _family(name: str, score: Score, **options: Option) -> Family:
         mass /= mass.sum(-1, keepdim=True).clamp(min=TINY)
         return _best(mass, kept, top_p) | ~trusted_k[:, :, None] | ~trusted_q[..., None]
 
-    defaults = {"order": "tile:4x4x4", "top_p": 0.0, "segment": 0, "reuse": 1, "layers": 1, **options}
+    defaults = {"order": "tile:4x4x4", "top_p": 0.0, "segment": 0, **SERVES, **options}
     return Family(name, choose, static=False, options=MappingProxyType(defaults))
 
 
@@ -88,6 +99,19 @@ def _best(mass: Tensor, kept: int, top_p: float) -> Tensor:
     before = best.cumsum(-1) - best
     before[..., 0] = -1.0
     return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, before < top_p)
+
+
+def _by_head(mass: Tensor, kept: int, easy: float) -> Tensor:
+    """The best `kept` of each row on average over the heads; easy heads leave half of theirs to hard ones."""
+    spare = min(kept // 2, mass.shape[-1] - kept)
+    mass.diagonal(dim1=-2, dim2=-1).add_(2.0)
+    best, blocks = mass.topk(kept + spare, dim=-1)
+    recall = best[..., :kept].sum(-1).mean(-1) - 2.0
+    rank, heads = recall.argsort(-1).argsort(-1), recall.shape[-1]
+    pairs = (recall > easy).sum(-1, keepdim=True).clamp(max=heads // 2)
+    budget = kept + spare * ((rank < pairs).int() - (rank >= heads - pairs).int())
+    chosen = torch.arange(kept + spare, device=mass.device) < budget[..., None, None]
+    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, chosen.expand_as(blocks))
 
 
 def _self_similarity(space: BlockSpace, tokens: Tensor) -> Tensor:
@@ -204,4 +228,4 @@ POOLED = _family("pooled", _pooled, parts=4, guard=0.0, coarse=0)
 ANTIDIAGONAL = _family("antidiagonal", _antidiagonal, stride=8)
 LOWBIT = _family("lowbit", _lowbit, bits=4)
 CHANNELS = _family("channels", _channels, channels=16)
-SEARCHED = _family("searched", _searched)
+SEARCHED = _family("searched", _searched, easy=0.0)

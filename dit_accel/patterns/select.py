@@ -13,6 +13,8 @@ from dit_accel.grid import TokenGrid
 from dit_accel.patterns.attention_tile import ATTENTION_TILE
 from dit_accel.patterns.bands import BANDS
 from dit_accel.patterns.base import (
+    BRANCHES,
+    SHARED,
     BlockSpace,
     Family,
     Memory,
@@ -68,6 +70,7 @@ def select(
     state: Memory | None = None,
     heads: Sequence[int] | None = None,
     layer: int = 0,
+    step: int | None = None,
     **options: Option,
 ) -> Selection:
     """Choose key blocks for every head of `query`.
@@ -85,11 +88,13 @@ def select(
         scale: softmax scale, 1/√dim if None.
         value: like `key`, for families that compare outputs (`profiled`).
         state: of a dynamic family, between the steps of one layer and guidance branch: what it keeps for the next
-            choice, and the choice itself for the options `reuse` and `layers`. Layers may share one for the latter.
-            Empty at the start of a generation.
+            choice, and the choice itself for the options `reuse`, `layers` and `branches`. Layers may share one for
+            `layers`, branches for `branches`. Empty at the start of a generation.
         heads: numbers of the heads in their layer, by which `sharded` tells them apart; 0, 1, 2 ... if None.
         layer: number of the layer. Within a step layers come in ascending order: with a memory that layers share, a
             number that is not above the one before begins a new step.
+        step: number of the denoising step, which calls that share a choice by the option `branches` have in common;
+            None if nobody knows, then each makes its own.
         options: of the family, see `FAMILIES[name].options`.
 
     Raises:
@@ -123,12 +128,18 @@ def select(
         chosen["value"] = value  # type: ignore[assignment]
     memory = {} if state is None else state
     reuse, layers = int(chosen.pop("reuse")), int(chosen.pop("layers"))
+    if (branches := chosen.pop("branches")) not in BRANCHES:
+        raise ValueError(
+            f"option 'branches' of family {name!r}: expected {' or '.join(map(repr, BRANCHES))}, got {branches!r}"
+        )
+    shared = branches == SHARED and step is not None
     for option, least, unit in (("reuse", reuse, "step"), ("layers", layers, "layer")):
         if least < 1:
             raise ValueError(f"option {option!r} of family {name!r}: expected at least 1 {unit}, got {least}")
     later_layer = layers > 1 and layer > memory.get("layer", layer)
-    memory["layer"] = layer
-    if later_layer:
+    later_branch = shared and memory.get("step") == step
+    memory["layer"], memory["step"] = layer, step
+    if later_layer or later_branch:
         return memory["selection"]
     if memory.get("left", 0) > 0:
         memory["left"] -= 1
@@ -138,7 +149,7 @@ def select(
         selection = family.arrange(grid, density, block, query, key, scale, memory=memory, **chosen)
     else:
         selection = _chosen(family, grid, density, block, query, key, scale, memory, chosen)
-    if reuse > 1 or layers > 1:
+    if reuse > 1 or layers > 1 or shared:
         memory["selection"], memory["left"] = selection, reuse - 1
     return selection
 
@@ -171,7 +182,7 @@ def _chosen(
         key = key.gather(1, places.transpose(1, 2)[..., None].expand_as(key))
         key_order, order_name = order[0][places], None
     mask = family.choose(space, kept, query, key, scale, memory=memory, **options)
-    longest = space.blocks if grid.text_tokens or options.get("guard") else kept
+    longest = space.blocks if grid.text_tokens or options.get("guard") or options.get("easy") else kept
     index = lists_of(space, with_text(space, mask, family.reads_text), heads, longest)
     return Selection(index, order, key_order, grid, order_name)
 

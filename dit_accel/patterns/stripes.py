@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from dit_accel.patterns.base import BlockSpace, Family, keep_best
+from dit_accel.patterns.base import SERVES, BlockSpace, Family, keep_best
 from dit_accel.patterns.samples import sampled_mass, sampled_rows
 
 
@@ -58,6 +58,6 @@ STRIPES = Family(
     _choose,
     static=False,
     options=MappingProxyType(
-        {"order": "frame", "sinks": 1, "local": 1, "samples": 64, "slashes": 0, "reuse": 1, "layers": 1}
+        {"order": "frame", "sinks": 1, "local": 1, "samples": 64, "slashes": 0, **SERVES}
     ),
 )

@@ -28,7 +28,7 @@ def listening(transformer, recorder):
 def recorded(tiny, sampled, **options) -> Recorder:
     """Three steps of two guided forwards each."""
     model = tiny("wan", layers=2)
-    recorder = Recorder(CANDIDATES, sampled, 2, **options)
+    recorder = Recorder(CANDIDATES, sampled, 2, 3, **options)
     with torch.no_grad(), listening(model.transformer, recorder):
         for timestep in (900.0, 500.0, 100.0):
             for branch in ("cond", "uncond"):
@@ -60,10 +60,32 @@ def test_profiles_are_the_same_with_and_without_gradients(tiny):
     for branch in ("cond", "uncond"):
         a, b = plain.sums[branch], probed.sums[branch]
         assert (a.probes == 0).all()
-        # Layers are profiled in another order, so other query blocks are sampled; all rows have one norm only.
-        torch.testing.assert_close(a.density, b.density)
-        torch.testing.assert_close(a.rows, b.rows)
-        torch.testing.assert_close(a.mass[..., 0], b.mass[..., 0])
+        for name in ("density", "rows", "mass", "error", "alike"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-6)
+
+
+def test_errors_of_a_branch_are_compared_with_the_first_of_the_same_step(tiny):
+    recorder = recorded(tiny, {0: 0, 2: 1}, downstream=False)
+    assert recorder.sums["cond"].alike.eq(0).all()
+    # Both branches get the same inputs here, so they err alike in every step; dense attention does not err.
+    found = recorder.sums["uncond"].alike
+    torch.testing.assert_close(found[..., 1:], torch.ones_like(found[..., 1:]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_latencies_are_measured_once_the_branches_are_known(tiny, steps):
+    model, calls = tiny("wan", layers=2), []
+    recorder = Recorder(CANDIDATES, {0: 0}, 2, steps, once=lambda *args: calls.append(args), downstream=False)
+    with torch.no_grad(), listening(model.transformer, recorder):
+        for timestep in (900.0, 500.0, 100.0)[:steps]:
+            for branch in ("cond", "uncond"):
+                with model.transformer.cache_context(branch):
+                    model.run(model.inputs(timestep=timestep))
+    ((state, branches, query, key, _, mask),) = calls
+    assert branches == (1 if steps == 1 else 2)
+    assert query.shape == key.shape
+    assert mask is None
+    assert state is not None
 
 
 def test_equal_seeds_measure_equally(tiny):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dit_accel.attention import attend
 from dit_accel.calibration.candidates import default_candidates
@@ -127,6 +128,44 @@ def test_profile_of_all_rows_is_the_brute_force(grid, batch, heads, block, maske
         rel_l2 = (found.error[:, number] / norm).sqrt()
         torch.testing.assert_close(rel_l2, (error / norm).sqrt(), rtol=0.0, atol=2 * budget)
         assert (found.rows[:, number] == rows).all()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all-real", "key-mask"])
+def test_errors_are_kept_at_places_that_the_grid_decides(masked):
+    """Every eighth row of the sampled stretches of each order, of output less dense output."""
+    grid, block = TokenGrid(3, 5, 7), 16
+    query, key, value = (x.double() for x in tensors(grid, 2, 2))
+    key_mask = torch.ones(2, grid.total_tokens, dtype=torch.bool)
+    key_mask[-1, grid.total_tokens - 3 :] = not masked
+    ways = [
+        Candidate("dense", 1.0),
+        Candidate("window", 0.3, (("order", "space"),)),
+        Candidate("pooled", 0.4),
+        Candidate("hashed", 0.4),
+    ]
+    found = profile_call(
+        query, key, value, grid, ways, block=block, query_blocks=3, phase=0.5, key_mask=key_mask
+    )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[:, None, None])
+    stretches = [range(pick * block, min((pick + 1) * block, grid.total_tokens)) for pick in (1, 3, 5)]
+    assert stretches[-1].stop <= grid.total_tokens
+    for number, way in enumerate(ways[:3]):
+        chosen = select(way.family, query, key, grid, density=way.density, block=block, **dict(way.options))
+        mask = chosen.mask() & key_mask[:, None, None]
+        error = F.scaled_dot_product_attention(q, k, v, attn_mask=mask) - dense
+        for head in range(2):
+            order = chosen.query_order.expand(2, -1)[head]
+            places = torch.cat([order[run.start : run.stop : 8] for run in stretches])
+            expected = torch.cat([error[b, head, places] * key_mask[b, places, None] for b in range(2)])
+            # bfloat16 has 8 bits.
+            torch.testing.assert_close(
+                found.errors[head, number].double(),
+                expected,
+                rtol=2.0**-8,
+                atol=1e-5 * float(dense.abs().max()),
+            )
+    assert found.errors[:, 3].eq(0).all()  # sorts tokens by what they hold
 
 
 def test_dense_loses_nothing_and_skip_everything():

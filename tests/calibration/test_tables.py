@@ -5,7 +5,7 @@ import torch
 
 from dit_accel.calibration.cost import Latency
 from dit_accel.calibration.profile import CallProfile
-from dit_accel.calibration.schedule import range_weights
+from dit_accel.calibration.schedule import span_weights
 from dit_accel.calibration.tables import ProfileSums, build_profile
 
 RANGES, LAYERS, HEADS, CANDIDATES = 2, 3, 2, 4
@@ -18,6 +18,7 @@ def sums(seed: int) -> ProfileSums:
     filled = {
         name: torch.rand(x.shape, generator=generator, dtype=torch.float64) + 1.0 for name, x in zeros.items()
     }
+    filled["alike"] -= 1.0
     filled["calls"] = torch.full((RANGES, LAYERS), 2.0, dtype=torch.float64)
     filled["probes"] = torch.full((RANGES, LAYERS), 2.0, dtype=torch.float64)
     return ProfileSums(filled)
@@ -63,12 +64,16 @@ def weighted(s: ProfileSums) -> torch.Tensor:
 
 
 def test_errors_are_changes_of_the_guided_prediction():
-    """v = 5 cond - 4 uncond: squared errors count 25 and 16; ranges by what they do to the latents."""
+    """v = 5 cond - 4 uncond: squared errors count 25 and 16, less what both err alike; spans by what they do."""
     cond, uncond = sums(0), sums(1)
+    cond.alike[:] = 0.0  # the first branch has none to be compared with
+    uncond.alike[0, 0, 0, 1] = -0.3
     found = built([{"cond": cond, "uncond": uncond}])
     steady = steadied(cond.gradient, uncond.gradient)
-    mean = (25 * weighted(cond) * steady[0][..., None] + 16 * weighted(uncond) * steady[1][..., None]) / 41
-    weights = torch.tensor(range_weights(BOUNDS, PROGRESS), dtype=torch.float64)
+    a, b = weighted(cond) * steady[0][..., None], weighted(uncond) * steady[1][..., None]
+    alike = (uncond.alike / 2).clamp(min=0)
+    mean = (25 * a + 16 * b - 40 * alike * (a * b).sqrt()) / 41
+    weights = torch.tensor(span_weights(BOUNDS, PROGRESS), dtype=torch.float64)
     expected = mean * weights[:, None, None, None]
     expected[..., 0] = 0
     torch.testing.assert_close(found.tables.error, expected)
@@ -123,17 +128,17 @@ def test_a_branch_without_a_probe_gets_the_effect_of_the_same_error():
     torch.testing.assert_close(found.sensitivity, expected.sensitivity)
 
 
-def test_a_range_without_any_probe_is_an_error():
+def test_a_span_without_any_probe_is_an_error():
     only = sums(0)
     only.probes[1, 2] = 0
-    with pytest.raises(RuntimeError, match="a step range and layer was profiled without a gradient"):
+    with pytest.raises(RuntimeError, match="a layer was profiled without a gradient in some span of steps"):
         built([{"": only}])
 
 
 def test_without_gradients_layers_count_alike():
     only = sums(2)
     found = built([{"": only}], downstream=False)
-    weights = torch.tensor(range_weights(BOUNDS, PROGRESS), dtype=torch.float64)
+    weights = torch.tensor(span_weights(BOUNDS, PROGRESS), dtype=torch.float64)
     expected = only.error / only.norm.sum(2, keepdim=True) / LAYERS * weights[:, None, None, None]
     expected[..., 0] = 0
     torch.testing.assert_close(found.tables.error, expected)
@@ -163,6 +168,7 @@ def test_a_call_adds_its_share_of_the_prediction():
         norm=torch.full((HEADS, CANDIDATES), 30.0),
         rows=torch.full((HEADS, CANDIDATES), float(rows)),
         density=torch.full((CANDIDATES,), 0.25),
+        errors=torch.randn(HEADS, CANDIDATES, 3, dim),
     )
     gradient = torch.zeros(1, tokens, HEADS, dim)
     gradient[0, :, 1] = 0.1
@@ -173,4 +179,27 @@ def test_a_call_adds_its_share_of_the_prediction():
     assert found.calls.tolist() == found.probes.tolist() == [[0, 0, 0], [0, 0, 1]]
     found.add_call(1, 2, profile)
     assert (found.calls[1, 2], found.probes[1, 2]) == (2, 1)
+
+
+def test_a_call_is_compared_with_that_of_the_first_branch():
+    """Errors that are half the first branch's and half new correlate by one over the root of two."""
+    generator = torch.Generator().manual_seed(0)
+    first, new = torch.randn(2, HEADS, CANDIDATES, 50, 64, generator=generator)
+    errors = torch.stack(
+        [first[:, 0], -2 * first[:, 1], first[:, 2] + new[:, 2], torch.zeros(HEADS, 50, 64)], 1
+    )
+    ones = torch.ones(HEADS, CANDIDATES)
+    found = ProfileSums.zeros(RANGES, LAYERS, HEADS, CANDIDATES)
+    call = CallProfile(ones, ones, ones, ones, ones, torch.ones(CANDIDATES), errors)
+    found.add_call(0, 1, call, first=first)
+    expected = torch.tensor([1.0, -1.0, 0.5**0.5])
+    torch.testing.assert_close(
+        found.alike[0, 1, :, :3].float(), expected.expand(HEADS, -1), atol=0.03, rtol=0
+    )
+    # A candidate without errors that can be compared is taken to be like the others of its head.
+    torch.testing.assert_close(found.alike[0, 1, :, 3], found.alike[0, 1, :, :3].mean(-1))
+    assert found.alike[0, 2].eq(0).all()
+    # Branches of other lengths cannot be compared.
+    found.add_call(0, 2, call, first=first[..., :10, :])
+    assert found.alike[0, 2].eq(0).all()
     assert found.effect[0].sum() == found.gradient[0].sum() == 0

@@ -46,9 +46,9 @@ ROWS = [
 
 
 def inputs(
-    grid: TokenGrid, heads: int = 3, batch: int = 2, dim: int = 16, dtype=torch.float64
+    grid: TokenGrid, heads: int = 3, batch: int = 2, dim: int = 16, dtype=torch.float64, seed: int = 1
 ) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     return list(torch.randn(3, batch, grid.total_tokens, heads, dim, generator=generator).to(dtype))
 
 
@@ -250,6 +250,65 @@ def test_a_layer_s_choice_is_reused_as_asked_and_kept_apart_from_other_layers() 
         output, _ = attend(q, key, value, grid, candidates, [0, 0, 1], block=BLOCK, layer=layer, cache=cache)
         expected = sdpa(q, key, value, masks[chosen])
         torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
+
+
+@pytest.mark.parametrize("family", ["pooled", "hashed", "stripes", "searched", "clustered", "profiled"])
+def test_the_first_branch_of_a_step_chooses_for_all_where_it_is_asked_to(family) -> None:
+    grid = TokenGrid(5, 7, 9)
+    query, key, value = inputs(grid)
+    other = inputs(grid, seed=8)[0] * 2
+
+    def outputs(branches: str, calls: list[tuple[str, int | None, Tensor]]) -> list[Tensor]:
+        cache: dict = {}
+        ways = (Candidate(family, 0.3, (("branches", branches),)),)
+        return [
+            attend(q, key, value, grid, ways, [0], block=BLOCK, layer=2, branch=b, step=s, cache=cache)[0]
+            for b, s, q in calls
+        ]
+
+    calls = [("cond", 4, query), ("uncond", 4, other), ("uncond", 5, other), ("cond", 5, query)]
+    shared, own = outputs("shared", calls), outputs("own", calls)
+    fresh = {name: outputs("own", [("cond", 4, q)])[0] for name, q in (("query", query), ("other", other))}
+    assert torch.equal(shared[0], fresh["query"])
+    assert torch.equal(own[1], fresh["other"])
+    assert not torch.equal(shared[1], own[1])
+    # The branch that comes second in the next step is served too, whichever it is.
+    if family not in ("searched", "clustered"):  # which remember more of the step before
+        assert torch.equal(shared[2], fresh["other"])
+    assert not torch.equal(shared[3], own[3])
+    # Where nobody knows the step, every call chooses.
+    unknown = outputs("shared", [("cond", None, query), ("uncond", None, other)])
+    assert torch.equal(unknown[0], fresh["query"])
+    if family not in ("searched", "clustered"):
+        assert torch.equal(unknown[1], fresh["other"])
+
+
+def test_a_shared_choice_is_used_as_it_was_made() -> None:
+    grid, cache = TokenGrid(5, 7, 9), {}
+    query, key, value = inputs(grid)
+    ways = (Candidate("pooled", 0.3, (("branches", "shared"),)), Candidate("window", 0.3))
+    arguments = {"block": BLOCK, "layer": 0, "step": 3, "cache": cache}
+    attend(query, key, value, grid, ways, [0, 1, 0], branch="cond", **arguments)
+    output, density = attend(-query, key, value, grid, ways, [0, 1, 0], branch="uncond", **arguments)
+    chosen = select("pooled", query[:, :, ::2], key[:, :, ::2], grid, density=0.3, block=BLOCK)
+    window = select("window", query, key, grid, density=0.3, block=BLOCK)
+    batch = query.shape[0]
+    mask = torch.stack(
+        [
+            chosen.mask().expand(batch, -1, -1, -1)[:, 0],
+            window.mask().expand(batch, -1, -1, -1)[:, 1],
+            chosen.mask().expand(batch, -1, -1, -1)[:, 1],
+        ],
+        dim=1,
+    )
+    torch.testing.assert_close(
+        output, sdpa(-query, key, value, mask), rtol=0, atol=64 * torch.finfo(torch.float64).eps
+    )
+    assert density == pytest.approx(mask.double().mean().item())
+    # Another batch cannot be served by it.
+    alone, _ = attend(query[:1], key[:1], value[:1], grid, ways, [0, 1, 0], branch="third", **arguments)
+    expected = sdpa(query[:1], key[:1], value[:1], mask[:1])
+    torch.testing.assert_close(alone, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
 
 
 def test_launches_never_hold_a_dynamic_choice() -> None:

@@ -347,7 +347,7 @@ class TestSkips:
         firsts = []
         enable(pipe, scheduled({}))
         handle = pipe.transformer_2.register_forward_pre_hook(
-            lambda *_: firsts.append(states(pipe)[1].cache.get("first_step"))
+            lambda *_: firsts.append(states(pipe)[1].here.first_step)
         )
         pipe.latents(steps=STEPS)
         handle.remove()

@@ -99,6 +99,29 @@ def test_adaspa_keeps_the_blocks_of_most_softmax_mass_equally_many_per_row() -> 
     assert torch.equal(blocks(chosen("adaspa", query, key, VIDEO)), best(mass, kept_at(0.2, 23)))
 
 
+@pytest.mark.parametrize(("sharp", "budgets"), [([1, 2], [2, 1, 1, 3, 3]), ([0, 2, 4], [1, 3, 2, 3, 1])])
+def test_adaspa_gives_blocks_of_easy_heads_to_as_many_hard_ones(sharp: list[int], budgets: list[int]) -> None:
+    """Sparsity s, recall > .8 in n heads: the n best get (1 + s) / 2, the n worst (3 s - 1) / 2."""
+    grid = TokenGrid(5, 4, 8)  # 10 blocks of 16
+    query, key, _ = tensors(grid, heads=5, batch=1)
+    # Sharp heads look at their own block alone; of the others each is more diffuse than the one before.
+    direction = F.one_hot(torch.arange(grid.total_tokens) // 16, 32).double()
+    for head in range(5):
+        scale = 12.0 if head in sharp else 2.0 - 0.3 * head
+        query[:, :, head] = key[:, :, head] = scale * direction + 0.1 * query[:, :, head]
+    if len(sharp) > 2:
+        # No more than half of the heads give: of the sharp ones those that hold most.
+        query[:, :, 2] *= 0.35
+    mass = block_sums(probabilities(query, key))
+    recall = mass.sort(-1, descending=True).values[..., :2].sum(-1).mean(-1)[0]
+    assert sorted(sharp) == (recall > 0.8).nonzero()[:, 0].tolist()
+    order = recall.argsort().tolist()
+    n = min(len(sharp), 2)
+    assert [1 if h in order[-n:] else 3 if h in order[:n] else 2 for h in range(5)] == budgets
+    expected = torch.cat([best(mass[:, h : h + 1], budgets[h]) for h in range(5)], dim=1)
+    assert torch.equal(blocks(chosen("adaspa", query, key, grid)), expected)
+
+
 def test_doublesparsity_scores_with_the_channels_that_weigh_most() -> None:
     query, key, _ = tensors(VIDEO)
     query, key = (x * torch.linspace(0.2, 2.0, 32)[torch.randperm(32)] for x in (query, key))

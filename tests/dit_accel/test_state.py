@@ -21,12 +21,11 @@ def state(tiny):
 def step(state, progress, branch=""):
     state.begin(GRID, progress, branch)
     state.record(10, 0.5, sparse=True)
-    state.cache["seen"] = state.cache.get("seen", 0) + 1
     state.end()
-    return state.cache["seen"]
+    return state.forwards
 
 
-def test_branches_remember_apart(state):
+def test_branches_are_counted_apart(state):
     assert [step(state, p, b) for p in (0.0, 0.5) for b in ("cond", "uncond")] == [1, 1, 2, 2]
     assert state.stats.sparse_calls == 4
 
@@ -42,6 +41,40 @@ def test_all_branches_are_forgotten_together(state):
     assert step(state, 0.1, "cond") == 1
     assert step(state, 0.1, "uncond") == 1
     assert state.stats.sparse_calls == 2
+
+
+@pytest.mark.parametrize(
+    ("forwards", "steps"),
+    [
+        ([(0.0, "cond"), (0.0, "uncond"), (0.4, "cond"), (0.4, "uncond")], [0, 0, 1, 1]),
+        ([(0.2, "cond"), (0.2, "uncond"), (0.4, "uncond"), (0.4, "cond"), (0.5, "cond")], [0, 0, 1, 1, 2]),
+        # A scheduler that visits a timestep twice, and a transformer whose branches nobody names.
+        ([(0.2, "cond"), (0.2, "uncond"), (0.3, "cond"), (0.3, "cond"), (0.3, "uncond")], [0, 0, 1, 2, 2]),
+        ([(0.2, ""), (0.3, ""), (0.3, ""), (0.5, "")], [0, 1, 2, 3]),
+    ],
+)
+def test_branches_of_one_step_have_its_number(state, forwards, steps):
+    def numbers():
+        for progress, branch in forwards:
+            step(state, progress, branch)
+            yield state.step
+
+    for _ in range(2):
+        found = list(numbers())
+        assert [number - found[0] for number in found] == steps
+        state.finish()
+
+
+def test_what_families_remember_is_forgotten_with_the_generation(state):
+    step(state, 0.2)
+    state.cache["seen"] = True
+    step(state, 0.3)
+    assert state.cache == {"seen": True}
+    state.finish()
+    assert state.cache == {}
+    state.cache["seen"] = True
+    step(state, 0.2)
+    assert state.cache == {}
 
 
 def test_a_generation_of_one_step_is_a_generation(state):
