@@ -84,25 +84,25 @@ class ProfileSums:
     """Sums of call profiles, kept by span of steps and layer, for one guidance branch.
 
     `mass`, `error`, `norm`, `rows`, `effect`: float64 `[spans, layers, heads, candidates]`; `gradient`: `[spans,
-    layers, heads]`; `density`: `[spans, layers, candidates]`; `calls`, `probes`: `[spans, layers]`. `alike`, like
-    `error`, is the correlation of the errors with those of the first branch of the step, 0 in that branch. `effect` is
-    the squared change of the model's prediction relative to it, `gradient` the squared norm of its gradient by the
-    head's output, mean over the head's channels, see `downstream`; both are sums over the `probes` among the calls.
+    layers, heads]`; `density`: `[spans, layers, candidates]`; `calls`, `probes`, `alike`: `[spans, layers]`.
+    `effect` is the squared change of the model's prediction relative to it, `gradient` the squared norm of its gradient
+    by the head's output, mean over the head's channels, see `downstream`; both are sums over the `probes` among the
+    calls. `alike` is the correlation of the errors with those of the first branch of the step, 0 in that branch.
     """
 
-    NAMES = ("mass", "error", "norm", "rows", "effect", "alike", "gradient", "density", "calls", "probes")
+    NAMES = ("mass", "error", "norm", "rows", "effect", "gradient", "density", "calls", "probes", "alike")
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.mass, self.error, self.norm, self.rows, self.effect, self.alike = (
-            tensors[n] for n in self.NAMES[:6]
+        self.mass, self.error, self.norm, self.rows, self.effect = (tensors[n] for n in self.NAMES[:5])
+        self.gradient, self.density, self.calls, self.probes, self.alike = (
+            tensors[n] for n in self.NAMES[5:]
         )
-        self.gradient, self.density, self.calls, self.probes = (tensors[n] for n in self.NAMES[6:])
 
     @classmethod
     def zeros(cls, spans: int, layers: int, heads: int, candidates: int) -> ProfileSums:
         """Nothing profiled yet."""
         per_head, per_layer = (spans, layers, heads, candidates), (spans, layers, candidates)
-        shapes = (*(per_head,) * 6, (spans, layers, heads), per_layer, *((spans, layers),) * 2)
+        shapes = (*(per_head,) * 5, (spans, layers, heads), per_layer, *((spans, layers),) * 3)
         return cls({n: torch.zeros(s, dtype=torch.float64) for n, s in zip(cls.NAMES, shapes, strict=True)})
 
     def add_call(
@@ -139,14 +139,12 @@ class ProfileSums:
         return ProfileSums({name: getattr(self, name) + getattr(other, name) for name in self.NAMES})
 
 
-def _correlation(errors: Tensor, others: Tensor) -> Tensor:
-    """Of `[heads, candidates, places, dim]`, float64 `[heads, candidates]`; where one is 0 the mean of its head."""
+def _correlation(errors: Tensor, others: Tensor) -> float:
+    """Of `[heads, candidates, places, dim]`, mean over those that err in both."""
     a, b = (x.flatten(2).double() for x in (errors, others))
     sizes = a.norm(dim=-1) * b.norm(dim=-1)
     known = sizes > 0
-    found = torch.where(known, (a * b).sum(-1) / sizes.clamp(min=1e-30), 0.0)
-    mean = found.sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(known, found, mean)
+    return ((a * b).sum(-1)[known] / sizes[known]).mean().item() if known.any() else 0.0
 
 
 class Measures(TypedDict):
@@ -276,10 +274,14 @@ def build_profile(
 
 
 def _cancelled(own: Sequence[Tensor], sums: Sequence[ProfileSums], guidance_scale: float) -> Tensor:
-    """What guidance takes off the mean squared error of two branches, since they err alike."""
+    """What guidance takes off the mean squared error of two branches, since they err alike.
+
+    The correlation is one number for each span. Those of single candidates say too little of how alike the predictions
+    err in the end, and what is left is a small difference of theirs.
+    """
     factor = guidance_scale * (guidance_scale - 1) / (guidance_scale**2 + (guidance_scale - 1) ** 2)
-    alike = sum(s.alike for s in sums) / sums[0].calls.clamp(min=1)[..., None, None]
-    return 2 * factor * alike.clamp(0, 1) * (own[0] * own[1]).sqrt()
+    alike = sum(s.alike.sum(1) for s in sums) / sums[0].calls.sum(1).clamp(min=1)
+    return 2 * factor * alike.clamp(0, 1).view(-1, 1, 1, 1) * (own[0] * own[1]).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
