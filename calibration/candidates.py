@@ -26,7 +26,7 @@ _FAMILIES: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[float, ...]], ...
     ("bands", (("order", "frame"),), _FIXED),
     ("bands", (("order", "space"),), _FIXED),
     ("pooled", (_SHARED,), _CHOSEN),
-    ("pooled", (("order", _TUBES), _SHARED), _CHOSEN),
+    ("pooled", (_SHARED, ("order", _TUBES)), _CHOSEN),
     ("hashed", (_SHARED,), _HASHED),
 )
 

@@ -46,7 +46,8 @@ def cost(
     """Return what one choice of a family costs, over all heads and batch entries.
 
     Static families choose once per grid and cost nothing at run time. With the options `reuse` and `layers` a choice
-    serves `reuse` steps times `layers` layers, and its cost is that of one choice all the same.
+    serves `reuse` steps times `layers` layers, with `branches` all guidance branches of a step, and its cost is that of
+    one choice all the same.
 
     Args:
         name, grid, block, density, options: as in `select`.

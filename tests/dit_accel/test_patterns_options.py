@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from dit_accel.attention import attend
 from dit_accel.grid import AXIS_ORDERS, TokenGrid
 from dit_accel.patterns import FAMILIES, select
-from dit_accel.patterns.base import BlockSpace
+from dit_accel.patterns.base import SERVES, BlockSpace
 from dit_accel.patterns.sorted_keys import sorted_keys
 from dit_accel.plan import Candidate
 
@@ -405,7 +405,7 @@ def test_nothing_waits_for_numbers_of_the_device(name: str, options: dict, grid:
     family = FAMILIES[name]
     chosen: dict = {**family.with_defaults(options), "memory": {}}
     chosen.update({"value": value} if family.reads_values else {})
-    for option in ("order", "reuse", "layers"):
+    for option in ("order", *SERVES):
         chosen.pop(option, None)
     segment = chosen.pop("segment", 0)
     space = BlockSpace(grid, "frame", BLOCK, query.device)

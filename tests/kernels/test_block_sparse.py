@@ -61,7 +61,8 @@ def test_gather_serves_any_ragged_lists(problem, data):
     heads, batch, block_q, block_k = (data.draw(st.integers(1, n)) for n in (3, 2, 20, 20))
     seq_q, seq_k = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
     rows, cols = -(-seq_q // block_q), -(-seq_k // block_k)
-    bits = data.draw(st.lists(st.booleans(), min_size=heads * rows * cols, max_size=heads * rows * cols))
+    density, seed = data.draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0])), data.draw(st.integers(0, 2**32))
+    bits = torch.rand(heads, rows, cols, generator=torch.Generator().manual_seed(seed)) < density
     case = problem(
         batch=batch,
         seq_q=seq_q,
@@ -71,7 +72,7 @@ def test_gather_serves_any_ragged_lists(problem, data):
         block_q=block_q,
         block_k=block_k,
         masked=data.draw(st.booleans()),
-        blocks=torch.tensor(bits).view(1, heads, rows, cols),
+        blocks=bits[None],
     )
     output, lse = block_sparse_attention(
         *case.arguments, backend="torch", return_lse=True, key_mask=case.key_mask
