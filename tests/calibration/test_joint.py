@@ -72,4 +72,4 @@ def test_a_repeated_search_begins_with_what_it_knew_then(lively_wan_dir, asked, 
     assert again.cache == plan.cache
     assert (again.choice == plan.choice).all()
     names = {path.stem for path in (directory / "calibration").glob("*.safetensors")}
-    assert {"known_target_psnr_22_steps", "search_target_psnr_22_attention"} <= names
+    assert {"known_target_psnr_21_steps", "search_target_psnr_21_attention"} <= names
