@@ -289,7 +289,13 @@ class AccelPlan:
 
     @property
     def density_mean(self) -> float:
-        """Planned density, mean over layers and heads, ranges weighted by their length."""
+        """Planned density, mean over layers and heads.
+
+        Over the attention calls of a generation as it was calibrated. A plan that was not knows nothing of steps, and
+        weighs its ranges by their length.
+        """
+        if isinstance(calibrated := self.validated.get("density_mean"), float):
+            return calibrated
         density = torch.tensor([candidate.density for candidate in self.candidates], dtype=torch.float64)
         lengths = torch.tensor([*self.range_starts, 1.0], dtype=torch.float64).diff()
         return float(density[self.choice.long()].mean(dim=(1, 2)) @ lengths)

@@ -312,6 +312,10 @@ def test_planned_density_weighs_ranges_by_length() -> None:
     assert AccelPlan.preset("skip").density_mean == 0.0
 
 
+def test_planned_density_of_a_calibrated_plan_is_that_over_its_steps() -> None:
+    assert make(validated={"density_mean": 0.37}).density_mean == 0.37
+
+
 def test_check_accepts_the_model_of_the_plan_and_presets_accept_all() -> None:
     make().check("WanTransformer3DModel", "ab" * 32, LAYERS, 3)
     AccelPlan.preset("window", density=0.3).check("AnyTransformer", "00", ["a", "b", "c"], 24)
