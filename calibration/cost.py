@@ -65,6 +65,7 @@ def measure_latency(
         on_call: called after each timed candidate, `latency_calls(candidates)` times in all.
     """
     heads = query.shape[2]
+    kinds = _kinds(candidates)
 
     def seconds(call: Callable[[], object]) -> float:
         start = now(query.device)
@@ -89,15 +90,15 @@ def measure_latency(
             launches=kept,
         )
 
-    fresh = [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in candidates]
-    caches: list[dict[Any, Any]] = [{} for _ in candidates]  # what a generation keeps from step to step
-    relative: list[list[float]] = [[] for _ in candidates]
+    fresh = [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in kinds]
+    caches: list[dict[Any, Any]] = [{} for _ in kinds]  # what a generation keeps from step to step
+    relative: list[list[float]] = [[] for _ in kinds]
     references: list[float] = []
     for round_number in range(_ROUNDS + 1):
-        for number in range(len(candidates)):
+        for number in range(len(kinds)):
             if number % _CANDIDATES_PER_REFERENCE == 0:
                 reference = seconds(lambda: original(query, key, value))
-            turns = branches if ("branches", SHARED) in candidates[number].options else 1
+            turns = branches if ("branches", SHARED) in fresh[number].options else 1
             taken = fmean(
                 seconds(sparse([number], caches[number], round_number, turn)) for turn in range(turns)
             )
@@ -107,15 +108,25 @@ def measure_latency(
             if on_call is not None:
                 on_call()
     plain = 1000 * median(references) / heads
-    found = torch.tensor([plain * median(ratios) for ratios in relative], dtype=torch.float64)
-    pair = _in_two_precisions(candidates)
+    of_kinds = torch.tensor([plain * median(ratios) for ratios in relative], dtype=torch.float64)
+    found = of_kinds[[kinds.index(_kind(candidate)) for candidate in candidates]]
+    pair = _in_two_precisions(kinds)
     if pair is None or heads < 2:
         return Latency(found, plain)
     row = [pair[head % 2] for head in range(heads)]
     kept: dict[Any, Any] = {}
     calls = [seconds(sparse(row, kept, round_number)) for round_number in range(_ROUNDS + 1)][1:]
-    alone = float(found[row].sum())
+    alone = float(of_kinds[row].sum())
     return Latency(found, plain, max(0.0, 1000 * median(calls) - alone))
+
+
+def _kind(candidate: Candidate) -> Candidate:
+    """One that takes as long, whatever its means weigh."""
+    return replace(candidate, remainder=bool(candidate.remainder))
+
+
+def _kinds(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return list(dict.fromkeys(map(_kind, candidates)))
 
 
 def _in_two_precisions(candidates: Sequence[Candidate]) -> tuple[int, int] | None:
@@ -130,4 +141,4 @@ def _in_two_precisions(candidates: Sequence[Candidate]) -> tuple[int, int] | Non
 
 def latency_calls(candidates: Sequence[Candidate]) -> int:
     """How many timed calls `measure_latency` makes."""
-    return (_ROUNDS + 1) * len(candidates)
+    return (_ROUNDS + 1) * len(_kinds(candidates))

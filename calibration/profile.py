@@ -32,8 +32,9 @@ class CallProfile:
         norm: `[heads, candidates]`, squared norm of the dense output on the rows that candidate was tried on.
         rows: `[heads, candidates]`, number of those rows; candidates of one token order share their rows.
         density: `[candidates]`, kept pairs / all pairs of the whole call.
-        errors: bfloat16 `[heads, candidates, places, dim]`, output - dense output at places that depend on the grid and
-            the arguments alone; 0 for candidates whose token order comes from the data.
+        errors: bfloat16 `[heads, patterns, places, dim]`, output - dense output at places that depend on the grid and
+            the arguments alone, of the candidates in native precision whose means have no weight or that of their
+            tokens; 0 where the token order comes from the data.
     """
 
     mass: Tensor
@@ -78,17 +79,22 @@ def profile_call(
     selections = _selections(query, key, value, grid, candidates, block, scale)
     sums = torch.zeros(len(_SUMS), heads, len(candidates), dtype=torch.float64)
     remainder = torch.tensor([c.remainder for c in candidates], device=query.device)
+    plain = torch.tensor([c.precision == "native" and c.remainder in (0, 1) for c in candidates])
+    patterns = plain.cumsum(0) - 1
     precisions = [c.precision for c in candidates]
     picks = _spread(-(-seq // block), query_blocks, phase).tolist()
     places_each = sum(-(-(stop - start) // _EVERY) for start, stop in _stretches(picks, block, seq))
-    errors = torch.zeros(heads, len(candidates), batch, places_each, dim, dtype=torch.bfloat16)
+    errors = torch.zeros(heads, int(plain.sum()), batch, places_each, dim, dtype=torch.bfloat16)
     for members in _by_arrangement(selections):
         first, at = selections[members[0]], torch.tensor(members)
         for b in range(batch):
             spans = [_spans(first.index, b, h, picks, block) for h in range(heads)]
             width = max(len(of_head) for of_head in spans)
             rows = torch.tensor([[row for *_, row in s] + [0] * (width - len(s)) for s in spans])
-            kept = torch.stack([_kept_blocks(selections[m].index, b, rows.to(query.device)) for m in members])
+            # Candidates that differ in precision or remainder alone keep the same.
+            distinct = list({id(selections[m]): selections[m] for m in members}.values())
+            kept = torch.stack([_kept_blocks(one.index, b, rows.to(query.device)) for one in distinct])
+            keeps = [next(n for n, one in enumerate(distinct) if one is selections[m]) for m in members]
             for h in range(heads):
                 places = _of(first.query_order, b, h)
                 sampled = torch.cat([places[start:stop] for start, stop, _ in spans[h]])
@@ -109,13 +115,14 @@ def profile_call(
                     hidden,
                     lengths,
                     kept[:, h, : len(lengths)],
+                    torch.tensor(keeps, device=query.device),
                     remainder[at],
                     [precisions[member] for member in members],
                     scale,
                 )
                 sums[:, h, at] += of_head
                 if first.order_name is not None:
-                    errors[h, at, b] = errors_of_head
+                    errors[h, patterns[at[plain[at]]], b] = errors_of_head[plain[at]]
     density = torch.tensor([s.density for s in selections], dtype=torch.float64)
     return CallProfile(**dict(zip(_SUMS, sums, strict=True)), density=density, errors=errors.flatten(2, 3))
 
@@ -174,22 +181,24 @@ def _profile_head(
     hidden: Tensor,
     lengths: Sequence[int],
     kept: Tensor,
+    keeps: Tensor,
     remainder: Tensor,
     precisions: Sequence[str],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The sums `_SUMS` of a head in one arrangement, `[5, candidates]`, and the errors of every eighth row of each run.
 
-    lengths: rows of each run of rows that read the same blocks; kept: bool `[candidates, runs, blocks]`; remainder:
-    bool `[candidates]`, whether means stand for the rest; precisions: of the candidates.
+    lengths: rows of each run of rows that read the same blocks; kept: bool `[patterns, runs, blocks]`; keeps: int64
+    `[candidates]`, the pattern of each; remainder: float `[candidates]`, what the means of the rest weigh;
+    precisions: of the candidates.
     """
-    candidates = len(kept)
+    candidates, everything = len(keeps), len(kept)
     dim = head.query.shape[1]
     members = {p: [m for m, own in enumerate(precisions) if own == p] for p in ("native", *precisions)}
     operands = {p: _operands(head, tiles, hidden, p, scale) for p in members}
-    # One more "candidate" that keeps everything gives the dense output from the same sums.
+    # One more pattern that keeps everything gives the dense output from the same sums.
     selected = F.pad(kept.to(torch.float32), (0, 0, 0, 0, 0, 1), value=1.0)
-    stands_in = (1 - selected) * F.pad(remainder, (0, 1))[:, None, None]
+    left_out = 1 - selected
     if tiles.block is not None:
         selected = selected[..., tiles.block]
     sums = torch.zeros(len(_SUMS), candidates, dtype=torch.float64, device=head.query.device)
@@ -200,22 +209,24 @@ def _profile_head(
     for number, length in enumerate(lengths):
         start, stop = stop, stop + length
         real = None if head.real is None else head.real[start:stop, None]
-        output = torch.empty(candidates + 1, length, dim, device=head.query.device)
+        error = torch.empty(candidates, length, dim, device=head.query.device)
         for precision, of_precision in members.items():
-            ran = [*of_precision, candidates] if precision == "native" else of_precision
-            output[ran], mass, by_tile = operands[precision].attend(
-                slice(start, stop), selected[ran, number], stands_in[ran, number], real
+            parts, mass, rest, rest_mass = operands[precision].attend(
+                slice(start, stop), selected[:, number], left_out[:, number], real
             )
             if precision == "native":
                 # Of exact weights, whatever the precision a candidate runs in.
-                kept_mass, whole = selected[:-1, number] @ by_tile.T, mass[-1]
-        error = output[:-1] - output[-1]
-        sums[0] += (kept_mass / whole.clamp(min=_TINY)).sum(-1)
+                exact = mass
+                dense = parts[everything] / mass[everything].clamp(min=_TINY)[:, None]
+            own, weight = keeps[of_precision], remainder[of_precision][:, None]
+            total = (mass[own] + weight * rest_mass[own]).clamp(min=_TINY)
+            error[of_precision] = (parts[own] + weight[..., None] * rest[own]) / total[..., None] - dense
+        sums[0] += (exact[keeps] / exact[everything].clamp(min=_TINY)).sum(-1)
         sums[1] += error.square().sum((1, 2))
         some_errors.append(error[:, ::_EVERY].to("cpu", torch.bfloat16))
         if head.gradient is not None:
             sums[2] += (error * head.gradient[start:stop]).sum(-1).square_().sum(-1)
-        sums[3] += output[-1].square().sum()
+        sums[3] += dense.square().sum()
         sums[4] += length if real is None else real.sum()
     return sums.cpu(), torch.cat(some_errors, dim=1)
 
@@ -238,12 +249,12 @@ class _Operands:
     e4m3: bool
 
     def attend(
-        self, rows: slice, selected: Tensor, stands_in: Tensor, real: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output `[candidates, rows, dim]`, kept mass `[candidates, rows]`, and mass by tile `[rows, tiles]`.
+        self, rows: slice, selected: Tensor, left_out: Tensor, real: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums of weighted values `[patterns, rows, dim]` and of weights `[patterns, rows]`, of keys and of means.
 
-        selected: `[candidates, tiles]`; stands_in: `[candidates, blocks]`; real: bool `[rows, 1]`, rows of padding
-        count nothing. Mass is relative to the row's largest weight.
+        selected: `[patterns, tiles]`; left_out: `[patterns, blocks]`; real: bool `[rows, 1]`, rows of padding count
+        nothing. Weights are relative to the row's largest of a key.
         """
         query = self.query[rows]
         count, _, dim = self.value.shape
@@ -255,22 +266,18 @@ class _Operands:
         if real is not None:
             weights *= real
         by_tile = weights.view(len(query), count, -1)
-        # What each tile adds to the output: a candidate's output is one row of a small product.
+        # What each tile adds to the output: a pattern's output is one row of a small product.
         parts = torch.bmm(by_tile.transpose(0, 1), self.value)
         output = (selected @ parts.view(count, -1)).view(len(selected), -1, dim)
-        tile_mass = by_tile.sum(-1)
-        mass = selected @ tile_mass.T
-        weight = mass
-        if stands_in.any():
-            means = (query @ self.mean_key.T - largest).exp_() * self.counts
-            # A block's stand-in may weigh more than any single key.
-            top = means.amax(-1, keepdim=True).clamp_(min=1)
-            means = self._rounded(means / top) * top
-            if real is not None:
-                means *= real
-            weight = mass + stands_in @ means.T
-            output += torch.einsum("cb,rb,bd->crd", stands_in, means, self.mean_value)
-        return output / weight.clamp(min=_TINY)[..., None], mass, tile_mass
+        mass = selected @ by_tile.sum(-1).T
+        means = (query @ self.mean_key.T - largest).exp_() * self.counts
+        # A block's stand-in may weigh more than any single key.
+        top = means.amax(-1, keepdim=True).clamp_(min=1)
+        means = self._rounded(means / top) * top
+        if real is not None:
+            means *= real
+        rest = torch.einsum("pb,rb,bd->prd", left_out, means, self.mean_value)
+        return output, mass, rest, left_out @ means.T
 
     def _rounded(self, weights: Tensor) -> Tensor:
         return (weights * E4M3_MAX).to(torch.float8_e4m3fn).float() / E4M3_MAX if self.e4m3 else weights

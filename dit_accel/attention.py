@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,7 @@ class _Launch:
     # int64 `[1 or heads, seq]` or `[1 or batch, heads, seq]`, None if every head keeps the model's order
     query_order: Tensor | None
     key_order: Tensor | None
-    # bool `[heads]`, or alike for all
+    # weight of the means: float64 `[heads]`, or alike for all
     remainder: Tensor | bool
 
     def run(
@@ -229,13 +230,20 @@ def _merged(parts: Sequence[tuple[Tensor, list[int]]], heads: int) -> Tensor:
 def _remainder(heads_of: dict[Candidate, list[int]], heads: int, device: torch.device) -> Tensor | bool:
     # Dense heads leave nothing out, so they go along with the others.
     wanted = {candidate.remainder for candidate in heads_of if candidate.family != "dense"}
-    if len(wanted) < 2:
-        return wanted == {True}
-    flags = [0] * heads
+    if wanted <= {0.0} or wanted == {1.0}:
+        return wanted == {1.0}
+    weights = [0.0] * heads
     for candidate, members in heads_of.items():
         for member in members:
-            flags[member] = int(candidate.remainder)
-    return on_device(tuple(flags), device).bool()
+            weights[member] = candidate.remainder
+    return _weights(tuple(weights), device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _weights(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """float64 `[len(numbers)]`, copied once, see `on_device`."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 def _precision(asked: str, query: Tensor, backend: str) -> str:

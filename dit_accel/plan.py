@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,18 +55,21 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 class Candidate:
     """One way to run a head: a pattern family, its density and options, a precision, and whether there is a remainder.
 
-    With `remainder` the key blocks that the family leaves out still contribute, each through its mean key and value.
-    Precisions are those of `dit_accel.kernels.block_sparse_attention`.
+    With `remainder` the key blocks that the family leaves out still contribute, each through its mean key and value:
+    True or 1 with the weight of all its tokens, another number that many times as much. A mean has less weight than
+    its tokens where they are alike but for their size, and more than they deserve where few of them matter, so heads
+    differ in what is best. Precisions are those of `dit_accel.kernels.block_sparse_attention`.
 
     Raises:
-        ValueError: an unknown family, option or precision, a density the family cannot have, or a remainder of nothing.
+        ValueError: an unknown family, option or precision, a density the family cannot have, a remainder of nothing or
+            with a negative weight.
     """
 
     family: str
     density: float
     options: tuple[tuple[str, str | int | float], ...] = ()
     precision: str = "native"
-    remainder: bool = False
+    remainder: float = 0.0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -73,11 +77,14 @@ class Candidate:
         family = family_named(self.family)
         family.check_density(self.density)
         family.with_defaults(dict(self.options))
-        if not isinstance(self.remainder, bool):
-            raise ValueError(f"remainder: expected true or false, got {self.remainder!r}")
+        if not isinstance(self.remainder, bool | int | float) or not 0 <= self.remainder < math.inf:
+            raise ValueError(
+                f"remainder: expected true, false or a number from 0, the weight of the means, got {self.remainder!r}"
+            )
+        object.__setattr__(self, "remainder", float(self.remainder))
         if self.remainder and family.density == 1.0:
             raise ValueError(
-                f"remainder: expected false, since family {self.family!r} leaves nothing out, got true"
+                f"remainder: expected false, since family {self.family!r} leaves nothing out, got {self.remainder:g}"
             )
 
     @property
@@ -93,7 +100,9 @@ class Candidate:
         parts = [f"{self.family}@{density}", *(f"{name}={value}" for name, value in self.options)]
         if self.precision != "native":
             parts.append(self.precision)
-        return " ".join([*parts, "remainder"] if self.remainder else parts)
+        if self.remainder:
+            parts.append("remainder" if self.remainder == 1 else f"remainder={self.remainder:g}")
+        return " ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the candidate as JSON values."""
@@ -208,7 +217,7 @@ class AccelPlan:
         density: float | None = None,
         block: int | None = None,
         precision: str = "native",
-        remainder: bool | None = None,
+        remainder: float | None = None,
         warm_up: float | None = None,
         cache: str | CacheConfig | None = None,
         **options: Any,
@@ -269,7 +278,7 @@ class AccelPlan:
         block, warm_up = 64 if block is None else block, 0.0 if warm_up is None else warm_up
         if not 0.0 <= warm_up < 1.0:
             raise ValueError(f"warm_up: expected a progress from 0 to below 1, got {warm_up!r}")
-        candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder or False)
+        candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder or 0.0)
         if not warm_up:
             choice = torch.zeros(1, 1, 1, dtype=torch.int16)
             return cls((candidate,), choice, block=block, cache=cache, objective=objective)

@@ -107,7 +107,7 @@ def prepare(
             the keys. Every key then has a scale of its own, since the kernel's tiles begin anywhere.
         query_order, key_order: int64 `[1 or batch, 1 or heads, seq]`, place in the model's order of each ordered token.
         key_mask: bool `[batch, seq_k]` in the model's order, True = may be read.
-        remainder: pool every key block into a stand-in; bool `[heads]` gives it to those heads alone.
+        remainder: pool every key block into a stand-in; bool or floating `[heads]` is its weight in each head.
         smooth: subtract the mean key before keys are quantised.
     """
     group = key_group(block_k) if key_starts is None else 1
@@ -262,10 +262,10 @@ def _means(
 
 
 def with_remainder(bias: Tensor, remainder: bool | Tensor) -> Tensor:
-    """`[batch or 1, heads or 1, cols]`, −inf for the heads that have no remainder."""
+    """Binary logarithms `[batch or 1, heads or 1, cols]` of the stand-ins' weights, −inf for heads that have none."""
     if isinstance(remainder, bool):
         return bias
-    return bias.masked_fill(~remainder[:, None], -torch.inf)
+    return bias + remainder.to(bias.dtype).log2()[:, None]
 
 
 def _block_sums(tokens: Tensor, block: int, starts: Tensor | None, dtype: torch.dtype) -> Tensor:

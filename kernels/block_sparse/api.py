@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None,
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
-    remainder: bool | Tensor = False,
+    remainder: float | Tensor = False,
 ) -> Tensor: ...
 
 
@@ -102,7 +103,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None,
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
-    remainder: bool | Tensor = False,
+    remainder: float | Tensor = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -119,7 +120,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None,
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
-    remainder: bool | Tensor = False,
+    remainder: float | Tensor = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which each query block reads only the key blocks its list names.
 
@@ -137,8 +138,8 @@ def block_sparse_attention(
         query_order, key_order: int64 `[1 or heads, seq]` or `[1 or batch, 1 or heads, seq]`, the token at each place of
             the order that the lists speak of; None if it is that of the tensors. Every token occurs once.
         remainder: key blocks that a row's list leaves out contribute through their mean key and mean value, with the
-            weight of all their tokens: logit `scale·q·k̄ + log(tokens)`, in the same softmax. True, False, or bool
-            `[heads]` for a choice per head.
+            weight of all their tokens: logit `scale·q·k̄ + log(tokens)`, in the same softmax. A number from 0 weighs
+            them that many times as much (True is 1, False is 0), bool or floating `[heads]` does so head by head.
 
     Returns:
         The output, shaped like `query`, and with `return_lse` also float32 `[batch, heads, seq_q]` in
@@ -152,7 +153,7 @@ def block_sparse_attention(
     batch, _, heads, _ = query.shape
     query_order = checked_order("query_order", query_order, batch, heads, index.seq_q, query.device)
     key_order = checked_order("key_order", key_order, batch, heads, index.seq_k, query.device)
-    _check_remainder(query, remainder)
+    remainder = _checked_remainder(query, remainder)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if scale <= 0:
@@ -331,16 +332,22 @@ def _check(
             raise ValueError(f"key_mask must be on {query.device} like query, got {key_mask.device}")
 
 
-def _check_remainder(query: Tensor, remainder: bool | Tensor) -> None:
-    if isinstance(remainder, bool):
-        return
+def _checked_remainder(query: Tensor, remainder: float | Tensor) -> bool | Tensor:
+    """True or False for all heads, else a weight for each."""
     heads = query.shape[2]
-    if not isinstance(remainder, Tensor) or remainder.dtype != torch.bool or remainder.shape != (heads,):
-        got = (
-            f"{remainder.dtype} {tuple(remainder.shape)}"
-            if isinstance(remainder, Tensor)
-            else repr(remainder)
-        )
-        raise ValueError(f"remainder must be True, False or bool [{heads}], one per head, got {got}")
-    if remainder.device != query.device:
-        raise ValueError(f"remainder must be on {query.device} like query, got {remainder.device}")
+    if isinstance(remainder, Tensor):
+        numbers = remainder.dtype == torch.bool or remainder.dtype.is_floating_point
+        got = f"{remainder.dtype} {tuple(remainder.shape)}"
+        if numbers and remainder.shape == (heads,):
+            if remainder.device != query.device:
+                raise ValueError(f"remainder must be on {query.device} like query, got {remainder.device}")
+            return remainder
+    elif isinstance(remainder, bool | int | float) and 0 <= remainder < math.inf:
+        if remainder in (0, 1):
+            return bool(remainder)
+        return query.new_full((heads,), remainder, dtype=torch.float64)
+    else:
+        got = repr(remainder)
+    raise ValueError(
+        f"remainder must be True, False, a number from 0, or bool or floating [{heads}], one per head, got {got}"
+    )

@@ -28,6 +28,8 @@ CANDIDATES = (
     Candidate("pooled", 0.6),
     Candidate("skip", 0.0, remainder=True),
     Candidate("window", 0.3, remainder=True),
+    Candidate("window", 0.3, remainder=0.4),
+    Candidate("searched", 0.3, remainder=2.5),
     Candidate("bands", 0.4, (("order", "space"),), remainder=True),
     Candidate("antidiagonal", 0.3),
     Candidate("searched", 0.3, remainder=True),
@@ -78,7 +80,7 @@ def brute_force(query, key, value, grid, candidate, block, key_mask):
         scale = query.shape[-1] ** -0.5
         dense_sum = (scores - shift).exp().sum(-1, keepdim=True)
         rest = (q @ means[0].mT * scale - shift).exp() * sizes[:, :, None] / dense_sum
-        rest = rest * left_out * real[:, None, :, None]
+        rest = candidate.remainder * rest * left_out * real[:, None, :, None]
         output, total = output + rest @ means[1], total + rest.sum(-1)
     output = torch.where(total[..., None] > 0, output / total[..., None].clamp(min=1e-300), 0.0)
     rows = int(real.sum())
@@ -227,7 +229,12 @@ def test_clusters_are_tried_where_they_have_a_kernel():
     on_gpu, on_cpu = default_candidates("cuda"), default_candidates("cpu")
     assert {c.family for c in on_gpu} - {c.family for c in on_cpu} == {"clustered"}
     native = [c for c in on_gpu if c.precision == "native"]
-    assert len(native) <= 45  # each is measured on every head and timed
+    kinds = {(c.family, c.density, c.options, bool(c.remainder)) for c in native}
+    assert len(kinds) <= 45  # each is measured on every head and timed
+    # What the means weigh costs nothing to measure.
+    weights = {c.remainder for c in native if c.family not in ("dense", "skip")}
+    assert weights == {0.4, 1.0, 2.5}
+    assert len(native) == 3 + 3 * (len(kinds) - 3)
 
 
 def test_precisions_are_tried_where_the_device_has_them():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -137,6 +138,27 @@ def test_every_head_has_its_own_remainder(grid: TokenGrid, row: list[int]) -> No
         differs = bool((alone - masked).abs().max() > 1e-3)
         # A single block that a row reads whole leaves nothing out.
         assert differs == CANDIDATES[number].remainder
+
+
+@pytest.mark.parametrize("weights", [(0.4, 2.5, 1.0), (0.4, 0.4, 0.4), (0.0, 0.0, 3.0), (1, 0, 1)], ids=str)
+def test_means_weigh_as_much_in_each_head_as_its_candidate_says(weights) -> None:
+    """Against SDPA over the keys and all mean keys, with the weight as a bias."""
+    grid, block = TokenGrid(4, 8, 8), 16  # 16 blocks, all of them full
+    query, key, value = inputs(grid)
+    ways = [Candidate("bands", 0.3, (("order", "frame"),), remainder=weight) for weight in weights]
+    output, _ = attend(query, key, value, grid, ways, [0, 1, 2], block=block)
+    chosen = select("bands", query, key, grid, density=0.3, block=block, order="frame")
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    means = [x.unflatten(2, (-1, block)).mean(3) for x in (k, v)]
+    left_out = ~chosen.mask()[..., ::block].expand(2, 3, -1, -1)
+    bias = (block * torch.tensor(weights, dtype=torch.float64)).log()[:, None, None]
+    bias = torch.where(left_out, bias, -torch.inf)
+    kept = torch.where(chosen.mask().expand(2, 3, -1, -1), 0.0, -torch.inf).double()
+    k, v = (torch.cat([x, m], dim=2) for x, m in zip((k, v), means, strict=True))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.cat([kept, bias], dim=3))
+    torch.testing.assert_close(
+        output, expected.transpose(1, 2), rtol=0, atol=64 * torch.finfo(torch.float64).eps
+    )
 
 
 @pytest.mark.parametrize(

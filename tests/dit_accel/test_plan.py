@@ -385,7 +385,14 @@ def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
             {"name": "bands", "density": 0.3, "precision": "int4"},
             "precision: expected one of native, int8, int8_fp8, fp8, got 'int4'",
         ),
-        ({"name": "bands", "density": 0.3, "remainder": 1}, "remainder: expected true or false, got 1"),
+        (
+            {"name": "bands", "density": 0.3, "remainder": -1},
+            "remainder: expected true, false or a number from 0, the weight of the means, got -1",
+        ),
+        (
+            {"name": "bands", "density": 0.3, "remainder": "all"},
+            "remainder: expected .* the means, got 'all'",
+        ),
         ({"name": "dense", "remainder": True}, "expected false, since family 'dense' leaves nothing out"),
         ({"name": "bands", "density": 0.3, "block": 0}, "block: expected a positive integer, got 0"),
     ],

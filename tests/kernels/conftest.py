@@ -25,7 +25,7 @@ class Problem:
     key_mask: Tensor | None
     query_order: Tensor | None = None
     key_order: Tensor | None = None
-    remainder: bool | Tensor = False
+    remainder: float | Tensor = False
 
     @property
     def mask(self) -> Tensor:
@@ -90,9 +90,9 @@ class Problem:
         if self.query_order is not None:
             rows = self.query_order.expand(batch, heads, -1)[..., None].expand_as(left_out)
             left_out = torch.zeros_like(left_out).scatter_(2, rows, left_out)
-        if self.remainder is not True:
-            left_out = left_out & self.remainder[:, None, None]
-        rest = sizes.log()[:, :, None].expand(left_out.shape).masked_fill(~left_out, -torch.inf)
+        weight = torch.as_tensor(self.remainder, dtype=torch.float64).expand(heads)
+        rest = (sizes * weight[:, None]).log()[:, :, None].expand(left_out.shape)
+        rest = rest.masked_fill(~left_out, -torch.inf)
         return q, k, v, torch.cat([bias, rest.to(dtype)], dim=3)
 
     def expected(self) -> Tensor:
@@ -178,7 +178,7 @@ def problem() -> Callable[..., Problem]:
         blocks: Tensor | None = None,
         orders: int = 0,
         cuts: tuple[int, int] | None = None,
-        remainder: bool | list[bool] = False,
+        remainder: float | list[bool] | list[float] = False,
     ) -> Problem:
         torch.manual_seed(0)
         q, k, v = (torch.randn(batch, n, heads, dim, dtype=dtype) for n in (seq_q, seq_k, seq_k))

@@ -50,6 +50,9 @@ CASES = [
     ),
     pytest.param(torch.float32, {"dim": 32, "remainder": True, "dead_rows": True}, id="remainder-dead-fp32"),
     pytest.param(
+        torch.float32, {"dim": 32, "remainder": [0.4, 2.5], "masked": True}, id="remainder-weighs-fp32"
+    ),
+    pytest.param(
         torch.float16,
         {"dim": 72, "remainder": True, "masked": True, "orders": 2, "block_k": 40, "heads": 2},
         id="remainder-orders-masked-fp16",
@@ -82,6 +85,7 @@ EIGHT_BIT = [
     pytest.param(
         {"seq_q": 70, "seq_k": 256, "masked": True, "remainder": [False, True]}, id="remainder-some"
     ),
+    pytest.param({"seq_q": 70, "seq_k": 130, "dim": 32, "remainder": [0.4, 2.5]}, id="remainder-weighs"),
 ]
 
 

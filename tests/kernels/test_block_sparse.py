@@ -33,6 +33,11 @@ SHAPES = [
         {"dim": 32, "heads": 3, "remainder": [True, False, True], "dead_rows": True, "masked": True},
         id="remainder-of-some",
     ),
+    pytest.param({"dim": 32, "remainder": 0.3, "dead_rows": True, "masked": True}, id="remainder-weighs"),
+    pytest.param(
+        {"dim": 32, "heads": 3, "remainder": [2.5, 0.0, 0.4], "dead_rows": True},
+        id="remainder-weighs-by-head",
+    ),
     pytest.param(
         {"dim": 72, "remainder": True, "masked": True, "orders": 2, "block_k": 40}, id="remainder-all"
     ),
@@ -183,12 +188,17 @@ def test_resolve_backend():
         pytest.param({"backend": "flex", "remainder": True}, "'flex' has no remainder", id="remainder"),
         pytest.param(
             {"remainder": torch.ones(3, dtype=torch.bool)},
-            r"remainder must be True, False or bool \[2\], one per head, got torch.bool \(3,\)",
+            r"remainder must be True, False, a number from 0, or bool or floating \[2\].* got torch.bool \(3,\)",
             id="remainder-heads",
         ),
         pytest.param(
-            {"remainder": 1}, r"remainder must be True, False or bool \[2\].* got 1", id="remainder-int"
+            {"remainder": torch.ones(2, dtype=torch.int64)},
+            r"remainder must be .* got torch.int64 \(2,\)",
+            id="remainder-int",
         ),
+        pytest.param({"remainder": -0.5}, r"remainder must be .* got -0.5", id="remainder-negative"),
+        pytest.param({"remainder": "all"}, r"remainder must be .* got 'all'", id="remainder-text"),
+        pytest.param({"remainder": float("inf")}, r"remainder must be .* got inf", id="remainder-infinite"),
         pytest.param(
             {"remainder": torch.ones(2, dtype=torch.bool, device="meta")},
             "remainder must be on cpu",
