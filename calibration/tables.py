@@ -139,12 +139,15 @@ class ProfileSums:
         return ProfileSums({name: getattr(self, name) + getattr(other, name) for name in self.NAMES})
 
 
+_ROUNDING = 1e-4  # of the largest error among the candidates
+
+
 def _correlation(errors: Tensor, others: Tensor) -> float:
-    """Of `[heads, candidates, places, dim]`, mean over those that err in both."""
+    """Of `[heads, candidates, places, dim]`, mean over those that err in both by more than roundings."""
     a, b = (x.flatten(2).double() for x in (errors, others))
-    sizes = a.norm(dim=-1) * b.norm(dim=-1)
-    known = sizes > 0
-    return ((a * b).sum(-1)[known] / sizes[known]).mean().item() if known.any() else 0.0
+    sizes = a.norm(dim=-1), b.norm(dim=-1)
+    known = (sizes[0] > _ROUNDING * sizes[0].max()) & (sizes[1] > _ROUNDING * sizes[1].max())
+    return ((a * b).sum(-1) / (sizes[0] * sizes[1]))[known].mean().item() if known.any() else 0.0
 
 
 class Measures(TypedDict):

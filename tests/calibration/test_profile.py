@@ -229,12 +229,7 @@ def test_clusters_are_tried_where_they_have_a_kernel():
     on_gpu, on_cpu = default_candidates("cuda"), default_candidates("cpu")
     assert {c.family for c in on_gpu} - {c.family for c in on_cpu} == {"clustered"}
     native = [c for c in on_gpu if c.precision == "native"]
-    kinds = {(c.family, c.density, c.options, bool(c.remainder)) for c in native}
-    assert len(kinds) <= 45  # each is measured on every head and timed
-    # What the means weigh costs nothing to measure.
-    weights = {c.remainder for c in native if c.family not in ("dense", "skip")}
-    assert weights == {0.4, 1.0, 2.5}
-    assert len(native) == 3 + 3 * (len(kinds) - 3)
+    assert len(native) <= 45  # each is measured on every head and timed
 
 
 def test_precisions_are_tried_where_the_device_has_them():

@@ -184,9 +184,8 @@ def test_a_call_is_compared_with_that_of_the_first_branch():
     """Errors that are half the first branch's and half new correlate by one over the root of two."""
     generator = torch.Generator().manual_seed(0)
     first, new = torch.randn(2, HEADS, CANDIDATES, 50, 64, generator=generator)
-    errors = torch.stack(
-        [first[:, 0], -2 * first[:, 1], first[:, 2] + new[:, 2], torch.zeros(HEADS, 50, 64)], 1
-    )
+    first[:, 3] *= 1e-6  # what dense attention is off by
+    errors = torch.stack([first[:, 0], -2 * first[:, 1], first[:, 2] + new[:, 2], 1e-6 * new[:, 3]], 1)
     ones = torch.ones(HEADS, CANDIDATES)
     found = ProfileSums.zeros(RANGES, LAYERS, HEADS, CANDIDATES)
     call = CallProfile(ones, ones, ones, ones, ones, torch.ones(CANDIDATES), errors)
