@@ -45,11 +45,11 @@ def test_presets_by_name(name, family, density, options):
 
 
 @pytest.mark.parametrize(
-    ("text", "remainder"), [("", False), (":remainder=true", True), (":remainder=False", False)]
+    ("text", "remainder"), [("", 0), (":remainder=true", 1), (":remainder=False", 0), (":remainder=0.4", 0.4)]
 )
 def test_presets_with_a_remainder(text, remainder):
     (candidate,) = parse_variant(f"preset:skip{text}").plan.candidates
-    assert candidate.remainder is remainder
+    assert candidate.remainder == remainder
     assert candidate.options == ()
 
 
