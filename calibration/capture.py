@@ -66,7 +66,7 @@ class Recorder:
 
         With `downstream` one forward of each sampled step is sent a gradient through, and its calls are profiled on
         the way back, when the gradient is known too. The prompts, of which this is number `share`, take turns in the
-        guidance branch.
+        guidance branch, but for the very first step, where it is not known yet that there are several.
         """
         state.capture = functools.partial(self._call, state)
         if not self._downstream:

@@ -72,7 +72,7 @@ def measure_latency(
         call()
         return now(query.device) - start
 
-    def sparse(row: list[int], kept: dict[Any, Any], step: int, branch: int = 0) -> Callable[[], object]:
+    def sparse(row: list[int], kept: dict[Any, Any], step: int, branch: int) -> Callable[[], object]:
         return lambda: attend(
             query,
             key,
@@ -90,6 +90,12 @@ def measure_latency(
             launches=kept,
         )
 
+    def over_branches(row: list[int], kept: dict[Any, Any], step: int) -> float:
+        """Seconds of a call, mean over those of a step."""
+        shared = any(("branches", SHARED) in fresh[number].options for number in row)
+        turns = range(branches if shared else 1)
+        return fmean(seconds(sparse(row, kept, step, turn)) for turn in turns)
+
     fresh = [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in kinds]
     caches: list[dict[Any, Any]] = [{} for _ in kinds]  # what a generation keeps from step to step
     relative: list[list[float]] = [[] for _ in kinds]
@@ -98,10 +104,7 @@ def measure_latency(
         for number in range(len(kinds)):
             if number % _CANDIDATES_PER_REFERENCE == 0:
                 reference = seconds(lambda: original(query, key, value))
-            turns = branches if ("branches", SHARED) in fresh[number].options else 1
-            taken = fmean(
-                seconds(sparse([number], caches[number], round_number, turn)) for turn in range(turns)
-            )
+            taken = over_branches([number], caches[number], round_number)
             if round_number > 0:
                 references.append(reference)
                 relative[number].append(taken / reference)
@@ -115,7 +118,7 @@ def measure_latency(
         return Latency(found, plain)
     row = [pair[head % 2] for head in range(heads)]
     kept: dict[Any, Any] = {}
-    calls = [seconds(sparse(row, kept, round_number)) for round_number in range(_ROUNDS + 1)][1:]
+    calls = [over_branches(row, kept, round_number) for round_number in range(_ROUNDS + 1)][1:]
     alone = float(of_kinds[row].sum())
     return Latency(found, plain, max(0.0, 1000 * median(calls) - alone))
 

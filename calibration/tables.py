@@ -87,7 +87,7 @@ class ProfileSums:
     layers, heads]`; `density`: `[spans, layers, candidates]`; `calls`, `probes`, `alike`: `[spans, layers]`.
     `effect` is the squared change of the model's prediction relative to it, `gradient` the squared norm of its gradient
     by the head's output, mean over the head's channels, see `downstream`; both are sums over the `probes` among the
-    calls. `alike` is the correlation of the errors with those of the first branch of the step, 0 in that branch.
+    calls. `alike` sums up the correlation of the errors with those of the first branch of the step, 0 in that branch.
     """
 
     NAMES = ("mass", "error", "norm", "rows", "effect", "gradient", "density", "calls", "probes", "alike")

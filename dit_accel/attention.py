@@ -177,7 +177,8 @@ def _prepare(
         if memories is not None:
             # Those that share a choice share a memory, layers that of the first of them.
             owner = layer - layer % max(options.get("layers", 1), 1), query.shape[0]
-            own_branch = None if options.get("branches") == SHARED else branch
+            shared = step is not None and options.get("branches") == SHARED
+            own_branch = None if shared else branch
             memory = memories.setdefault((grid, block, owner, own_branch), {}).setdefault(
                 (candidate, tuple(in_layer)), {}
             )

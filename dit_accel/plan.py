@@ -53,7 +53,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a head: a pattern family, its density and options, a precision, and whether there is a remainder.
+    """One way to run a head: a pattern family, its density and options, a precision, and what its remainder weighs.
 
     With `remainder` the key blocks that the family leaves out still contribute, each through its mean key and value:
     True or 1 with the weight of all its tokens, another number that many times as much. A mean has less weight than
@@ -111,7 +111,8 @@ class Candidate:
             "density": self.density,
             "options": dict(self.options),
             "precision": self.precision,
-            "remainder": self.remainder,
+            # As it is written by hand, and was before it could be a number.
+            "remainder": bool(self.remainder) if self.remainder in (0, 1) else self.remainder,
         }
 
     @classmethod
@@ -300,8 +301,8 @@ class AccelPlan:
     def density_mean(self) -> float:
         """Planned density, mean over layers and heads.
 
-        Over the attention calls of a generation as it was calibrated. A plan that was not knows nothing of steps, and
-        weighs its ranges by their length.
+        Over the attention calls of a generation as it was calibrated, which `validated` knows (another choice needs
+        another `validated`). A plan that was not calibrated knows nothing of steps; its ranges weigh by their length.
         """
         if isinstance(calibrated := self.validated.get("density_mean"), float):
             return calibrated

@@ -246,7 +246,9 @@ def _planned(
             f"dit-accel: layer {layer}: expected the tokens of {state.grid}, got a sequence of {tokens}"
         )
     key_mask = _key_mask(attn_mask, query)
-    grid, branch, step = state.grid, state.branch, state.step
+    grid, branch = state.grid, state.branch
+    # Without a second branch there is nobody to keep a choice for; in the first step nobody knows.
+    step = state.step if state.several_branches else None
     cache, launches = state.cache, state.launches
 
     def run(row: Tensor) -> tuple[Tensor, float | Tensor]:

@@ -66,6 +66,7 @@ class AccelState:
         branch: diffusers' `cache_context` name. Outside one "" for the first forward of a step, which may hold both
             branches, and "turn 1" and so on for those that follow in the same step.
         step: number of the denoising step, as far as the transformer saw them.
+        several_branches: whether a step of this generation has run more than one guidance branch.
         running: whether a forward is under way.
         guard: checks the plan's heads while they run; None leaves them alone.
         stats: counts of the generation that runs, or ran last.
@@ -89,6 +90,7 @@ class AccelState:
         self.stats = Stats()
         self.memory: dict[str, Any] = {}
         self._branches: dict[str, BranchState] = {}
+        self.several_branches = False
         self._in_step: set[str] = set()  # branches that the step has seen
         self._finished = False
         self._rows: dict[tuple[int, int], tuple[Tensor, bool]] = {}
@@ -135,6 +137,7 @@ class AccelState:
             self.reset()
         if progress != self.progress or branch in self._in_step:
             self.step += 1
+            self.several_branches |= len(self._in_step) > 1
             self._in_step.clear()
         self._in_step.add(branch)
         self.grid, self.progress, self.branch = grid, progress, branch
@@ -159,6 +162,7 @@ class AccelState:
         """Forget the generation."""
         self._branches.clear()
         self._in_step.clear()
+        self.several_branches = False
         self.step = 0
         self.memory = {}
         self.stats = Stats()

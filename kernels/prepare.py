@@ -34,8 +34,8 @@ class Means:
         key: `[batch, heads, cols, dim]`, mean of the block's valid keys, in the format of the keys.
         value: `[batch, heads, cols, dim]`, mean of their values, in the format of the values.
         key_scale: float32 `[batch, heads, cols]`, None in native precision.
-        bias: float32 (float64 for float64) `[batch or 1, heads or 1, cols]`, log2 of the number of valid keys, −inf
-            where there is none or the head has no remainder.
+        bias: float32 (float64 for float64) `[batch or 1, heads or 1, cols]`, log2 of the number of valid keys times
+            their weight, −inf where there is none or the head has no remainder.
     """
 
     key: Tensor

@@ -101,12 +101,19 @@ def _best(mass: Tensor, kept: int, top_p: float) -> Tensor:
     return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, before < top_p)
 
 
+def spare_blocks(kept: int, blocks: int) -> int:
+    """How many blocks an easy head leaves to a hard one, of `blocks` in all."""
+    return min(kept // 2, blocks - kept)
+
+
 def _by_head(mass: Tensor, kept: int, easy: float) -> Tensor:
     """The best `kept` of each row on average over the heads; easy heads leave half of theirs to hard ones."""
-    spare = min(kept // 2, mass.shape[-1] - kept)
+    spare = spare_blocks(kept, mass.shape[-1])
+    # With the log-sum-exp of an earlier step rows do not sum to one.
+    whole = mass.sum(-1).clamp(min=TINY)
     mass.diagonal(dim1=-2, dim2=-1).add_(2.0)
     best, blocks = mass.topk(kept + spare, dim=-1)
-    recall = best[..., :kept].sum(-1).mean(-1) - 2.0
+    recall = ((best[..., :kept].sum(-1) - 2.0) / whole).mean(-1)
     rank, heads = recall.argsort(-1).argsort(-1), recall.shape[-1]
     pairs = (recall > easy).sum(-1, keepdim=True).clamp(max=heads // 2)
     budget = kept + spare * ((rank < pairs).int() - (rank >= heads - pairs).int())

@@ -30,7 +30,7 @@ from dit_accel.patterns.dense import DENSE
 from dit_accel.patterns.hashed import HASHED
 from dit_accel.patterns.profiled import PROFILED
 from dit_accel.patterns.radial import RADIAL
-from dit_accel.patterns.scored import ANTIDIAGONAL, CHANNELS, LOWBIT, POOLED, SEARCHED
+from dit_accel.patterns.scored import ANTIDIAGONAL, CHANNELS, LOWBIT, POOLED, SEARCHED, spare_blocks
 from dit_accel.patterns.sharded import SHARDED
 from dit_accel.patterns.skip import SKIP
 from dit_accel.patterns.sorted_keys import sorted_keys
@@ -138,11 +138,12 @@ def select(
             raise ValueError(f"option {option!r} of family {name!r}: expected at least 1 {unit}, got {least}")
     later_layer = layers > 1 and layer > memory.get("layer", layer)
     later_branch = shared and memory.get("step") == step
-    memory["layer"], memory["step"] = layer, step
+    memory["layer"] = layer
     if later_layer or later_branch:
         return memory["selection"]
     if memory.get("left", 0) > 0:
         memory["left"] -= 1
+        memory["step"] = step
         return memory["selection"]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if family.arrange is not None:
@@ -150,7 +151,7 @@ def select(
     else:
         selection = _chosen(family, grid, density, block, query, key, scale, memory, chosen)
     if reuse > 1 or layers > 1 or shared:
-        memory["selection"], memory["left"] = selection, reuse - 1
+        memory["selection"], memory["left"], memory["step"] = selection, reuse - 1, step
     return selection
 
 
@@ -182,7 +183,8 @@ def _chosen(
         key = key.gather(1, places.transpose(1, 2)[..., None].expand_as(key))
         key_order, order_name = order[0][places], None
     mask = family.choose(space, kept, query, key, scale, memory=memory, **options)
-    longest = space.blocks if grid.text_tokens or options.get("guard") or options.get("easy") else kept
+    longest = kept + spare_blocks(kept, space.video_blocks) if options.get("easy") else kept
+    longest = space.blocks if grid.text_tokens or options.get("guard") else longest
     index = lists_of(space, with_text(space, mask, family.reads_text), heads, longest)
     return Selection(index, order, key_order, grid, order_name)
 

@@ -298,7 +298,7 @@ def test_the_first_branch_of_a_step_chooses_for_all_where_it_is_asked_to(family)
     if family not in ("searched", "clustered"):  # which remember more of the step before
         assert torch.equal(shared[2], fresh["other"])
     assert not torch.equal(shared[3], own[3])
-    # Where nobody knows the step, every call chooses.
+    # Where nobody knows the step, every branch chooses for itself.
     unknown = outputs("shared", [("cond", None, query), ("uncond", None, other)])
     assert torch.equal(unknown[0], fresh["query"])
     if family not in ("searched", "clustered"):

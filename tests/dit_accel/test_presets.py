@@ -120,6 +120,12 @@ def test_adaspa_gives_blocks_of_easy_heads_to_as_many_hard_ones(sharp: list[int]
     assert [1 if h in order[-n:] else 3 if h in order[:n] else 2 for h in range(5)] == budgets
     expected = torch.cat([best(mass[:, h : h + 1], budgets[h]) for h in range(5)], dim=1)
     assert torch.equal(blocks(chosen("adaspa", query, key, grid)), expected)
+    # The log-sum-exp of an earlier search is another's; which heads are easy is not told by it.
+    for earlier in (0.3 * query, 1.5 * query):
+        memory: dict = {}
+        for q in (earlier, query):
+            later = chosen("adaspa", q, key, grid, reuse=1, state=memory)
+        assert blocks(later).sum(-1)[0, :, 0].tolist() == budgets
 
 
 def test_doublesparsity_scores_with_the_channels_that_weigh_most() -> None:

@@ -65,6 +65,13 @@ def test_branches_of_one_step_have_its_number(state, forwards, steps):
         state.finish()
 
 
+def test_several_branches_are_known_from_the_second_step_on(state):
+    calls = [(0.1, "cond"), (0.1, "uncond"), (0.3, "cond"), (0.5, "cond")]
+    assert [(step(state, *call), state.several_branches)[1] for call in calls] == [False, False, True, True]
+    state.finish()
+    assert [(step(state, p), state.several_branches)[1] for p in (0.0, 0.3, 0.5)] == [False] * 3
+
+
 def test_what_families_remember_is_forgotten_with_the_generation(state):
     step(state, 0.2)
     state.cache["seen"] = True
