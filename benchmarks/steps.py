@@ -41,6 +41,12 @@ def parts_of(steps: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(round(number * steps / parts) for number in range(parts + 1)))
 
 
+def candidate_of(sparse: AccelPlan) -> Candidate:
+    """The one way in which a plan that is the same everywhere runs its heads."""
+    (candidate,) = {sparse.candidates[number] for number in sparse.choice.unique().tolist()}
+    return candidate
+
+
 def variants_of(sparse: AccelPlan, progress: Sequence[float], parts: int) -> list[Variant]:
     """Dense, the plan everywhere, and the plan in one part at a time.
 
@@ -48,7 +54,7 @@ def variants_of(sparse: AccelPlan, progress: Sequence[float], parts: int) -> lis
         sparse: a plan that is the same for all steps, layers and heads.
         progress: of each step.
     """
-    (candidate,) = {sparse.candidates[number] for number in sparse.choice.unique().tolist()}
+    candidate = candidate_of(sparse)
     variants = [DENSE, plan_variant(sparse, EVERYWHERE)]
     for start, stop in parts_of(len(progress), parts):
         bounds = sorted({0, start, stop, len(progress)})
@@ -78,10 +84,9 @@ def run(work: DemoWork, sparse: AccelPlan, parts: int, output: Path) -> dict[str
         attention_steps=0,
         output_dir=work.folder,
     )
-    (candidate,) = {sparse.candidates[number] for number in sparse.choice.unique().tolist()}
     report = {
         "format_version": FORMAT_VERSION,
-        "candidate": candidate.label,
+        "candidate": candidate_of(sparse).label,
         "noise": [
             [1 - progress[start], 1 - progress[stop - 1]] for start, stop in parts_of(len(progress), parts)
         ],

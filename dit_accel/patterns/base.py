@@ -19,7 +19,7 @@ Option = str | int | float
 OWN, SHARED = BRANCHES = "own", "shared"
 # Options of every dynamic family that say whom a choice serves.
 SERVES: dict[str, Option] = {"reuse": 1, "layers": 1, "branches": OWN}
-# What a dynamic family remembers of earlier steps of one layer and guidance branch.
+# What a dynamic family remembers of earlier steps of one layer, and of one guidance branch unless branches share it.
 Memory = MutableMapping[str, Any]
 
 
