@@ -13,7 +13,7 @@ from dit_accel.plan import Candidate
 # Families that look at shapes alone serve heads that need little; what needs more is worth a selection.
 _FIXED = (0.03, 0.06, 0.12, 0.2)
 _CHOSEN = (0.06, 0.12, 0.2, 0.3, 0.45)
-_HASHED = (0.03, *_CHOSEN)
+_BALANCED = (0.03, *_CHOSEN)
 
 # Blocks of few places over many frames, for heads that follow a place or a motion through the clip.
 _TUBES = "tile:16x2x2"
@@ -27,7 +27,7 @@ _FAMILIES: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[float, ...]], ...
     ("bands", (("order", "space"),), _FIXED),
     ("pooled", (_SHARED,), _CHOSEN),
     ("pooled", (_SHARED, ("order", _TUBES)), _CHOSEN),
-    ("hashed", (_SHARED,), _HASHED),
+    ("balanced", (_SHARED,), _BALANCED),
 )
 
 
@@ -46,17 +46,13 @@ def default_candidates(
     came closer to dense (by 1.3 and .7 dB at .25, .6 and .3 at .4); the other two went off (1.2 and .9, .7 and .3).
 
     Args:
-        device: what attention runs on. Clusters err least of all at a density, but blocks of varying length have a
-            kernel on GPUs only; on a CPU, row by row, they take longer than what they save.
+        device: what attention runs on.
         dtype: of the model.
     """
-    families = (
-        _FAMILIES if torch.device(device).type == "cpu" else (*_FAMILIES, ("clustered", (_SHARED,), _FIXED))
-    )
     dense = Candidate("dense", 1.0)
     sparse = [
         Candidate(name, density, options, remainder=True)
-        for name, options, densities in families
+        for name, options, densities in _FAMILIES
         for density in densities
     ]
     lower = [

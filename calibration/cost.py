@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_accel.attention import attend
 from dit_accel.evaluation.timing import now
 from dit_accel.grid import TokenGrid
+from dit_accel.patterns import FAMILIES
 from dit_accel.patterns.base import SHARED
 from dit_accel.plan import Candidate
 
@@ -55,7 +56,8 @@ def measure_latency(
     included.
 
     Dynamic families find what a step before left them, as in the middle of a generation, and choose anew: what the
-    option `reuse` saves is not counted. One that chooses once for all guidance branches is timed over all of them.
+    option `reuse` saves is not counted. One that chooses once for all guidance branches is timed over all of them, one
+    that rebuilds its blocks every few steps in a step that does and in one that does not.
     Every few calls the original attention is timed too, and candidates are taken relative to it, so that a machine that
     slows down half-way does not favour the candidates measured first. Median of three rounds after one warm-up.
 
@@ -96,7 +98,16 @@ def measure_latency(
         turns = range(branches if shared else 1)
         return fmean(seconds(sparse(row, kept, step, turn)) for turn in turns)
 
+    def over_steps(row: list[int], kept: dict[Any, Any], round_number: int) -> float:
+        """Seconds of a call, mean over the steps from one rebuilding to the next."""
+        every = max(int(options_of[number].get("rebuild", 1)) for number in row)
+        built = over_branches(row, kept, round_number * every)
+        if every == 1:
+            return built
+        return (built + (every - 1) * over_branches(row, kept, round_number * every + 1)) / every
+
     fresh = [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in kinds]
+    options_of = [FAMILIES[c.family].with_defaults(dict(c.options)) for c in kinds]
     caches: list[dict[Any, Any]] = [{} for _ in kinds]  # what a generation keeps from step to step
     relative: list[list[float]] = [[] for _ in kinds]
     references: list[float] = []
@@ -104,7 +115,7 @@ def measure_latency(
         for number in range(len(kinds)):
             if number % _CANDIDATES_PER_REFERENCE == 0:
                 reference = seconds(lambda: original(query, key, value))
-            taken = over_branches([number], caches[number], round_number)
+            taken = over_steps([number], caches[number], round_number)
             if round_number > 0:
                 references.append(reference)
                 relative[number].append(taken / reference)
@@ -118,7 +129,7 @@ def measure_latency(
         return Latency(found, plain)
     row = [pair[head % 2] for head in range(heads)]
     kept: dict[Any, Any] = {}
-    calls = [over_branches(row, kept, round_number) for round_number in range(_ROUNDS + 1)][1:]
+    calls = [over_steps(row, kept, round_number) for round_number in range(_ROUNDS + 1)][1:]
     alone = float(of_kinds[row].sum())
     return Latency(found, plain, max(0.0, 1000 * median(calls) - alone))
 

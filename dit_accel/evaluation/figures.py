@@ -32,6 +32,7 @@ FAMILY_COLOURS = {
     "channels": "#a0792c",
     "clustered": "#9d4edd",
     "hashed": "#6b8f71",
+    "balanced": "#d77fa1",
     "radial": "#5fb3b3",
     "attention_tile": "#c28fc2",
 }

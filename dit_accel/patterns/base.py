@@ -187,6 +187,14 @@ class Selection:
         return mask.gather(3, cols[:, :, None].expand_as(mask))
 
 
+def check_divisor(family: str, option: str, value: int, block: int) -> None:
+    """Raise ValueError for a value of an option that does not divide the block."""
+    if value < 1 or block % value:
+        raise ValueError(
+            f"option {option!r} of family {family!r}: expected a divisor of the block, {block}, got {value}"
+        )
+
+
 def everything(space: BlockSpace) -> Tensor:
     """Return the mask of all pairs of blocks, bool `[1, 1, blocks, blocks]`."""
     return torch.ones(1, 1, space.blocks, space.blocks, dtype=torch.bool, device=space.device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dit_accel.grid import TokenGrid
+from dit_accel.kernels.partition import products
 from dit_accel.patterns.base import BlockSpace, Option
 from dit_accel.patterns.clustered import cluster_numbers
 from dit_accel.patterns.profiled import order_names
@@ -53,8 +54,8 @@ def cost(
         name, grid, block, density, options: as in `select`.
         heads, dim, batch: shape of the queries `[batch, grid.total_tokens, heads, dim]`.
         item_bytes: size of their numbers.
-        later: whether it is not the first choice of a generation: the centroids of `clustered` and the log-sum-exp of
-            `searched` are there then.
+        later: whether it is not the first choice of a generation: the centroids of `clustered`, the log-sum-exp of
+            `searched` and the blocks of `balanced` are there then.
 
     Example:
         >>> cost("pooled", TokenGrid(1, 16, 16), heads=1, dim=64, parts=1).multiply_adds
@@ -70,7 +71,7 @@ def cost(
         return Cost(0, 0)
     order = str(chosen.pop("order", "frame"))
     space = BlockSpace(grid, order, block, torch.device("cpu"))
-    if name not in ("clustered", "hashed") and not space.video_blocks:
+    if name not in ("clustered", "balanced", "hashed") and not space.video_blocks:
         return Cost(0, 0)
     call = _Call(space, space.kept(density), dim, item_bytes, later, chosen)
     one = _COSTS[name](call)
@@ -162,6 +163,18 @@ def _clustered(call: _Call) -> Cost:
     return Cost(products * call.dim, moved)
 
 
+def _balanced(call: _Call) -> Cost:
+    tokens, seq, options = call.space.grid.video_tokens, call.space.grid.total_tokens, call.options
+    # Between means, for which queries and keys, text and all, are read, put in order and read again.
+    runs, blocks = -(-seq // (call.space.block // options["parts"])), call.space.blocks
+    chosen = Cost(runs**2 * call.dim, call.reads(3 * 2 * seq) + blocks**2 * _FLOAT)
+    if call.later:
+        return chosen
+    divided = products(tokens, call.dim, block=call.space.block, axes=options["axes"])
+    # Each side is read for its second moment and for its points, which are small beside it.
+    return chosen + Cost(divided, call.reads(2 * 2 * tokens))
+
+
 def _hashed(call: _Call) -> Cost:
     tokens, planes = call.space.grid.video_tokens, call.options["planes"]
     # Once for the mean that is taken off, once for the sides of the planes; a hash is an int64.
@@ -186,6 +199,7 @@ _COSTS: dict[str, Callable[[_Call], Cost]] = {
     "channels": _channels,
     "searched": _searched,
     "clustered": _clustered,
+    "balanced": _balanced,
     "hashed": _hashed,
     "profiled": _profiled,
 }

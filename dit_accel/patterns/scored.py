@@ -43,7 +43,7 @@ from dit_accel.kernels.scores import (
     lowbit_scores,
     pooled_scores,
 )
-from dit_accel.patterns.base import SERVES, BlockSpace, Family, Memory, Option, keep_best
+from dit_accel.patterns.base import SERVES, BlockSpace, Family, Memory, Option, check_divisor, keep_best
 
 # score(space, kept, query, key, scale, memory, **options) -> mass [batch, heads, rows, cols] of the video blocks
 Score = Callable[..., Tensor]
@@ -128,13 +128,6 @@ def _self_similarity(space: BlockSpace, tokens: Tensor) -> Tensor:
     return means.square().sum(-1).transpose(1, 2)
 
 
-def _divisor(name: str, option: str, value: int, block: int) -> None:
-    if value < 1 or block % value:
-        raise ValueError(
-            f"option {option!r} of family {name!r}: expected a divisor of the block, {block}, got {value}"
-        )
-
-
 def _pooled(
     space: BlockSpace,
     kept: int,
@@ -146,7 +139,7 @@ def _pooled(
     parts: int,
     coarse: int,
 ) -> Tensor:
-    _divisor("pooled", "parts", parts, space.block)
+    check_divisor("pooled", "parts", parts, space.block)
     if coarse < 0:
         raise ValueError(f"option 'coarse' of family 'pooled': expected at least 0, got {coarse}")
     if coarse > 1:
@@ -198,7 +191,7 @@ def squares_looked_at(space: BlockSpace, kept: int, coarse: int) -> tuple[int, i
 def _antidiagonal(
     space: BlockSpace, kept: int, query: Tensor, key: Tensor, scale: float, memory: Memory, *, stride: int
 ) -> Tensor:
-    _divisor("antidiagonal", "stride", stride, space.block)
+    check_divisor("antidiagonal", "stride", stride, space.block)
     return antidiagonal_scores(query, key, block=space.block, stride=stride, scale=scale)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns.attention_tile import ATTENTION_TILE
+from dit_accel.patterns.balanced import BALANCED
 from dit_accel.patterns.bands import BANDS
 from dit_accel.patterns.base import (
     BRANCHES,
@@ -41,7 +42,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(DENSE, SKIP, WINDOW, BANDS, RADIAL, ATTENTION_TILE, SHARDED),
-        *(STRIPES, POOLED, ANTIDIAGONAL, LOWBIT, CHANNELS, SEARCHED, CLUSTERED, HASHED, PROFILED),
+        *(STRIPES, POOLED, ANTIDIAGONAL, LOWBIT, CHANNELS, SEARCHED, CLUSTERED, BALANCED, HASHED, PROFILED),
     )
 }
 
@@ -138,9 +139,10 @@ def select(
             raise ValueError(f"option {option!r} of family {name!r}: expected at least 1 {unit}, got {least}")
     later_layer = layers > 1 and layer > memory.get("layer", layer)
     later_branch = shared and memory.get("step") == step
-    memory["layer"] = layer
-    if later_layer or later_branch:
+    if "selection" in memory and (later_layer or later_branch):
+        memory["layer"] = layer
         return memory["selection"]
+    memory["layer"], memory["now"] = layer, step
     if memory.get("left", 0) > 0:
         memory["left"] -= 1
         memory["step"] = step

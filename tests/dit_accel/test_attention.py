@@ -26,7 +26,10 @@ CANDIDATES = (
     Candidate("bands", 0.2, (("order", "space"),), remainder=True),
     Candidate("skip", 0.0, remainder=True),
     Candidate("clustered", 0.4, (("key_clusters", 9), ("query_clusters", 4))),
+    Candidate("balanced", 0.4),
 )
+# Families that remember more of the step before than a choice.
+KEEPS_MORE = ("searched", "clustered", "balanced")
 GRIDS = [
     pytest.param(TokenGrid(5, 7, 9), id="5x7x9"),
     pytest.param(TokenGrid(1, 9, 14), id="one-frame"),
@@ -43,6 +46,8 @@ ROWS = [
     pytest.param([7, 6, 1], id="dynamic-orders"),
     pytest.param([10, 10, 10], id="clusters"),
     pytest.param([10, 2, 0], id="clusters-window-dense"),
+    pytest.param([11, 11, 11], id="balanced"),
+    pytest.param([11, 4, 6], id="balanced-bands-pooled"),
 ]
 
 
@@ -274,7 +279,9 @@ def test_a_layer_s_choice_is_reused_as_asked_and_kept_apart_from_other_layers() 
         torch.testing.assert_close(output, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
 
 
-@pytest.mark.parametrize("family", ["pooled", "hashed", "stripes", "searched", "clustered", "profiled"])
+@pytest.mark.parametrize(
+    "family", ["pooled", "hashed", "balanced", "stripes", "searched", "clustered", "profiled"]
+)
 def test_the_first_branch_of_a_step_chooses_for_all_where_it_is_asked_to(family) -> None:
     grid = TokenGrid(5, 7, 9)
     query, key, value = inputs(grid)
@@ -295,13 +302,13 @@ def test_the_first_branch_of_a_step_chooses_for_all_where_it_is_asked_to(family)
     assert torch.equal(own[1], fresh["other"])
     assert not torch.equal(shared[1], own[1])
     # The branch that comes second in the next step is served too, whichever it is.
-    if family not in ("searched", "clustered"):  # which remember more of the step before
+    if family not in KEEPS_MORE:
         assert torch.equal(shared[2], fresh["other"])
     assert not torch.equal(shared[3], own[3])
     # Where nobody knows the step, every branch chooses for itself.
     unknown = outputs("shared", [("cond", None, query), ("uncond", None, other)])
     assert torch.equal(unknown[0], fresh["query"])
-    if family not in ("searched", "clustered"):
+    if family not in KEEPS_MORE:
         assert torch.equal(unknown[1], fresh["other"])
 
 
@@ -347,8 +354,8 @@ def test_launches_never_hold_a_dynamic_choice() -> None:
     ("row", "message"),
     [
         ([0, 1], "row: expected 1 or 3 candidate numbers, one for each head, got 2"),
-        ([0, 1, 11], r"row: expected candidate numbers from 0 to 10, got \[0, 1, 11\]"),
-        ([-1], r"row: expected candidate numbers from 0 to 10, got \[-1\]"),
+        ([0, 1, 12], r"row: expected candidate numbers from 0 to 11, got \[0, 1, 12\]"),
+        ([-1], r"row: expected candidate numbers from 0 to 11, got \[-1\]"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(row: list[int], message: str) -> None:

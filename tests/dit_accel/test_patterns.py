@@ -358,6 +358,84 @@ def test_clusters_go_on_from_the_step_before(monkeypatch) -> None:
     assert not first.in_model_order
 
 
+@pytest.mark.parametrize(
+    "grid",
+    [
+        TokenGrid(4, 7, 9),
+        TokenGrid(4, 7, 9, text_tokens=20),
+        TokenGrid(4, 7, 9, text_tokens=20, text_first=True),
+    ],
+    ids=["video", "text", "text-first"],
+)
+@pytest.mark.parametrize("density", [0.05, 0.3, 1.0])
+def test_balanced_rows_keep_the_blocks_between_whose_means_most_mass_is(
+    grid: TokenGrid, density: float
+) -> None:
+    query, key = tokens(grid)
+    found = select("balanced", query, key, grid, density=density, block=BLOCK, parts=1)
+    for order in (found.query_order, found.key_order):
+        assert torch.equal(order.sort(-1).values, torch.arange(grid.total_tokens).expand_as(order))
+        assert torch.equal(
+            order[..., grid.video_tokens :].unique(), torch.arange(*grid.text_slice.indices(999))
+        )
+    blocks = -(-grid.total_tokens // BLOCK)
+    video = grid.video_tokens // BLOCK if grid.text_tokens else blocks
+    kept = max(round(density * blocks), blocks - video + 1) - (blocks - video)
+    mask = found.index.to_mask()
+    assert mask[..., video:, :].all()
+    assert mask[..., video:].all()
+    for b in range(query.shape[0]):
+        for h in range(query.shape[2]):
+            q, k = query[b, found.query_order[b, h], h], key[b, found.key_order[b, h], h]
+            q, k = (torch.stack([part.mean(0) for part in x.split(BLOCK)]) for x in (q, k))
+            sizes = torch.tensor([len(part) for part in torch.arange(grid.total_tokens).split(BLOCK)])
+            logits = q @ k.T * query.shape[-1] ** -0.5 + sizes.log()
+            best = logits[:video, :video].topk(kept, dim=-1).indices
+            assert torch.equal(
+                mask[b, h, :video, :video], torch.zeros(video, video).scatter(1, best, 1).bool()
+            )
+    if density == 1.0:
+        assert found.mask().all()
+
+
+def test_balanced_blocks_find_groups_that_lie_anywhere() -> None:
+    grid, groups = TokenGrid(6, 8, 10), 6
+    generator = torch.Generator().manual_seed(3)
+    centres = 6 * torch.nn.functional.normalize(torch.randn(groups, 16, generator=generator), dim=-1)
+    member = torch.randint(groups, (1, grid.video_tokens, 1), generator=generator)
+    noise = 0.3 * torch.randn(2, 1, grid.video_tokens, 1, 16, generator=generator)
+    query, key = centres[member] + noise[0], centres[member] + noise[1]
+    weights = torch.softmax(query[0, :, 0].double() @ key[0, :, 0].double().T, dim=-1)
+    held = {}
+    for name in ("balanced", "pooled"):
+        kept = select(name, query, key, grid, density=0.4, block=BLOCK, scale=1.0).mask()[0, 0]
+        held[name] = float((weights * kept).sum(-1).mean())
+    assert held["balanced"] > 0.97
+    assert held["pooled"] < 0.7
+
+
+def test_balanced_blocks_serve_as_many_steps_as_asked() -> None:
+    grid, memory = TokenGrid(4, 7, 9), {}
+    query, key = tokens(grid)
+    options = {"density": 0.3, "block": BLOCK, "state": memory, "rebuild": 3}
+
+    def orders(step: int | None) -> torch.Tensor:
+        q, k = (x.roll(31 * (step or 0), 1) for x in (query, key))
+        return select("balanced", q, k, grid, step=step, **options).query_order
+
+    at = {step: orders(step) for step in (4, 5, 6, 7, 9, 12)}
+    assert at[4] is at[5] is at[6]
+    assert not torch.equal(at[6], at[7])
+    assert at[7] is at[9]
+    assert not torch.equal(at[9], at[12])
+    # A generation that begins anew comes with an earlier step.
+    assert not torch.equal(orders(0), at[12])
+    memory.clear()
+    unknown = [orders(None) for _ in range(4)]
+    assert unknown[0] is unknown[1] is unknown[2]
+    assert unknown[2] is not unknown[3]
+
+
 @pytest.mark.parametrize("name", ["window", "bands"])
 def test_static_families_are_made_once_per_grid_options_and_heads(name: str) -> None:
     one, other = TokenGrid(4, 6, 10), TokenGrid(6, 10, 4)
@@ -452,6 +530,9 @@ def test_sampled_rows_meet_every_column_of_the_picture() -> None:
             r"value: .* got \(2, 104, 2, 8\); pass the values",
         ),
         ("sharded", {"heads": [0]}, "heads: expected 2 numbers, one for each head, got 1"),
+        ("balanced", {"axes": 0}, "option 'axes' of family 'balanced': expected at least 1, got 0"),
+        ("balanced", {"rebuild": 0}, "option 'rebuild' of family 'balanced': expected at least 1, got 0"),
+        ("balanced", {"parts": 3}, "option 'parts' of family 'balanced': .* divisor of the block, 16, got 3"),
         ("hashed", {"planes": 31}, "option 'planes' of family 'hashed': expected 1 to 30, got 31"),
         ("channels", {"channels": 0}, "option 'channels' of family 'channels': expected at least 1, got 0"),
         ("radial", {"sink": -1}, "option 'sink' of family 'radial': expected at least 0, got -1"),

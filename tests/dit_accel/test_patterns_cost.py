@@ -43,6 +43,15 @@ BY_HAND = [
         2 * 7 * 2 * EACH + 3 * 5 * 4,
         id="clustered",
     ),
+    # A side: second moment, four small products and their three rounds, points, then two levels of 64 places, 5 passes.
+    pytest.param(
+        "balanced",
+        {"axes": 3, "parts": 2},
+        2 * (64 * 8**2 + 2 * 8**3 + 4 * 8**2 * 3 + 3 * 8 * 3**2 + 64 * 8 * 3 + (2 * 5 * 64 + 2 * (1 + 2)) * 3)
+        + 8 * 8 * 8,
+        3 * 2 * EACH + SCORES + 2 * 2 * EACH,
+        id="balanced",
+    ),
     pytest.param("hashed", {"planes": 9}, 2 * 64 * 8 * 9, 4 * EACH + 2 * 64 * 8, id="hashed"),
     pytest.param(
         "profiled", {"samples": 6}, 6 * 64 * 8 * 4, (6 + 128) * 8 * 2 + 3 * 6 * 64 * 4, id="profiled"
@@ -70,6 +79,7 @@ MEASURED = [
     pytest.param("profiled", {"orders": "fhw+fwh+hwf"}, False, 1, id="profiled-three"),
     pytest.param("profiled", {"orders": "whf"}, False, 1, id="profiled-one"),
     pytest.param("clustered", {"query_clusters": 4}, True, 1, id="clustered-later"),
+    pytest.param("balanced", {}, True, 1, id="balanced-later"),
     # On a CPU one product serves both passes of the first search.
     pytest.param("searched", {}, False, 2, id="searched-first"),
     pytest.param("searched", {}, True, 1, id="searched-later"),
@@ -104,6 +114,7 @@ def test_cheap_choices_cost_a_small_part_of_dense_attention() -> None:
             "stripes": {},
             "antidiagonal": {"stride": 8},
             "clustered": {"iterations": 2},
+            "balanced": {},
             "searched": {},
         }.items()
     }
@@ -111,6 +122,7 @@ def test_cheap_choices_cost_a_small_part_of_dense_attention() -> None:
     assert shares["stripes"] < 1e-3
     assert shares["antidiagonal"] == pytest.approx(1 / 16, rel=1e-3)
     assert shares["clustered"] < 0.02
+    assert shares["balanced"] < 0.005
     assert shares["searched"] == 1.0
     # squares first cost less than all pairs where few blocks are kept
     fine = cost("pooled", grid, 1, 128, 64, density=0.05)

@@ -293,7 +293,7 @@ def test_a_choice_serves_the_next_layers(name: str) -> None:
             shared, own = run(layer, step), run(layer, step, alone, {})
             if layer not in (0, 3):
                 differ += not torch.equal(shared, own)
-            elif name not in ("clustered", "searched"):  # which remember more of the steps before
+            elif name not in ("clustered", "searched", "balanced"):  # which remember more of the steps before
                 assert torch.equal(shared, own)
     assert differ == 6 or (name == "profiled" and differ)  # of few orders one may be right by chance
 
@@ -394,6 +394,7 @@ def test_options_take_every_dtype(name: str, options: dict, dtype: torch.dtype) 
         ("channels", {}),
         ("searched", {}),
         ("clustered", {"iterations": 1}),
+        ("balanced", {}),
         ("hashed", {}),
         ("profiled", {}),
     ],

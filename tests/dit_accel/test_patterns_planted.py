@@ -154,6 +154,11 @@ def test_clusters_and_hashes_hold_groups_that_lie_anywhere(dtype: torch.dtype) -
     density = (2 * reach + 1) / -(-GRID.video_tokens // BLOCK)
     assert density < 0.4
     assert recall(support, select("hashed", query, key, GRID, density=density, block=BLOCK).mask()[0]) >= 0.97
+    # Equal blocks cut groups: the blocks of the largest one and the two at its ends that it shares.
+    density = (reach + 2) / -(-GRID.video_tokens // BLOCK)
+    assert (
+        recall(support, select("balanced", query, key, GRID, density=density, block=BLOCK).mask()[0]) >= 0.97
+    )
 
 
 def box(grid: TokenGrid) -> Tensor:
