@@ -25,7 +25,7 @@ types: $(STAMP)
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dit_accel
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,peers]' -c constraints.txt
 	touch $(STAMP)

@@ -127,14 +127,21 @@ def _gpu_attention(report: dict[str, Any]) -> str:
 
 
 def _preset_heads(report: dict[str, Any]) -> str:
-    """One line per system: recall and rel L2 without and with remainder at each density, a selection's cost."""
+    """One line per system: recall and rel L2 without and with remainder at each density, a selection's cost.
+
+    Those that err least come first, with or without remainder, on the mean of their logarithms over the densities.
+    """
     heads = report["heads"]
     if not heads["rows"]:
         return NOT_YET
     densities = list(dict.fromkeys(row["asked"] for row in heads["rows"]))
     lines: dict[str, list[str]] = {}
     chosen: dict[str, list[str]] = {}
+    least: dict[str, float] = {}
     for row in heads["rows"]:
+        error = min(row["rel_l2"], row["rel_l2_remainder"])
+        least[row["preset"]] = least.get(row["preset"], 1.0) * error
+    for row in sorted(heads["rows"], key=lambda row: least[row["preset"]]):
         cells = [f"{row[name]:.3f}" for name in ("recall", "rel_l2", "rel_l2_remainder")]
         lines.setdefault(row["preset"], []).extend(cells)
         chosen[row["preset"]] = [
@@ -358,7 +365,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "cpu": (("cpu_attention.json",), _cpu_attention),
     "gate": (("compile_gate.json",), _compile_gate),
     "gpu": (("gpu_attention.json",), _gpu_attention),
-    "preset_heads": (("presets.json",), _preset_heads),
+    "preset_heads": (("presets_heads.json",), _preset_heads),
     "preset_generations": (("presets.json",), _preset_generations),
     "equal_psnr": (("equal_psnr_presets.json",), _equal_psnr),
     "ablation": (("equal_psnr_ablation.json",), _equal_psnr),

@@ -33,6 +33,7 @@ from dit_accel.kernels import PRECISIONS, available_precisions
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate, config_hash_of
 
+_STAGES = 2  # raised when what a stage writes, or what it means, changes
 _PROFILE_STEPS = 8  # what profiling one prompt takes, in steps of a dense generation
 # What a calibration depends on besides its arguments and the model: latencies belong to a machine.
 _MACHINE = ("cpu", "gpu", "threads", "dtype", "torch", "diffusers", "dit_accel")
@@ -133,6 +134,7 @@ def calibrate(
     conditions: dict[str, Any] = {"seed": seed, **settings.to_dict()}
     candidates = _allowed(candidates, pipe)
     fingerprint = {
+        "stages": _STAGES,
         "prompts": prompts,
         "held_out_prompts": held_out,
         **conditions,

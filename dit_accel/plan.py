@@ -277,7 +277,7 @@ class AccelPlan:
                 raise ValueError(f"preset {name!r} needs a density, for instance density=0.3")
             density = family.density
         block, warm_up = 64 if block is None else block, 0.0 if warm_up is None else warm_up
-        if not 0.0 <= warm_up < 1.0:
+        if isinstance(warm_up, bool | str) or not 0.0 <= warm_up < 1.0:
             raise ValueError(f"warm_up: expected a progress from 0 to below 1, got {warm_up!r}")
         candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder or 0.0)
         if not warm_up:

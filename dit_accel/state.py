@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +18,8 @@ from dit_accel.grid import TokenGrid
 from dit_accel.guard import Guard, GuardMemory
 from dit_accel.pipelines import ModelFamily
 from dit_accel.plan import AccelPlan
+
+logger = logging.getLogger("dit_accel")
 
 HOOK_NAME = "dit_accel"
 _MOST_TURNS = 3  # forwards of one step beyond its first; more of them are other generations
@@ -94,6 +97,7 @@ class AccelState:
         self._in_step: set[str] = set()  # branches that the step has seen
         self._finished = False
         self._rows: dict[tuple[int, int], tuple[Tensor, bool]] = {}
+        self._compared = plan.grid is None
         self._dense = [candidate.is_dense for candidate in plan.candidates]
         self.all_dense = all(self._dense[choice] for choice in plan.choice.unique().tolist())
 
@@ -125,6 +129,20 @@ class AccelState:
         """What the pattern families keep from step to step."""
         return self.memory.setdefault("patterns", {})
 
+    def _compare(self, grid: TokenGrid | None) -> None:
+        """Say once that the plan was calibrated on another grid."""
+        if grid is None or self._compared:
+            return
+        self._compared = True
+        here, there = ((g.frames, g.height, g.width) for g in (grid, self.plan.grid or grid))
+        if here != there:
+            logger.warning(
+                "plan: calibrated for %d x %d x %d tokens (frames, height, width), runs on %d x %d x %d; it keeps the "
+                "shares of keys that it was given, what quality they give here was not measured",
+                *there,
+                *here,
+            )
+
     def begin(
         self, grid: TokenGrid | None, progress: float, branch: str = "", new: bool | None = None
     ) -> None:
@@ -141,6 +159,7 @@ class AccelState:
             self._in_step.clear()
         self._in_step.add(branch)
         self.grid, self.progress, self.branch = grid, progress, branch
+        self._compare(grid)
         position = self._branches.setdefault(branch, BranchState(progress, progress))
         position.progress = progress
         position.forwards += 1

@@ -378,25 +378,26 @@ def _assign_triton(tokens: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     scales = F.pad(scales, (0, missing))
     labels = torch.empty(batch, heads, seq, dtype=torch.int32, device=tokens.device)
     distances = torch.empty(batch, heads, seq, dtype=torch.float32, device=tokens.device)
-    _assign_kernel[(triton.cdiv(seq, options["TILE_S"]), batch * heads)](
-        tokens,
-        padded,
-        norms,
-        scales,
-        labels,
-        distances,
-        seq,
-        heads,
-        tiles,
-        *(stride // align for stride in tokens.stride()[:3]),
-        DIM=dim,
-        ALIGN=align,
-        PARTS=count,
-        STEP=2.0**-bits,
-        # Triton 3.10 turns this off by default; the scores count on fused multiply-adds for speed.
-        enable_fp_fusion=True,
-        **options,
-    )
+    with torch.cuda.device_of(tokens):
+        _assign_kernel[(triton.cdiv(seq, options["TILE_S"]), batch * heads)](
+            tokens,
+            padded,
+            norms,
+            scales,
+            labels,
+            distances,
+            seq,
+            heads,
+            tiles,
+            *(stride // align for stride in tokens.stride()[:3]),
+            DIM=dim,
+            ALIGN=align,
+            PARTS=count,
+            STEP=2.0**-bits,
+            # Triton 3.10 turns this off by default; the scores count on fused multiply-adds for speed.
+            enable_fp_fusion=True,
+            **options,
+        )
     return labels, distances
 
 
@@ -407,22 +408,23 @@ def _update_triton(tokens: Tensor, order: Tensor, starts: Tensor, last: bool) ->
     clusters = starts.shape[-1] - 1
     centroids = torch.empty(batch, heads, clusters, dim, dtype=torch.float32, device=tokens.device)
     spread = torch.zeros(batch, heads, clusters, dtype=torch.float32, device=tokens.device)
-    _update_kernel[(clusters, batch * heads)](
-        tokens,
-        order,
-        starts,
-        centroids,
-        spread,
-        seq,
-        heads,
-        clusters,
-        *(stride // align for stride in tokens.stride()[:3]),
-        DIM=dim,
-        ALIGN=align,
-        LAST=last,
-        enable_fp_fusion=True,
-        **update_options(dim),
-    )
+    with torch.cuda.device_of(tokens):
+        _update_kernel[(clusters, batch * heads)](
+            tokens,
+            order,
+            starts,
+            centroids,
+            spread,
+            seq,
+            heads,
+            clusters,
+            *(stride // align for stride in tokens.stride()[:3]),
+            DIM=dim,
+            ALIGN=align,
+            LAST=last,
+            enable_fp_fusion=True,
+            **update_options(dim),
+        )
     return centroids, spread
 
 

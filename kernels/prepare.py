@@ -274,7 +274,8 @@ def _block_sums(tokens: Tensor, block: int, starts: Tensor | None, dtype: torch.
         batch, heads = (max(pair) for pair in zip(tokens.shape[:2], starts.shape[:2], strict=True))
         lengths = starts.diff().expand(batch, heads, -1).contiguous()
         tokens = tokens.to(dtype).expand(batch, heads, -1, -1).contiguous()
-        return torch.segment_reduce(tokens, "sum", lengths=lengths, axis=2)
+        # Checked lengths would have the host wait.
+        return torch.segment_reduce(tokens, "sum", lengths=lengths, axis=2, unsafe=True)
     whole = tokens.shape[2] // block * block
     sums = tokens[:, :, :whole].unflatten(2, (-1, block)).sum(3, dtype=dtype)
     if whole < tokens.shape[2]:

@@ -121,7 +121,11 @@ def _tile_logits(
 
 
 # Sequence lengths change with every resolution and must not compile anew.
-@triton.jit(do_not_specialize=["seq_q", "seq_k", "rows", "cols", "groups", "order_b", "order_h"])
+@triton.jit(
+    do_not_specialize=[
+        *("seq_q", "seq_k", "rows", "cols", "groups", "order_b", "order_h", "stride_bias_b", "stride_bias_h"),
+    ]
+)
 def block_mass_forward(
     q,  # [batch, heads, seq_q, dim], with GROUP int8 [batch, heads, seq_q, ceil(dim / 2)]
     k,  # as q

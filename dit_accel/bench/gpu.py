@@ -28,7 +28,9 @@ from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.timing import machine
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex, available_precisions, block_sparse_attention, prepare_triton
+from dit_accel.kernels.block_sparse import triton_kernel
 from dit_accel.kernels.kmeans import kmeans
+from dit_accel.kernels.partition import partition
 from dit_accel.kernels.prepare import PRECISIONS, ordered
 from dit_accel.kernels.scores import antidiagonal_scores, block_mass, lowbit_scores, pooled_scores
 from dit_accel.kernels.select import select_blocks
@@ -60,7 +62,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the suite and write its report.
 
-    Shapes that do not fit into `limit_seconds` any more are listed under `left_out`.
+    Timings that do not fit into `limit_seconds` any more are listed under `left_out`.
 
     Args:
         output: the report's file.
@@ -105,25 +107,16 @@ def run(
         add("correctness", {"kernel": name, "dim": dim}, partial(check_choosing, name, dim, device))
     for dim, name in tqdm([(dim, name) for dim in dims for name in LAYERS], desc="layers"):
         add("correctness", {"kernel": f"layer:{name}", "dim": dim}, partial(check_layer, name, dim, device))
+    longest = 0.0  # of the rows so far: the next one is not begun where it may not end in time
     for name, shape in shapes.items():
-        if time.perf_counter() - start > limit_seconds:
-            report["left_out"].append(name)
-            continue
-        q, k, v = tensors(shape, device, torch.bfloat16)
         for density in tqdm(DENSITIES, desc=name):
-            index = index_of(shape, *BLOCKS, density, device)
-            calls = _calls(q, k, v, index, density)
-            add(
-                "rows",
-                {
-                    "shape": name,
-                    "tokens": shape.tokens,
-                    "heads": shape.heads,
-                    "dim": shape.dim,
-                    "asked": density,
-                },
-                partial(_row, calls, index, shape, device),
-            )
+            begun = time.perf_counter()
+            if begun - start + longest > limit_seconds:
+                report["left_out"].append(f"{name} at density {density:g}")
+                continue
+            sizes = {"tokens": shape.tokens, "heads": shape.heads, "dim": shape.dim}
+            add("rows", {"shape": name, **sizes, "asked": density}, partial(_row, shape, density, device))
+            longest = max(longest, time.perf_counter() - begun)
     report["seconds"] = time.perf_counter() - start
     write_json(output, report)
     return report
@@ -239,6 +232,7 @@ LAYERS: dict[str, tuple[Candidate, ...]] = {
         Candidate("pooled", 0.3, remainder=True),
         Candidate("pooled", 0.4, precision="int8"),
         Candidate("hashed", 0.3, precision="int8_fp8", remainder=True),
+        Candidate("balanced", 0.3, precision="int8", remainder=True),
         Candidate("clustered", 0.4, remainder=True),
         Candidate("clustered", 0.5, precision="int8"),
         Candidate("antidiagonal", 0.3, precision="fp8"),
@@ -304,11 +298,30 @@ def _sdpa(kind: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor
         return F.scaled_dot_product_attention(query, key, value)
 
 
+def _sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """SageAttention with INT8 scores in Triton; its first release has that kernel alone, under another name."""
+    package = import_module("sageattention")
+    kernel = getattr(package, "sageattn_qk_int8_pv_fp16_triton", package.sageattn)
+    return kernel(query, key, value, tensor_layout="NHD")
+
+
+def _attend(prepare: Call, index: BlockIndex, scale: float, dtype: torch.dtype) -> Call:
+    """The kernel alone, on operands that are prepared once."""
+    kept: list[Any] = []
+
+    def call() -> object:
+        if not kept:
+            kept.append(prepare())
+        return triton_kernel.attention(kept[0], index, scale, None, dtype)
+
+    return call
+
+
 def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -> dict[str, Call]:
     """Ours in each precision and flex on one list, beside cuDNN; at density 1 also the other dense peers and the parts.
 
-    A precision's time is that of the whole call; `prepare:` and `order` are parts of it, `score:` and `select` come
-    before.
+    A precision's time is that of the whole call; `prepare:`, `attend:` and `order` are parts of it, `score:`, `select`
+    and `partition` come before.
     """
     dense = [x.transpose(1, 2) for x in (q, k, v)]
     calls: dict[str, Call] = {"sdpa-cudnn": partial(_sdpa, SDPA["sdpa-cudnn"], *dense)}
@@ -326,8 +339,7 @@ def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -
     for name in ("sdpa-flash", "sdpa-efficient"):
         calls[name] = partial(_sdpa, SDPA[name], *dense)
     if util.find_spec("sageattention") is not None:
-        sage = import_module("sageattention").sageattn_qk_int8_pv_fp16_triton
-        calls["sageattention-triton"] = partial(sage, q, k, v, tensor_layout="NHD")
+        calls["sageattention-triton"] = partial(_sage, q, k, v)
     scale = q.shape[-1] ** -0.5
     order = torch.arange(index.seq_k, device=q.device).flip(0)[None, None]
     for precision in PRECISIONS[1:]:
@@ -341,11 +353,16 @@ def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -
             block_k=index.block_k,
             key_order=order,
         )
+        plain = partial(
+            prepare_triton.prepare, q, k, v, precision=precision, scale=scale, block_k=index.block_k
+        )
+        calls[f"attend:{precision}"] = _attend(plain, index, scale, q.dtype)
     calls["order"] = partial(ordered, k, order)
     blocks: dict[str, Any] = {"block_q": index.block_q, "block_k": index.block_k}
     calls["score:pooled"] = partial(pooled_scores, q, k, **blocks)
     calls["score:antidiagonal"] = partial(antidiagonal_scores, q, k, block=index.block_q)
     calls["score:4-bit"] = partial(lowbit_scores, q, k, **blocks)
+    calls["partition"] = partial(partition, q, k, block=index.block_k)
     calls["score:exact"] = partial(block_mass, q, k, **blocks)
     scores = torch.rand(1, index.heads, index.rows, index.cols, device=q.device)
     calls["select"] = partial(
@@ -355,7 +372,10 @@ def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -
     return calls
 
 
-def _row(calls: dict[str, Call], index: BlockIndex, shape: Shape, device: torch.device) -> dict[str, Any]:
+def _row(shape: Shape, density: float, device: torch.device) -> dict[str, Any]:
+    q, k, v = tensors(shape, device, torch.bfloat16)
+    index = index_of(shape, *BLOCKS, density, device)
+    calls = _calls(q, k, v, index, density)
     errors = {}
     working = {}
     for name, call in calls.items():
@@ -367,14 +387,14 @@ def _row(calls: dict[str, Call], index: BlockIndex, shape: Shape, device: torch.
         except Exception as error:  # a peer that cannot run this shape is left out and named
             errors[name] = f"{type(error).__name__}: {error}"[:300]
     times = in_turns(working, device, rounds=9, seconds=0.7)
-    density = index.density
+    got = index.density
     base = times.get("sdpa-cudnn")
     results: dict[str, dict[str, Any]] = {}
     for name, taken in times.items():
-        if name in ("order", "select") or name.startswith(("prepare:", "score:")):
+        if name in ("order", "select", "partition") or name.startswith(("prepare:", "attend:", "score:")):
             results[name] = {**taken, "share_of_cudnn": taken["p50"] / base["p50"] if base else None}
             continue
-        kept = density if name in (*PRECISIONS, "native+remainder", "flex") else 1.0
+        kept = got if name in (*PRECISIONS, "native+remainder", "flex") else 1.0
         rate = kept * shape.flops / (taken["p50"] * 1e9)
         results[name] = {
             **taken,
@@ -382,4 +402,4 @@ def _row(calls: dict[str, Call], index: BlockIndex, shape: Shape, device: torch.
             "share_of_peak": rate / PEAKS.get(name, PEAKS["native"]),
             "speedup_over_cudnn": base["p50"] / taken["p50"] if base else None,
         }
-    return {"density": density, "results": results, "failed": errors}
+    return {"density": got, "results": results, "failed": errors}

@@ -143,10 +143,16 @@ def default_prompts(model: str, part: str, path: str | Path | None) -> list[str]
     """Prompts of the file if one is given, else the demo's `calibration` or `held_out` prompts.
 
     Raises:
-        ValueError: There is no file and the model is not the demo.
+        ValueError: There is no file and the model is not the demo, or the demo model does not know a prompt's words.
     """
     if path is not None:
-        return read_prompts(path)
+        prompts = read_prompts(path)
+        if model == DEMO:
+            from dit_accel.pipelines.demo.world import parse
+
+            for prompt in prompts:  # the scorer could not read others, after all of them were generated
+                parse(prompt)
+        return prompts
     if model != DEMO:
         raise ValueError(
             f"prompts: only the model 'demo' brings its own; give a file with prompts for {model!r}"

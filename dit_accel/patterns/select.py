@@ -175,7 +175,8 @@ def _chosen(
     if segment < 0:
         raise ValueError(f"option 'segment' of family {family.name!r}: expected at least 0, got {segment}")
     if not space.video_blocks:
-        return Selection(lists_of(space, everything(space), heads), order, order, grid, space.order_name)
+        every = lists_of(space, everything(space), heads, space.blocks)
+        return Selection(every, order, order, grid, space.order_name)
     kept = space.kept(density)
     query, key = space.reorder(query), space.reorder(key)
     key_order: Tensor = order

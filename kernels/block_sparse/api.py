@@ -214,46 +214,48 @@ def _attend(
         precision = resolve_precision(precision, query.device, backend)
     if reason := _missing(precision, query.device, backend):
         raise ValueError(f"precision {precision!r}: {reason}; use another, or backend 'auto'")
-    make: Callable[..., Prepared] = prepare
-    # Triton and the compiler stack behind flex are imported by those who use them.
-    if backend == "triton" and precision != "native":
-        from dit_accel.kernels import prepare_triton
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(query):
+        make: Callable[..., Prepared] = prepare
+        # Triton and the compiler stack behind flex are imported by those who use them.
+        if backend == "triton" and precision != "native":
+            from dit_accel.kernels import prepare_triton
 
-        make = prepare_triton.prepare
-    prepared = make(
-        query,
-        key,
-        value,
-        precision=precision,
-        scale=scale,
-        block_k=index.block_k,
-        key_starts=key_starts,
-        query_order=query_order,
-        key_order=key_order,
-        key_mask=key_mask,
-        remainder=rest,
-    )
-    none = query.new_empty(0, dtype=torch.float32)
-    if backend == "triton":
-        from dit_accel.kernels.block_sparse import triton_kernel
+            make = prepare_triton.prepare
+        prepared = make(
+            query,
+            key,
+            value,
+            precision=precision,
+            scale=scale,
+            block_k=index.block_k,
+            key_starts=key_starts,
+            query_order=query_order,
+            key_order=key_order,
+            key_mask=key_mask,
+            remainder=rest,
+        )
+        none = query.new_empty(0, dtype=torch.float32)
+        if backend == "triton":
+            from dit_accel.kernels.block_sparse import triton_kernel
 
-        output, lse = triton_kernel.attention(prepared, index, scale, query_order, query.dtype)
-        return output, lse if return_lse else none
-    if backend == "flex":
-        from dit_accel.kernels.block_sparse import flex
+            output, lse = triton_kernel.attention(prepared, index, scale, query_order, query.dtype)
+            return output, lse if return_lse else none
+        if backend == "flex":
+            from dit_accel.kernels.block_sparse import flex
 
-        return restored(flex.attention(prepared, index, scale), query_order), none
-    if backend == "reference":
-        output, lse = reference.attention(prepared, index, scale)
-        output = output.to(query.dtype)
-    elif index.varies:
-        output, lse = by_row.attention(prepared, index, scale)
-    else:
-        output, lse = gather.attention(prepared, index, scale, return_lse)
-    output = restored(output, query_order)
-    if not return_lse:
-        return output, none
-    return output, restored(lse[..., None], query_order)[..., 0].transpose(1, 2).contiguous()
+            return restored(flex.attention(prepared, index, scale), query_order), none
+        if backend == "reference":
+            output, lse = reference.attention(prepared, index, scale)
+            output = output.to(query.dtype)
+        elif index.varies:
+            output, lse = by_row.attention(prepared, index, scale)
+        else:
+            output, lse = gather.attention(prepared, index, scale, return_lse)
+        output = restored(output, query_order)
+        if not return_lse:
+            return output, none
+        return output, restored(lse[..., None], query_order)[..., 0].transpose(1, 2).contiguous()
 
 
 # Under torch.compile a call is one node, whose cost of dispatch eager calls do without.

@@ -84,6 +84,7 @@ def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, PAD_D: tl.con
     do_not_specialize=[
         *("seq_q", "seq_k", "rows", "cols", "groups", "words", "programs_of_head"),
         *("most_full", "most_parts", "stride_index", "stride_programs", "order_b", "order_h"),
+        *("stride_bias_b", "stride_bias_h", "stride_validb", "stride_validh"),
     ]
 )
 def block_sparse_forward(
@@ -307,7 +308,7 @@ def block_sparse_forward(
     tl.store(lse + o_head * seq_q + o_out, b_lse, mask=m_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words"])
 def _mark_read(read, counts, offsets, indices, words, TILE: tl.constexpr):
     """Set the bit of every block in one row's list; read [lists, words] starts as 0."""
     row = tl.program_id(0).to(tl.int64)

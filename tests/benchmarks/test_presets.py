@@ -209,7 +209,9 @@ def test_a_killed_comparison_goes_on_where_it_was(killed, capsys):
     assert {("natten", False), ("natten", True), ("svg2", False), ("svg2", True)} <= set(rows)
     # Systems that are the same at this density share measurements; all others are still missing.
     assert part["done"] == len(rows) < part["of"]
-    assert part["of"] == sum(len(presets.at_density(p, 0.25, 1).with_and_without()) for p in PRESETS.values())
+    assert part["of"] == sum(
+        len(presets.at_density(p, 0.25, 1).with_and_without()) for p in presets.SYSTEMS.values()
+    )
     for row in rows.values():
         assert 0 < row["density"] <= 1
         assert 0 < row["psnr_min"] == row["psnr_mean"] < 100
@@ -260,7 +262,7 @@ def test_heads_of_equal_and_varying_blocks(killed, capsys):
     rows = {(row["preset"], row["asked"]): row for row in part["rows"]}
     assert {(name, density) for name in ("natten", "svg2") for density in (0.5, 0.25)} <= set(rows)
     assert part["steps"] == [0]
-    assert part["done"] == len(rows) < part["of"] == 2 * len(PRESETS)
+    assert part["done"] == len(rows) < part["of"] == 2 * len(presets.SYSTEMS)
     for row in rows.values():
         assert 0 < row["recall_min"] <= row["recall"] < 1
         assert 0 < row["rel_l2_remainder"] < row["rel_l2"] < 2
@@ -294,10 +296,10 @@ def test_heads_are_the_brute_force_over_all_captured_calls(tmp_path):
 
     presets.watch(bench, 0, settings, use)
     assert [layer for layer, *_ in calls] == list(range(6))
-    presets.measure_heads(bench, ["natten", "svoo"])
+    presets.measure_heads(bench, ["natten", "svoo", "balanced"])
     rows = {row["preset"]: row for row in json.loads(bench.output.read_text())["heads"]["rows"]}
-    for name in ("natten", "svoo"):
-        heads = [found for _, *call in calls for found in brute_force(PRESETS[name], *call)]
+    for name in ("natten", "svoo", "balanced"):
+        heads = [found for _, *call in calls for found in brute_force(presets.SYSTEMS[name], *call)]
         expected = dict(zip(("recall", "rel_l2", "rel_l2_remainder"), torch.tensor(heads).T, strict=True))
         # Float32 sums over 240 keys: some hundred roundings of 2^-24, relative to errors of a few percent and more.
         for measure, of_heads in expected.items():

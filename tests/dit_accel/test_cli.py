@@ -143,6 +143,10 @@ def test_a_wrong_command_line_is_answered_in_one_line(argv, message, capsys):
         (["evaluate", "TMP", "--variants", "dense"], "prompts: only the model 'demo' brings its own"),
         (["evaluate", "TMP", "--variants", "fast"], "variant 'fast': expected dense, plan:DIR"),
         (["evaluate", "demo", "--variants", "dense", "--prompts", "TMP/none.txt"], "prompts: cannot read"),
+        (
+            ["evaluate", "demo", "--variants", "dense", "--prompts", "TMP/foreign.txt"],
+            "prompt: expected a sentence of the demo world such as",
+        ),
         (["evaluate", "demo", "--variants", "dense", "--limit", "0"], "limit: expected at least 1, got 0"),
         (["calibrate", "TMP"], "prompts: only the model 'demo' brings its own"),
         (["demo", "--model", "TMP"], "prompts: only the model 'demo' brings its own"),
@@ -151,6 +155,7 @@ def test_a_wrong_command_line_is_answered_in_one_line(argv, message, capsys):
     ],
 )
 def test_user_errors_are_one_line_and_no_traceback(argv, message, run, tmp_path):
+    (tmp_path / "foreign.txt").write_text("a cat plays the piano\n")
     code, out, err = run(*(argument.replace("TMP", str(tmp_path)) for argument in argv))
     assert code == 1
     assert out == ""

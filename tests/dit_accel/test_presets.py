@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from dit_accel.grid import AXIS_ORDERS, TokenGrid
@@ -531,3 +532,19 @@ def test_what_authors_calibrate_is_said():
         "calibrate the window of each head" in AccelPlan.preset("sta", density=0.2).objective["uncalibrated"]
     )
     assert AccelPlan.preset("window", density=0.3).objective == {"preset": "window"}
+
+
+@pytest.mark.parametrize(("name", "steps"), [("svg", 10), ("adaspa", 10), ("svg2", 15)])
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_dense_steps_are_as_many_as_the_authors_count(name: str, steps: int, scheduler: type) -> None:
+    """Of 50 at a flow shift of 5, as Wan is sampled at 720p."""
+    if scheduler is UniPCMultistepScheduler:
+        made = scheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    else:
+        made = scheduler(shift=5.0)
+    made.set_timesteps(50)
+    progress = [1 - float(t) / made.config.num_train_timesteps for t in made.timesteps]
+    plan = AccelPlan.preset(name)
+    dense = [plan.candidates[int(plan.row(max(0.0, p), 0)[0])].family == "dense" for p in progress]
+    assert sum(dense) == steps
+    assert all(dense[:steps])

@@ -1,5 +1,7 @@
 """The state knows where a generation is and forgets it when the next one begins."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,6 +30,17 @@ def step(state, progress, branch=""):
 def test_branches_are_counted_apart(state):
     assert [step(state, p, b) for p in (0.0, 0.5) for b in ("cond", "uncond")] == [1, 1, 2, 2]
     assert state.stats.sparse_calls == 4
+
+
+def test_another_grid_than_the_plan_was_calibrated_on_is_said_once(tiny, caplog):
+    calibrated = replace(WINDOW, grid=TokenGrid(1, 5, 8))
+    elsewhere = AccelState(calibrated, family_of(tiny("wan").transformer))
+    at_home = AccelState(replace(WINDOW, grid=GRID), family_of(tiny("wan").transformer))
+    with caplog.at_level("WARNING", logger="dit_accel"):
+        for state in (at_home, elsewhere):
+            step(state, 0.1), step(state, 0.7)
+    (said,) = caplog.messages
+    assert "calibrated for 1 x 5 x 8 tokens (frames, height, width), runs on 1 x 5 x 7" in said
 
 
 @pytest.mark.parametrize("first", [0.0, 0.1, 0.7])

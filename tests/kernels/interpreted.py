@@ -253,13 +253,11 @@ def test_suite_writes_down_what_fails_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "CHOOSING", {})
     monkeypatch.setattr(gpu, "LAYERS", {})
     monkeypatch.setattr(gpu, "DENSITIES", (1.0, 0.3))
-    calls = gpu._calls
+    calls, parts = gpu._calls, ("prepare:fp8", "attend:int8", "partition", "select")
 
     def with_a_broken_peer(*arguments):
         made = calls(*arguments) | {"broken": lambda: 1 / 0}
-        return {
-            name: call for name, call in made.items() if name in ("int8", "broken", "prepare:fp8", "select")
-        }
+        return {name: call for name, call in made.items() if name in ("int8", "broken", *parts)}
 
     monkeypatch.setattr(gpu, "_calls", with_a_broken_peer)
     shapes = {"tiny": Shape(130, 1, 32)}
@@ -268,8 +266,17 @@ def test_suite_writes_down_what_fails_and_goes_on(tmp_path, monkeypatch):
     assert all(row["error"].startswith("ZeroDivisionError") for row in report["correctness"])
     assert [row["asked"] for row in report["rows"]] == [1.0, 0.3]
     assert all(row["failed"] == {"broken": "ZeroDivisionError: division by zero"} for row in report["rows"])
-    assert [set(row["results"]) for row in report["rows"]] == [{"int8", "prepare:fp8", "select"}, {"int8"}]
+    assert [set(row["results"]) for row in report["rows"]] == [{"int8", *parts}, {"int8"}]
     assert all(result["p50"] > 0 for row in report["rows"] for result in row["results"].values())
     assert json.loads((tmp_path / "r.json").read_text()) == report
     late = gpu.run(tmp_path / "r.json", shapes=shapes, dims=(), device=torch.device("cpu"), limit_seconds=-1)
-    assert (late["rows"], late["left_out"]) == ([], ["tiny"])
+    assert (late["rows"], late["left_out"]) == ([], ["tiny at density 1", "tiny at density 0.3"])
+
+    def breaks(*_):
+        raise AttributeError("no such kernel")
+
+    for broken in ("_calls", "index_of", "tensors"):
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu, broken, breaks)
+            found = gpu.run(tmp_path / "r.json", shapes=shapes, dims=(), device=torch.device("cpu"))
+        assert [row["error"] for row in found["rows"]] == ["AttributeError: no such kernel"] * 2
