@@ -278,16 +278,21 @@ def test_clusters_keep_what_was_asked_for_and_one_at_least(grid: TokenGrid) -> N
     assert masks[0.3].double().mean() > 0.2
 
 
-def test_clusters_find_groups_that_lie_anywhere() -> None:
+def groups_anywhere() -> tuple[TokenGrid, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A grid with queries and keys of six groups that lie anywhere, and their softmax weights at scale 1."""
     grid, groups = TokenGrid(6, 8, 10), 6
     generator = torch.Generator().manual_seed(3)
     centres = 6 * torch.nn.functional.normalize(torch.randn(groups, 16, generator=generator), dim=-1)
     member = torch.randint(groups, (1, grid.video_tokens, 1), generator=generator)
     noise = 0.3 * torch.randn(2, 1, grid.video_tokens, 1, 16, generator=generator)
     query, key = centres[member] + noise[0], centres[member] + noise[1]
+    return grid, query, key, torch.softmax(query[0, :, 0].double() @ key[0, :, 0].double().T, dim=-1)
+
+
+def test_clusters_find_groups_that_lie_anywhere() -> None:
+    grid, query, key, weights = groups_anywhere()
     options = {"density": 0.25, "block": BLOCK, "query_clusters": 12, "key_clusters": 12, "iterations": 20}
     kept = select("clustered", query, key, grid, **options).mask()[0, 0]
-    weights = torch.softmax(query[0, :, 0].double() @ key[0, :, 0].double().T, dim=-1)
     assert (weights * kept).sum(-1).mean() > 0.95
     pooled = select("pooled", query, key, grid, density=0.25, block=BLOCK).mask()[0, 0]
     assert (weights * pooled).sum(-1).mean() < 0.5
@@ -314,13 +319,7 @@ def test_hashed_rows_are_bands_of_the_sorted_tokens(grid: TokenGrid) -> None:
 
 
 def test_hash_sorts_like_to_like() -> None:
-    grid, groups = TokenGrid(6, 8, 10), 6
-    generator = torch.Generator().manual_seed(3)
-    centres = 6 * torch.nn.functional.normalize(torch.randn(groups, 16, generator=generator), dim=-1)
-    member = torch.randint(groups, (1, grid.video_tokens, 1), generator=generator)
-    noise = 0.3 * torch.randn(2, 1, grid.video_tokens, 1, 16, generator=generator)
-    query, key = centres[member] + noise[0], centres[member] + noise[1]
-    weights = torch.softmax(query[0, :, 0].double() @ key[0, :, 0].double().T, dim=-1)
+    grid, query, key, weights = groups_anywhere()
     held = {}
     for name in ("hashed", "bands"):
         kept = select(name, query, key, grid, density=0.4, block=BLOCK).mask()[0, 0]
@@ -399,13 +398,7 @@ def test_balanced_rows_keep_the_blocks_between_whose_means_most_mass_is(
 
 
 def test_balanced_blocks_find_groups_that_lie_anywhere() -> None:
-    grid, groups = TokenGrid(6, 8, 10), 6
-    generator = torch.Generator().manual_seed(3)
-    centres = 6 * torch.nn.functional.normalize(torch.randn(groups, 16, generator=generator), dim=-1)
-    member = torch.randint(groups, (1, grid.video_tokens, 1), generator=generator)
-    noise = 0.3 * torch.randn(2, 1, grid.video_tokens, 1, 16, generator=generator)
-    query, key = centres[member] + noise[0], centres[member] + noise[1]
-    weights = torch.softmax(query[0, :, 0].double() @ key[0, :, 0].double().T, dim=-1)
+    grid, query, key, weights = groups_anywhere()
     held = {}
     for name in ("balanced", "pooled"):
         kept = select(name, query, key, grid, density=0.4, block=BLOCK, scale=1.0).mask()[0, 0]
