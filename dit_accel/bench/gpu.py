@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module, util
 from pathlib import Path
 from typing import Any
@@ -307,14 +307,8 @@ def _sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _attend(prepare: Call, index: BlockIndex, scale: float, dtype: torch.dtype) -> Call:
     """The kernel alone, on operands that are prepared once."""
-    kept: list[Any] = []
-
-    def call() -> object:
-        if not kept:
-            kept.append(prepare())
-        return triton_kernel.attention(kept[0], index, scale, None, dtype)
-
-    return call
+    prepared: Callable[[], Any] = cache(prepare)
+    return lambda: triton_kernel.attention(prepared(), index, scale, None, dtype)
 
 
 def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -> dict[str, Call]:
