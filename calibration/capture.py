@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.calibration.downstream import Downstream
-from dit_accel.calibration.profile import profile_call
+from dit_accel.calibration.profile import Earlier, profile_call
 from dit_accel.calibration.tables import ProfileSums
 from dit_accel.evaluation.timing import now
 from dit_accel.plan import Candidate
@@ -56,6 +56,7 @@ class Recorder:
         self._share = share
         self._seed = seed
         self._errors: dict[int, Tensor] = {}  # by layer, of the first branch of the running step
+        self._earlier: dict[int, Earlier] = {}  # by layer
         self._branches: list[str] = []  # of the running step, in the order of their forwards
         self._branches_before = 1
         self._probing = False
@@ -90,6 +91,8 @@ class Recorder:
             self._branches_before, self._branches = max(len(self._branches), 1), []
             self.progress.append(state.progress)
             self._errors.clear()
+            for earlier in self._earlier.values():
+                earlier.chosen = None
         if state.branch not in self._branches:
             self._branches.append(state.branch)
         return self._sampled.get(len(self.progress) - 1)
@@ -108,7 +111,9 @@ class Recorder:
         if self._once is not None and len(self.progress) == min(2, self._steps):
             self._once(state, self._branches_before, query, key, value, key_mask)
             self._once = None
-        if span is not None and not self._probing:
+        if span is None:
+            self._observe(state, layer, query, key, value)
+        elif not self._probing:
             self._profile(state, layer, query, key, value, key_mask, None)
         self.seconds += now(query.device) - start
 
@@ -131,6 +136,8 @@ class Recorder:
             self.sums[state.branch] = ProfileSums.zeros(
                 spans, self._layers, query.shape[2], len(self._candidates)
             )
+        # In the first step a run does not know either whether another branch will come.
+        earlier = self._earlier_of(layer) if len(self.progress) > 1 else Earlier()
         with torch.no_grad():
             call = profile_call(
                 query,
@@ -144,8 +151,30 @@ class Recorder:
                 phase=(len(self.progress) * self._layers + layer) * _GOLDEN % 1.0,
                 key_mask=key_mask,
                 gradient=gradient,
+                earlier=earlier,
+                branch=state.branch,
             )
         first = self._errors.get(layer)
         if first is None:
             self._errors[layer] = call.errors
         self.sums[state.branch].add_call(self._sampled[len(self.progress) - 1], layer, call, gradient, first)
+        self._observe(state, layer, query, key, value)
+
+    def _observe(self, state: AccelState, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Notes what a running plan would remember of this call in the next step, if that one is profiled."""
+        if len(self.progress) not in self._sampled or state.grid is None:
+            return
+        with torch.no_grad():
+            self._earlier_of(layer).observe(
+                query,
+                key,
+                value,
+                state.grid,
+                self._candidates,
+                branch=state.branch,
+                first=state.branch == self._branches[0],
+                block=state.plan.block,
+            )
+
+    def _earlier_of(self, layer: int) -> Earlier:
+        return self._earlier.setdefault(layer, Earlier())

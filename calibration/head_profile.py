@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.kernels.prepare import E4M3_MAX, TINY, key_group, quantise
-from dit_accel.patterns import Selection
 
 EVERY = 8  # rows from one whose error is kept to the next
 SUMS = ("mass", "error", "effect", "norm", "rows")
@@ -46,19 +45,19 @@ class Tiles:
     blocks: int
 
 
-def key_tiles(selection: Selection, b: int, h: int, block: int) -> Tiles:
-    index, places = selection.index, of_head(selection.key_order, b, h)
-    device, seq = places.device, index.seq_k
-    if index.key_starts is None:
-        slots = torch.arange(index.cols * block, device=device)
-        return Tiles(places[slots.clamp(max=seq - 1)], slots >= seq, None, index.cols)
-    starts = of_head(index.key_starts, b, h).long()
+def key_tiles(places: Tensor, starts: Tensor | None, block: int, blocks: int) -> Tiles:
+    """Tiles of one head, whose key tokens stand at `places` and whose `blocks` begin at `starts`, if they vary."""
+    device, seq = places.device, len(places)
+    if starts is None:
+        slots = torch.arange(blocks * block, device=device)
+        return Tiles(places[slots.clamp(max=seq - 1)], slots >= seq, None, blocks)
+    starts = starts.long()
     tiles = (starts.diff() + _VARYING_TILE - 1) // _VARYING_TILE
-    of = torch.arange(index.cols, device=device).repeat_interleave(tiles)
+    of = torch.arange(blocks, device=device).repeat_interleave(tiles)
     within = torch.arange(len(of), device=device) - (tiles.cumsum(0) - tiles)[of]
     slots = (starts[of] + within * _VARYING_TILE)[:, None] + torch.arange(_VARYING_TILE, device=device)
     hidden = slots >= starts[of + 1][:, None]
-    return Tiles(places[slots.clamp(max=seq - 1).flatten()], hidden.flatten(), of, index.cols)
+    return Tiles(places[slots.clamp(max=seq - 1).flatten()], hidden.flatten(), of, blocks)
 
 
 def profile_head(

@@ -33,7 +33,7 @@ from dit_accel.kernels import PRECISIONS, available_precisions
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate, config_hash_of
 
-_STAGES = 2  # raised when what a stage writes, or what it means, changes
+_STAGES = 3  # raised when what a stage writes, or what it means, changes
 _PROFILE_STEPS = 8  # what profiling one prompt takes, in steps of a dense generation
 # What a calibration depends on besides its arguments and the model: latencies belong to a machine.
 _MACHINE = ("cpu", "gpu", "threads", "dtype", "torch", "diffusers", "dit_accel")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from dit_accel.attention import attend
 from dit_accel.calibration.candidates import default_candidates
-from dit_accel.calibration.profile import profile_call
+from dit_accel.calibration.profile import Earlier, profile_call
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import PRECISIONS
 from dit_accel.patterns import select
@@ -319,3 +319,67 @@ def test_effect_is_the_squared_product_with_the_gradient_row_by_row(name):
     without = profile_call(query, key, value, grid, candidates, block=block, query_blocks=EVERYTHING)
     assert (without.effect == 0).all()
     torch.testing.assert_close(without.error, found.error)
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        Candidate("window", 0.3, remainder=True),
+        Candidate("pooled", 0.3, (("branches", "shared"),), remainder=True),
+        Candidate("pooled", 0.3, remainder=True),
+        Candidate("balanced", 0.3, (("branches", "shared"),), remainder=True),
+        Candidate("balanced", 0.3, (("branches", "shared"), ("rebuild", 1))),
+        Candidate("balanced", 0.5),
+        Candidate("clustered", 0.4, (("branches", "shared"), *CLUSTERS)),
+        Candidate("clustered", 0.4, CLUSTERS),
+    ],
+    ids=lambda c: (
+        f"{c.family}-{'-'.join(str(v) for n, v in c.options if n in ('branches', 'rebuild')) or 'own'}"
+    ),
+)
+def test_a_step_is_profiled_as_it_would_run(candidate):
+    """Blocks of the step before, and in the second branch what the first one chose."""
+    grid, block, heads = TokenGrid(3, 5, 7), 16, 2
+    before, now = tensors(grid, 1, 2 * heads), tensors(grid, 1, 2 * heads, dim=24)
+    now = [x + 0.5 * x.roll(1, 1) for x in now]
+    earlier, remembered = Earlier(), {}
+    calls = {
+        (step, branch): [x[:, :, number * heads : (number + 1) * heads] for x in of_step]
+        for step, of_step in ((1, before), (2, now))
+        for number, branch in enumerate(("cond", "uncond"))
+    }
+    for (step, branch), (q, k, v) in calls.items():
+        output, _ = attend(
+            q, k, v, grid, [candidate], [0], block=block, layer=0, branch=branch, step=step, cache=remembered
+        )
+        if step == 1:
+            earlier.observe(q, k, v, grid, [candidate], branch=branch, first=branch == "cond", block=block)
+            continue
+        found = profile_call(
+            *(q, k, v, grid, [candidate]),
+            block=block,
+            query_blocks=EVERYTHING,
+            earlier=earlier,
+            branch=branch,
+        )
+        dense = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v))).transpose(
+            1, 2
+        )
+        error = (output.double() - dense).square().sum((0, 1, 3))
+        assert (error > 1e-3 * dense.square().sum((0, 1, 3))).all()
+        torch.testing.assert_close(found.error[:, 0], error, rtol=grid.total_tokens * 2.0**-22, atol=0.0)
+
+
+def test_branches_that_share_a_choice_are_compared_where_their_tokens_stand():
+    grid, block = TokenGrid(3, 5, 7), 16
+    q, k, v = tensors(grid, 1, 2)
+    ways = [Candidate("balanced", 0.3, (("branches", "shared"),)), Candidate("balanced", 0.3)]
+    earlier = Earlier()
+    first, second = (
+        profile_call(*(q, k, x, grid, ways), block=block, query_blocks=3, earlier=earlier, branch=branch)
+        for branch, x in (("cond", v), ("uncond", -v))
+    )
+    assert first.errors[:, 0].abs().amax((1, 2)).gt(0).all()
+    torch.testing.assert_close(first.errors[:, 0], -second.errors[:, 0])
+    assert first.errors[:, 1].eq(0).all()
+    assert second.errors[:, 1].eq(0).all()
