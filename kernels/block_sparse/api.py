@@ -249,7 +249,7 @@ def _attend(
             output, lse = reference.attention(prepared, index, scale)
             output = output.to(query.dtype)
         elif index.varies:
-            output, lse = by_row.attention(prepared, index, scale)
+            output, lse = by_row.attention(prepared, index, scale, return_lse)
         else:
             output, lse = gather.attention(prepared, index, scale, return_lse)
         output = restored(output, query_order)

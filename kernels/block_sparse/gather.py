@@ -69,7 +69,7 @@ def attention(prepared: Prepared, index: BlockIndex, scale: float, return_lse: b
                     [picked, first[:, None] + torch.arange(mean_blocks, device=owner.device)], 1
                 )
             k, v = (x.index_select(0, picked.flatten()).view(len(owner), width, dim) for x in (keys, values))
-            scores = batched_scores(queries[chunk], k, scale)
+            scores = _scores(queries[chunk], k, scale)
             # Masked, not cut off: an odd number of columns would slow the matmuls down by half.
             scores[..., length : listed * block_k] = -torch.inf
             dead = torch.tensor(length == 0, device=owner.device)
@@ -101,6 +101,6 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return x.reshape(-1, block, x.shape[-1])
 
 
-def batched_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale * q k^T [n, queries, keys]; the scale costs no pass of its own."""
     return torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
