@@ -98,6 +98,11 @@ def only(*families: str) -> Callable[[Sequence[Candidate]], list[Candidate]]:
     return lambda candidates: [c for c in candidates if c.family in ("dense", *families)]
 
 
+def without(family: str) -> Callable[[Sequence[Candidate]], list[Candidate]]:
+    """Keep all candidates but those of a family."""
+    return lambda candidates: [c for c in candidates if c.family != family]
+
+
 def without_remainder(candidates: Sequence[Candidate]) -> list[Candidate]:
     """What is left out of a row no longer counts through its means."""
     return list(dict.fromkeys(replace(candidate, remainder=False) for candidate in candidates))
@@ -126,8 +131,9 @@ ABLATION = {
     **PLAN,
     "with downstream weights": Calibrator(downstream=True),
     "without measured cost": Calibrator(measured_cost=False),
+    "balanced only": Calibrator(only("balanced")),
+    "without balanced": Calibrator(without("balanced")),
     "pooled only": Calibrator(only("pooled")),
-    "window only": Calibrator(only("window")),
     "without remainder": Calibrator(without_remainder),
     "native precision only": Calibrator(native),
 }

@@ -159,12 +159,11 @@ def _prepare(
     candidates: of every head of the tensors; numbers: which head of its layer each is.
     """
     heads = query.shape[2]
-    heads_of: dict[Candidate, list[int]] = {}
-    for head, candidate in enumerate(candidates):
-        heads_of.setdefault(candidate, []).append(head)
     chosen: list[tuple[Selection, list[int]]] = []
-    for candidate, members in heads_of.items():
+    for members in _together(candidates):
+        candidate = candidates[members[0]]
         family = FAMILIES[candidate.family]
+        densities = tuple(candidates[member].density for member in members)
         q, k, v = query, key, value
         if len(members) < heads:
             # A static family looks at shapes alone, so any heads will do for it.
@@ -180,14 +179,14 @@ def _prepare(
             shared = step is not None and options.get("branches") == SHARED
             own_branch = None if shared else branch
             memory = memories.setdefault((grid, block, owner, own_branch), {}).setdefault(
-                (candidate, tuple(in_layer)), {}
+                (candidate.family, candidate.options, densities, tuple(in_layer)), {}
             )
         selection = select(
             candidate.family,
             q,
             k,
             grid,
-            density=candidate.density,
+            density=densities,
             block=block,
             scale=scale,
             value=v,
@@ -201,7 +200,7 @@ def _prepare(
     index = chosen[0][0].index
     if len(chosen) > 1:
         index = BlockIndex.merge_heads([(selection.index, members) for selection, members in chosen], heads)
-    remainder = _remainder(heads_of, heads, query.device)
+    remainder = _remainder(candidates, query.device)
     # On a GPU the host must not wait for a number that only statistics need.
     share = sum(selection.kept_share() * (len(members) / heads) for selection, members in chosen)
     density = share if query.device.type == "cuda" else float(share)
@@ -228,16 +227,23 @@ def _merged(parts: Sequence[tuple[Tensor, list[int]]], heads: int) -> Tensor:
     return merged
 
 
-def _remainder(heads_of: dict[Candidate, list[int]], heads: int, device: torch.device) -> Tensor | bool:
+def _together(candidates: Sequence[Candidate]) -> list[list[int]]:
+    """Heads that choose together: what their means weigh does not matter, their densities only to some families."""
+    groups: dict[Any, list[int]] = {}
+    for head, candidate in enumerate(candidates):
+        any_density = FAMILIES[candidate.family].chooses_together(dict(candidate.options))
+        name = candidate.family, candidate.options, None if any_density else candidate.density
+        groups.setdefault(name, []).append(head)
+    return list(groups.values())
+
+
+def _remainder(candidates: Sequence[Candidate], device: torch.device) -> Tensor | bool:
+    """What the means of each head weigh."""
     # Dense heads leave nothing out, so they go along with the others.
-    wanted = {candidate.remainder for candidate in heads_of if candidate.family != "dense"}
+    wanted = {candidate.remainder for candidate in candidates if candidate.family != "dense"}
     if wanted <= {0.0} or wanted == {1.0}:
         return wanted == {1.0}
-    weights = [0.0] * heads
-    for candidate, members in heads_of.items():
-        for member in members:
-            weights[member] = candidate.remainder
-    return _weights(tuple(weights), device)
+    return _weights(tuple(float(candidate.remainder) for candidate in candidates), device)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
+from dit_accel.kernels.backend import on_device
 from dit_accel.kernels.partition import partition
 from dit_accel.kernels.scores import pooled_scores
 from dit_accel.kernels.select import select_blocks
@@ -25,7 +26,7 @@ from dit_accel.patterns.base import SERVES, BlockSpace, Family, Memory, Selectio
 
 def _arrange(
     grid: TokenGrid,
-    density: float,
+    density: float | tuple[float, ...],
     block: int,
     query: Tensor,
     key: Tensor,
@@ -53,14 +54,14 @@ def _arrange(
         query_order=query_order,
         key_order=key_order,
     ).float()
-    kept, texts = space.kept(density), space.blocks - space.video_blocks
-    keep: int | Tensor = kept
+    of_heads = tuple(map(space.kept, density if isinstance(density, tuple) else (density,)))
+    kept, texts = on_device(of_heads, query.device)[:, None], space.blocks - space.video_blocks
     forced = None
     if texts:
         # Rows that hold text read all, and all read the columns that do.
         number = torch.arange(space.blocks, device=query.device)
         forced = number >= space.video_blocks
-        keep = torch.where(forced, space.blocks, kept + texts)
+        kept = torch.where(forced, space.blocks, kept + texts)
     seq = grid.total_tokens
     index = select_blocks(
         scores,
@@ -68,9 +69,9 @@ def _arrange(
         block_k=block,
         seq_q=seq,
         seq_k=seq,
-        keep=keep,
+        keep=kept,
         forced=forced,
-        max_keep=space.blocks if texts else kept,
+        max_keep=space.blocks if texts else max(of_heads),
     )
     return Selection(index, query_order, key_order, grid, None)
 
@@ -100,5 +101,6 @@ BALANCED = Family(
     "balanced",
     static=False,
     arrange=_arrange,
+    ranked=True,
     options=MappingProxyType({"axes": 8, "parts": 4, "rebuild": 3, **SERVES}),
 )

@@ -101,6 +101,10 @@ class Family:
         reads_text: whether video rows read the text columns.
         per_head: whether heads differ by their number alone; `choose` then gets `heads`, the tuple of these numbers.
         reads_values: whether `arrange` also gets `value`.
+        ranked: whether a row's choice is the first of a ranking, and a density says how many. Heads of different
+            densities then choose together: `arrange` may get a tuple of densities and `choose` one of numbers of
+            blocks, one for each head.
+        unranked_by: options with which, unless they are 0, it is not.
     """
 
     name: str
@@ -112,6 +116,12 @@ class Family:
     reads_text: bool = True
     per_head: bool = False
     reads_values: bool = False
+    ranked: bool = False
+    unranked_by: tuple[str, ...] = ()
+
+    def chooses_together(self, options: Mapping[str, Option]) -> bool:
+        """Whether heads of different densities can choose together."""
+        return self.ranked and not any(options.get(name) for name in self.unranked_by)
 
     def with_defaults(self, options: Mapping[str, Option]) -> dict[str, Option]:
         """Return the options completed with the defaults.

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.kernels.backend import on_device
 from dit_accel.kernels.prepare import TINY
 from dit_accel.kernels.scores import (
     STEP_LOGITS,
@@ -49,10 +50,10 @@ from dit_accel.patterns.base import SERVES, BlockSpace, Family, Memory, Option, 
 Score = Callable[..., Tensor]
 
 
-def _family(name: str, score: Score, **options: Option) -> Family:
+def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **options: Option) -> Family:
     def choose(
         space: BlockSpace,
-        kept: int,
+        kept: int | tuple[int, ...],
         query: Tensor,
         key: Tensor,
         scale: float,
@@ -76,9 +77,10 @@ def _family(name: str, score: Score, **options: Option) -> Family:
             raise ValueError(
                 f"option 'easy' of family {name!r}: expected a number from 0 to 1, and 0 beside 'top_p', got {easy!r}"
             )
-        mass = score(space, kept, query, key, scale, memory, **given)
+        most = most_of(kept)
+        mass = score(space, most, query, key, scale, memory, **given)
         if easy:
-            return _by_head(mass, kept, easy)
+            return _by_head(mass, most, easy)
         if not guard:
             return _best(mass, kept, top_p)
         trusted_q, trusted_k = (_self_similarity(space, x) >= guard for x in (query, key))
@@ -87,18 +89,35 @@ def _family(name: str, score: Score, **options: Option) -> Family:
         return _best(mass, kept, top_p) | ~trusted_k[:, :, None] | ~trusted_q[..., None]
 
     defaults = {"order": "tile:4x4x4", "top_p": 0.0, "segment": 0, **SERVES, **options}
-    return Family(name, choose, static=False, options=MappingProxyType(defaults))
+    return Family(
+        name,
+        choose,
+        static=False,
+        options=MappingProxyType(defaults),
+        ranked=True,
+        unranked_by=unranked_by,
+    )
 
 
-def _best(mass: Tensor, kept: int, top_p: float) -> Tensor:
+def _best(mass: Tensor, kept: int | tuple[int, ...], top_p: float) -> Tensor:
+    """The best `kept` of each row, of every head or of each, at most."""
     mass.diagonal(dim1=-2, dim2=-1).add_(2.0)
-    if not top_p:
+    if isinstance(kept, int) and not top_p:
         return keep_best(mass, kept)
-    best, blocks = mass.topk(kept, dim=-1)
-    best[..., 0] -= 2.0
-    before = best.cumsum(-1) - best
-    before[..., 0] = -1.0
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, before < top_p)
+    best, blocks = mass.topk(most_of(kept), dim=-1)
+    of_heads = on_device((kept,) if isinstance(kept, int) else kept, mass.device)
+    chosen = torch.arange(best.shape[-1], device=mass.device) < of_heads[:, None, None]
+    if top_p:
+        best[..., 0] -= 2.0
+        before = best.cumsum(-1) - best
+        before[..., 0] = -1.0
+        chosen = chosen & (before < top_p)
+    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, chosen.expand_as(blocks))
+
+
+def most_of(kept: int | tuple[int, ...]) -> int:
+    """The largest number of blocks that a head's row keeps."""
+    return kept if isinstance(kept, int) else max(kept)
 
 
 def spare_blocks(kept: int, blocks: int) -> int:
@@ -224,8 +243,8 @@ def _searched(
     return mass
 
 
-POOLED = _family("pooled", _pooled, parts=4, guard=0.0, coarse=0)
+POOLED = _family("pooled", _pooled, ("coarse",), parts=4, guard=0.0, coarse=0)
 ANTIDIAGONAL = _family("antidiagonal", _antidiagonal, stride=8)
 LOWBIT = _family("lowbit", _lowbit, bits=4)
 CHANNELS = _family("channels", _channels, channels=16)
-SEARCHED = _family("searched", _searched, easy=0.0)
+SEARCHED = _family("searched", _searched, ("easy",), easy=0.0)

@@ -31,7 +31,15 @@ from dit_accel.patterns.dense import DENSE
 from dit_accel.patterns.hashed import HASHED
 from dit_accel.patterns.profiled import PROFILED
 from dit_accel.patterns.radial import RADIAL
-from dit_accel.patterns.scored import ANTIDIAGONAL, CHANNELS, LOWBIT, POOLED, SEARCHED, spare_blocks
+from dit_accel.patterns.scored import (
+    ANTIDIAGONAL,
+    CHANNELS,
+    LOWBIT,
+    POOLED,
+    SEARCHED,
+    most_of,
+    spare_blocks,
+)
 from dit_accel.patterns.sharded import SHARDED
 from dit_accel.patterns.skip import SKIP
 from dit_accel.patterns.sorted_keys import sorted_keys
@@ -64,7 +72,7 @@ def select(
     key: Tensor,
     grid: TokenGrid,
     *,
-    density: float,
+    density: float | Sequence[float],
     block: int = 64,
     scale: float | None = None,
     value: Tensor | None = None,
@@ -84,7 +92,8 @@ def select(
         name: a name in `FAMILIES`.
         query, key: `[batch, seq, heads, dim]` in the model's order, seq = `grid.total_tokens`.
         grid: the token grid.
-        density: kept pairs divided by all pairs, 0 to 1.
+        density: kept pairs divided by all pairs, 0 to 1; of families whose heads `Family.chooses_together` also one for
+            each head.
         block: tokens per block.
         scale: softmax scale, 1/√dim if None.
         value: like `key`, for families that compare outputs (`profiled`).
@@ -103,7 +112,7 @@ def select(
     """
     family = family_named(name)
     chosen = family.with_defaults(options)
-    family.check_density(density)
+    density = _densities(family, chosen, density, query.shape[2])
     for argument, tensor in (("query", query), ("key", key)):
         if tensor.ndim != 4 or tensor.shape[1] != grid.total_tokens:
             raise ValueError(
@@ -157,10 +166,31 @@ def select(
     return selection
 
 
+def _densities(
+    family: Family, options: dict[str, Option], density: float | Sequence[float], heads: int
+) -> float | tuple[float, ...]:
+    """One number, or one for each head where they differ."""
+    if isinstance(density, int | float | str):
+        family.check_density(density)
+        return density
+    for one in density:
+        family.check_density(one)
+    if len(density) != heads:
+        raise ValueError(f"density: expected a number or {heads}, one for each head, got {len(density)}")
+    if len(set(density)) == 1:
+        return density[0]
+    if not family.chooses_together(options):
+        raise ValueError(
+            f"density: expected one number for all heads of family {family.name!r} with these options, got "
+            f"{len(set(density))} different ones; select for each on its own"
+        )
+    return tuple(density)
+
+
 def _chosen(
     family: Family,
     grid: TokenGrid,
-    density: float,
+    density: float | tuple[float, ...],
     block: int,
     query: Tensor,
     key: Tensor,
@@ -177,7 +207,7 @@ def _chosen(
     if not space.video_blocks:
         every = lists_of(space, everything(space), heads, space.blocks)
         return Selection(every, order, order, grid, space.order_name)
-    kept = space.kept(density)
+    kept = tuple(map(space.kept, density)) if isinstance(density, tuple) else space.kept(density)
     query, key = space.reorder(query), space.reorder(key)
     key_order: Tensor = order
     order_name: str | None = space.order_name
@@ -186,7 +216,8 @@ def _chosen(
         key = key.gather(1, places.transpose(1, 2)[..., None].expand_as(key))
         key_order, order_name = order[0][places], None
     mask = family.choose(space, kept, query, key, scale, memory=memory, **options)
-    longest = kept + spare_blocks(kept, space.video_blocks) if options.get("easy") else kept
+    longest = most_of(kept)
+    longest += spare_blocks(longest, space.video_blocks) if options.get("easy") else 0
     longest = space.blocks if grid.text_tokens or options.get("guard") else longest
     index = lists_of(space, with_text(space, mask, family.reads_text), heads, longest)
     return Selection(index, order, key_order, grid, order_name)

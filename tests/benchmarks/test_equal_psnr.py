@@ -87,10 +87,11 @@ def test_ablations_take_away_what_they_say():
     every = default_candidates("cuda:0" if torch.cuda.is_available() else "cpu")
     found = {name: list(c.candidates(every)) for name, c in equal_psnr.ABLATION.items()}
     assert found["plan"] == list(every)
-    for family in ("pooled", "window"):
+    for family in ("balanced", "pooled"):
         kept = [c for c in every if c.family in ("dense", family)]
         assert found[f"{family} only"] == kept
         assert {c.precision for c in kept} == {c.precision for c in every}
+    assert found["without balanced"] == [c for c in every if c.family != "balanced"] != every
     assert not any(c.remainder for c in found["without remainder"])
     assert len({(c.family, c.density, c.options, c.precision) for c in every}) == len(
         found["without remainder"]

@@ -367,3 +367,54 @@ def test_rows_that_do_not_fit_are_refused(row: list[int], message: str) -> None:
 def test_sequences_of_another_grid_are_refused() -> None:
     with pytest.raises(ValueError, match=r"query: expected \[batch, 30, heads, dim\]"):
         attend(*inputs(TokenGrid(3, 5, 7)), TokenGrid(2, 3, 5), CANDIDATES, [2], block=BLOCK)
+
+
+TOGETHER = {
+    "pooled": {"top_p": 0.8},
+    "antidiagonal": {},
+    "lowbit": {},
+    "channels": {},
+    "searched": {},
+    "balanced": {"branches": "shared"},
+}
+
+
+@pytest.mark.parametrize("text", [0, 9], ids=["video", "text-last"])
+@pytest.mark.parametrize("family", TOGETHER)
+def test_heads_of_different_densities_choose_as_they_would_alone(family: str, text: int) -> None:
+    grid = TokenGrid(3, 7, 5, text_tokens=text)
+    query, key, value = inputs(grid, 3, 2, 32, torch.float32, seed=5)
+    densities = (0.5, 0.2, 0.35)
+    ways = [Candidate(family, d, tuple(TOGETHER[family].items()), remainder=True) for d in densities]
+    cache, alone = {}, [{} for _ in ways]
+    for step in (1, 2):
+        found, density = attend(
+            query, key, value, grid, ways, [0, 1, 2], block=16, layer=0, step=step, cache=cache
+        )
+        for head, way in enumerate(ways):
+            q, k, v = (x[:, :, head : head + 1] for x in (query, key, value))
+            expected, share = attend(
+                q, k, v, grid, [way], [0], block=16, layer=0, step=step, cache=alone[head]
+            )
+            torch.testing.assert_close(found[:, :, head : head + 1], expected)
+            density -= share / 3
+        assert density == pytest.approx(0, abs=1e-6)
+        query = query + 0.1 * query.roll(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("pooled", {"coarse": 2}), ("searched", {"easy": 0.5}), ("clustered", {})]
+)
+def test_families_that_need_one_density_say_so(family: str, options: dict[str, float]) -> None:
+    grid = TokenGrid(3, 7, 5)
+    query, *_ = inputs(grid, 2, 1, 32, torch.float32, seed=6)
+    with pytest.raises(
+        ValueError, match=r"density: expected one number for all heads .* select for each on its own"
+    ):
+        select(family, query, query, grid, density=(0.5, 0.3), block=16, **options)
+    with pytest.raises(ValueError, match=r"density: expected a number or 2, one for each head, got 3"):
+        select(family, query, query, grid, density=(0.5, 0.3, 0.3), block=16, **options)
+    way = [Candidate(family, d, tuple(options.items())) for d in (0.5, 0.3)]
+    output, density = attend(query, query, query, grid, way, [0, 1], block=16)
+    assert output.isfinite().all()
+    assert 0.3 < density <= 1
