@@ -41,13 +41,14 @@ class Guard:
     """Checks the heads of a calibrated plan.
 
     A head is made dense for the rest of the generation where its relative L2 error at the sampled rows is more than
-    `factor` times that of the calibration, and more than `floor`. On prompts that the calibration has not seen, with
-    choices that serve both guidance branches and blocks that serve several steps, heads of the demo model err about
-    twice as much as at calibration, single ones up to four times; to run those dense brought videos no nearer.
+    `factor` times that of the calibration, more than `usual` times the root mean square over all heads of its range,
+    and more than `floor`. On prompts that the calibration has not seen, heads of the demo model err up to twice as much
+    as at calibration, single ones up to five times, those that erred least above all; to run these dense brought videos
+    no nearer.
 
     Args:
         plan: a calibrated plan, with `rel_l2` and a dense candidate.
-        factor, floor: see above, without unit.
+        factor, usual, floor: see above, without unit.
         rows: query rows that are compared, per head; of a sequence of n tokens they cost rows ÷ n of dense attention.
         every: denoising steps, at least, from one check to the next; a cache may skip those in between.
 
@@ -56,7 +57,14 @@ class Guard:
     """
 
     def __init__(
-        self, plan: AccelPlan, *, factor: float = 5.0, floor: float = 0.05, rows: int = 64, every: int = 4
+        self,
+        plan: AccelPlan,
+        *,
+        factor: float = 5.0,
+        usual: float = 2.0,
+        floor: float = 0.05,
+        rows: int = 64,
+        every: int = 4,
     ) -> None:
         dense = [candidate.is_dense for candidate in plan.candidates]
         if plan.rel_l2 is None or not any(dense):
@@ -64,11 +72,13 @@ class Guard:
                 "guard: expected a calibrated plan, which knows the errors of its heads and has a dense candidate, got "
                 "one without; calibrate, or enable without a guard"
             )
-        if factor <= 0 or rows < 1 or every < 1:
+        if factor <= 0 or usual < 0 or rows < 1 or every < 1:
             raise ValueError(
-                f"guard: expected factor > 0, rows and every at least 1, got {factor}, {rows} and {every}"
+                f"guard: expected factor > 0, usual >= 0, rows and every at least 1, got {factor}, {usual}, {rows} and "
+                f"{every}"
             )
-        self._limits = (factor * plan.rel_l2).clamp(min=floor)
+        of_range = plan.rel_l2.square().mean((1, 2), keepdim=True).sqrt()
+        self._limits = (factor * plan.rel_l2).maximum(usual * of_range).clamp(min=floor)
         self._dense = dense.index(True)
         self._shape = (plan.choice.shape[1], plan.choice.shape[2])
         self.rows = rows

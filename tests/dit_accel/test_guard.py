@@ -38,7 +38,7 @@ def plan_of(transformer, rel_l2, choice=1, candidates=CANDIDATES, block=16):
 
 def test_only_heads_out_of_range_go_dense(wan_pipeline, caplog):
     pipe = wan_pipeline()
-    claimed = [[1e-3, 10.0], [10.0, 1e-3]]
+    claimed = [[1e-3, 0.12], [0.12, 1e-3]]
     enable(pipe, plan_of(pipe.transformer, claimed))
     with caplog.at_level(logging.WARNING, "dit_accel"):
         pipe.latents(steps=6)
@@ -74,7 +74,7 @@ def test_verdicts_are_those_of_exact_attention(tiny):
     state.capture = keep
     model.run()
     disable(model.transformer)
-    guard = Guard(plan_of(model.transformer, torch.ones(2, 2)), factor=1.0, floor=1e-9, rows=1000)
+    guard = Guard(plan_of(model.transformer, torch.ones(2, 2)), rows=1000)
     for layer, (query, key, value) in caught.items():
         output = torch.randn(query.shape, generator=torch.Generator().manual_seed(layer))
         exact = F.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (query, key, value)))
@@ -168,7 +168,7 @@ def test_an_evaluation_counts_them(tiny_wan_dir):
         height=48, width=80, num_frames=5, num_inference_steps=2, guidance_scale=3.0
     )
     claimed = plan_of(
-        pipe.transformer, [[1e-3, 1e3], [1e3, 1e3]], candidates=(CANDIDATES[0], Candidate("skip", 0.0))
+        pipe.transformer, [[1e-3, 0.4], [0.4, 0.4]], candidates=(CANDIDATES[0], Candidate("skip", 0.0))
     )
     for plan, expected in ((claimed, 1), (AccelPlan.preset("window", density=0.3, block=16), None)):
         made = generate_variant(pipe, plan_variant(plan, "plan"), "a red circle", settings, seed=0)
@@ -182,7 +182,7 @@ def test_heads_that_err_later_go_dense_from_the_next_step_on(wan_pipeline):
         first,
         range_starts=(0.0, 0.5),
         choice=first.choice.expand(2, -1, -1).contiguous(),
-        rel_l2=torch.stack([torch.full((2, 2), 10.0), torch.tensor([[1e-3, 10.0], [10.0, 1e-3]])]),
+        rel_l2=torch.stack([torch.full((2, 2), 10.0), torch.tensor([[1e-3, 0.12], [0.12, 1e-3]])]),
     )
     enable(pipe, plan)
     found = []
@@ -217,7 +217,17 @@ def test_uncalibrated_plans_are_refused(wan_pipeline, change):
     assert "guarded_heads" not in stats(pipe)
 
 
-@pytest.mark.parametrize("options", [{"factor": 0.0}, {"rows": 0}, {"every": 0}])
+def test_a_head_errs_little_where_it_errs_as_the_others_do(tiny):
+    plan = plan_of(tiny("wan").transformer, torch.tensor([[0.01, 0.2], [0.3, 0.0]]))
+    usual = ((0.01**2 + 0.2**2 + 0.3**2) / 4) ** 0.5
+    guard = Guard(plan, factor=5.0, usual=1.5)
+    assert guard._limits[0].flatten().tolist() == pytest.approx([1.5 * usual, 1.0, 1.5, 1.5 * usual])
+    assert Guard(plan, factor=5.0, usual=0.0, floor=0.1)._limits[0].flatten().tolist() == pytest.approx(
+        [0.1, 1.0, 1.5, 0.1]
+    )
+
+
+@pytest.mark.parametrize("options", [{"factor": 0.0}, {"usual": -1.0}, {"rows": 0}, {"every": 0}])
 def test_options_out_of_range(tiny, options):
-    with pytest.raises(ValueError, match="expected factor > 0, rows and every at least 1"):
+    with pytest.raises(ValueError, match="expected factor > 0, usual >= 0, rows and every at least 1"):
         Guard(plan_of(tiny("wan").transformer, torch.ones(2, 2)), **options)
