@@ -60,7 +60,12 @@ def dial_of(label: str, steps: int) -> Dial:
             f"only: expected names out of {', '.join(sorted(PRESETS))}, also with {MEANS}, got {label!r}"
         )
     preset = PRESETS[name]
-    options: dict[str, Any] = {**preset.options, "block": preset.block, "warm_up": preset.warm_up}
+    options: dict[str, Any] = {
+        **preset.options,
+        "block": preset.block,
+        "warm_up": preset.warm_up,
+        "dense_layers": preset.dense_layers,
+    }
     if "reuse" in options:
         options["reuse"] = max(1, round(int(options["reuse"]) * steps / PUBLISHED_STEPS))
     options["remainder"] = preset.remainder or label.endswith(MEANS)

@@ -112,7 +112,7 @@ class Recorder:
             self._once(state, self._branches_before, query, key, value, key_mask)
             self._once = None
         if span is None:
-            self._observe(state, layer, query, key, value)
+            self._observe(state, layer, query, key, value, key_mask)
         elif not self._probing:
             self._profile(state, layer, query, key, value, key_mask, None)
         self.seconds += now(query.device) - start
@@ -158,9 +158,17 @@ class Recorder:
         if first is None:
             self._errors[layer] = call.errors
         self.sums[state.branch].add_call(self._sampled[len(self.progress) - 1], layer, call, gradient, first)
-        self._observe(state, layer, query, key, value)
+        self._observe(state, layer, query, key, value, key_mask)
 
-    def _observe(self, state: AccelState, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _observe(
+        self,
+        state: AccelState,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+    ) -> None:
         """Notes what a running plan would remember of this call in the next step, if that one is profiled."""
         if len(self.progress) not in self._sampled or state.grid is None:
             return
@@ -174,6 +182,7 @@ class Recorder:
                 branch=state.branch,
                 first=state.branch == self._branches[0],
                 block=state.plan.block,
+                key_mask=key_mask,
             )
 
     def _earlier_of(self, layer: int) -> Earlier:

@@ -90,6 +90,7 @@ class Earlier:
         branch: str,
         first: bool,
         block: int = 64,
+        key_mask: Tensor | None = None,
     ) -> None:
         """Lets the families that arrange tokens see a call of the step before a profiled one.
 
@@ -101,7 +102,7 @@ class Earlier:
             if FAMILIES[c.family].arrange is None or name in seen or (_serves_all_branches(c) and not first):
                 continue
             seen[name] = {}
-            _select(c, query, key, value, grid, block, None, seen[name])
+            _select(c, query, key, value, grid, block, None, key_mask, seen[name])
         self.families |= seen
 
 
@@ -146,7 +147,7 @@ def profile_call(
     for position, c in enumerate(candidates):
         (shared if _serves_all_branches(c) else own).append(position)
     chosen = functools.partial(
-        _arranged, query, key, value, grid, candidates, block, scale, picks, memory, branch
+        _arranged, query, key, value, grid, candidates, block, scale, key_mask, picks, memory, branch
     )
     if memory.chosen is None:
         memory.chosen = chosen(shared, earlier is not None)
@@ -213,6 +214,7 @@ def _select(
     grid: TokenGrid,
     block: int,
     scale: float | None,
+    key_mask: Tensor | None,
     memory: Memory,
 ) -> Selection:
     return select(
@@ -224,6 +226,7 @@ def _select(
         block=block,
         scale=scale,
         value=value,
+        key_mask=key_mask,
         state=memory,
         **dict(candidate.options),
     )
@@ -237,6 +240,7 @@ def _arranged(
     candidates: Sequence[Candidate],
     block: int,
     scale: float,
+    key_mask: Tensor | None,
     picks: Sequence[int],
     earlier: Earlier,
     branch: str,
@@ -256,10 +260,10 @@ def _arranged(
         if FAMILIES[c.family].arrange is not None:
             if (name := _remembered_as(c, branch)) not in earlier.families:
                 earlier.families[name] = {}
-                _select(c, query, key, value, grid, block, scale, earlier.families[name])
+                _select(c, query, key, value, grid, block, scale, key_mask, earlier.families[name])
             # As in the later steps of a generation, which go on from the orders before but choose anew.
             memory = {k: x for k, x in earlier.families[name].items() if k not in ("selection", "left")}
-        found[same] = _select(c, query, key, value, grid, block, scale, memory)
+        found[same] = _select(c, query, key, value, grid, block, scale, key_mask, memory)
     selections = {
         p: found[candidates[p].family, candidates[p].options, candidates[p].density] for p in positions
     }

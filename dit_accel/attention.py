@@ -83,7 +83,7 @@ def attend(
         if launch is None:
             memories = None if layer is None else cache
             launch = _prepare(
-                q, k, v, grid, of_members, members, block, scale, layer or 0, branch, step, memories
+                q, k, v, grid, of_members, members, block, scale, key_mask, layer or 0, branch, step, memories
             )
             if static:
                 kept[tuple(members)] = launch
@@ -149,6 +149,7 @@ def _prepare(
     numbers: Sequence[int],
     block: int,
     scale: float | None,
+    key_mask: Tensor | None,
     layer: int,
     branch: str,
     step: int | None,
@@ -190,6 +191,7 @@ def _prepare(
             block=block,
             scale=scale,
             value=v,
+            key_mask=key_mask,
             state=memory,
             heads=in_layer,
             layer=layer,

@@ -45,6 +45,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "config_hash": (str, type(None)),
     "grid": (dict, type(None)),
     "block": (int,),
+    "dense_layers": (int, float),
     "cache": (dict, type(None)),
     "objective": (dict,),
     "validated": (dict,),
@@ -144,11 +145,14 @@ class AccelPlan:
         config_hash: `config_hash_of` the transformer; None for a preset.
         grid: the token grid of the calibration.
         block: tokens per block.
+        dense_layers: share of a model's layers, from 0 to below 1, whose first ones stay dense whatever `choice` says;
+            a part of a layer counts as one. Of presets, which know no layers.
         cache: which steps are computed and what bridges the others; None computes all.
         recall, rel_l2: float32 like choice, measured at calibration; shares without unit.
         latency_ms: float32 like choice, measured milliseconds of each head's attention.
         objective: what was asked of the calibration (JSON values).
         validated: quality and speed that were measured (JSON values).
+        source: the file that it was read from, for messages.
 
     Raises:
         PlanError: the parts do not fit together.
@@ -162,12 +166,14 @@ class AccelPlan:
     config_hash: str | None = None
     grid: TokenGrid | None = None
     block: int = 64
+    dense_layers: float = 0.0
     cache: CacheConfig | None = None
     recall: Tensor | None = None
     rel_l2: Tensor | None = None
     latency_ms: Tensor | None = None
     objective: dict[str, Any] = field(default_factory=dict)
     validated: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
 
     def __post_init__(self) -> None:
         choice, starts = self.choice, self.range_starts
@@ -200,6 +206,9 @@ class AccelPlan:
             raise PlanError("plan", "cache", "a CacheConfig", type(self.cache).__name__)
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
             raise PlanError("plan", "block", "a positive integer", repr(self.block))
+        share = self.dense_layers
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise PlanError("plan", "dense_layers", "a share of the layers from 0 to below 1", repr(share))
         for name in MEASURES:
             measure = getattr(self, name)
             if measure is not None and (measure.dtype != torch.float32 or measure.shape != choice.shape):
@@ -220,6 +229,7 @@ class AccelPlan:
         precision: str = "native",
         remainder: float | None = None,
         warm_up: float | None = None,
+        dense_layers: float | None = None,
         cache: str | CacheConfig | None = None,
         **options: Any,
     ) -> AccelPlan:
@@ -233,6 +243,7 @@ class AccelPlan:
             block: tokens per block, 64 if nothing says otherwise.
             precision, remainder: see `Candidate`; no remainder if nothing says otherwise.
             warm_up: progress up to which attention stays dense, 0 if nothing says otherwise.
+            dense_layers: share of the layers, the first ones, that stay dense, 0 if nothing says otherwise.
             cache: name of a cache with the settings of its authors, or a configuration.
             options: of the family.
 
@@ -245,7 +256,7 @@ class AccelPlan:
             ValueError: an unknown name or option, or no density for a family that needs one.
         """
         if name in CACHES:
-            if (density, block, remainder, cache) != (None,) * 4 or precision != "native":
+            if (density, block, remainder, dense_layers, cache) != (None,) * 5 or precision != "native":
                 raise ValueError(
                     f"preset {name!r} is a cache: expected the fields of CacheConfig, got others"
                 )
@@ -265,6 +276,7 @@ class AccelPlan:
             density = published.density if density is None else density
             block = published.block if block is None else block
             warm_up = published.warm_up if warm_up is None else warm_up
+            dense_layers = published.dense_layers if dense_layers is None else dense_layers
             remainder = published.remainder if remainder is None else remainder
         if name not in FAMILIES:
             raise ValueError(
@@ -280,18 +292,29 @@ class AccelPlan:
         if isinstance(warm_up, bool | str) or not 0.0 <= warm_up < 1.0:
             raise ValueError(f"warm_up: expected a progress from 0 to below 1, got {warm_up!r}")
         candidate = Candidate(name, density, tuple(sorted(options.items())), precision, remainder or 0.0)
-        if not warm_up:
-            choice = torch.zeros(1, 1, 1, dtype=torch.int16)
-            return cls((candidate,), choice, block=block, cache=cache, objective=objective)
-        choice = torch.arange(2, dtype=torch.int16).view(2, 1, 1)
-        candidates, starts = (Candidate("dense", 1.0), candidate), (0.0, warm_up)
-        return cls(candidates, choice, starts, block=block, cache=cache, objective=objective)
+        candidates: tuple[Candidate, ...] = (candidate,)
+        starts: tuple[float, ...] = (0.0,)
+        if warm_up:
+            candidates, starts = (Candidate("dense", 1.0), candidate), (0.0, warm_up)
+        return cls(
+            candidates,
+            torch.arange(len(candidates), dtype=torch.int16).view(-1, 1, 1),
+            starts,
+            block=block,
+            dense_layers=dense_layers or 0.0,
+            cache=cache,
+            objective=objective,
+        )
 
     def range_at(self, progress: float) -> int:
         """Return the number of the range that holds a progress from 0 (pure noise) to 1."""
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress: expected a number from 0 to 1, got {progress!r}")
         return bisect.bisect_right(self.range_starts, progress) - 1
+
+    def first_sparse(self, layers: int) -> int:
+        """Return the number of the first of a model's layers that `dense_layers` does not keep dense."""
+        return math.ceil(round(self.dense_layers * layers, 6))
 
     def row(self, progress: float, layer_index: int) -> Tensor:
         """Return the candidate numbers of a layer's heads, int16 `[heads]`, or `[1]` for all alike."""
@@ -302,13 +325,15 @@ class AccelPlan:
         """Planned density, mean over layers and heads.
 
         Over the attention calls of a generation as it was calibrated, which `validated` knows (another choice needs
-        another `validated`). A plan that was not calibrated knows nothing of steps; its ranges weigh by their length.
+        another `validated`). A plan that was not calibrated knows nothing of steps; its ranges weigh by their length,
+        and its first layers by their share.
         """
         if isinstance(calibrated := self.validated.get("density_mean"), float):
             return calibrated
         density = torch.tensor([candidate.density for candidate in self.candidates], dtype=torch.float64)
         lengths = torch.tensor([*self.range_starts, 1.0], dtype=torch.float64).diff()
-        return float(density[self.choice.long()].mean(dim=(1, 2)) @ lengths)
+        planned = float(density[self.choice.long()].mean(dim=(1, 2)) @ lengths)
+        return self.dense_layers + (1 - self.dense_layers) * planned
 
     def check(
         self, transformer_class_name: str, config_hash: str, layer_names: Sequence[str], heads: int
@@ -318,17 +343,17 @@ class AccelPlan:
         Raises:
             PlanError: names the first field that differs.
         """
-        remedy = "calibrate this model or load its own plan"
+        remedy, file = "calibrate this model or load its own plan", self.source or "plan"
         for name, planned, got in (
             ("model_class", self.model_class, transformer_class_name),
             ("config_hash", self.config_hash, config_hash),
         ):
             if planned is not None and planned != got:
-                raise PlanError("plan", name, planned, got, remedy)
+                raise PlanError(file, name, planned, got, remedy)
         if self.layers is not None and list(self.layers) != list(layer_names):
-            raise PlanError("plan", "layers", _names(self.layers), _names(layer_names), remedy)
+            raise PlanError(file, "layers", _names(self.layers), _names(layer_names), remedy)
         if self.choice.shape[2] not in (1, heads):
-            raise PlanError("plan", "choice", f"{self.choice.shape[2]} heads", f"{heads} heads", remedy)
+            raise PlanError(file, "choice", f"{self.choice.shape[2]} heads", f"{heads} heads", remedy)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `accel_config.json` and `accel_plan.safetensors` into a directory, at once or not at all."""
@@ -372,7 +397,7 @@ class AccelPlan:
                 str(directory / TENSOR_FILE), "tensors", known, ", ".join(sorted(tensors)) or "none"
             )
         try:
-            return cls(**(values | tensors))
+            return cls(**(values | tensors), source=file)
         except PlanError as error:
             name = TENSOR_FILE if error.field in {"choice", *MEASURES} else CONFIG_FILE
             raise PlanError(str(directory / name), error.field, error.expected, error.got) from error

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG_FILE = "accel_config.json"
 TENSOR_FILE = "accel_plan.safetensors"
 
@@ -93,6 +93,8 @@ def read_files(
             found,
             "upgrade dit-accel to read it",
         )
+    if found < 4:
+        config.setdefault("dense_layers", 0.0)  # which such plans have not
     for name, types in {**fields, "tensors_sha256": (str,)}.items():
         value = config.get(name, Ellipsis)
         if not isinstance(value, types) or isinstance(value, bool):

@@ -2,8 +2,8 @@
 
 Where a system leaves the density to its calibration, one is given that its paper's range holds. Where it calibrates
 more than that, its comment says what stands in for it here; `dit-accel calibrate` chooses per head. `warm_up` is the
-part of denoising, as a noise level, that it leaves dense. Authors count steps: at 50 steps and a flow shift of 5 the
-first 5, 10 and 15 steps lie at noise levels above .977, .955 and .923.
+part of denoising, as a noise level, that it leaves dense, `dense_layers` the share of layers. Authors count steps: at
+50 steps and a flow shift of 5 the first 5, 10 and 15 steps lie at noise levels above .977, .955 and .923.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 class Preset:
     """A family with its density, options, tokens per block, dense beginning (progress from 0 to 1) and remainder.
 
+    dense_layers: share of the layers, the first ones, that stay dense.
     calibrated: what the authors calibrate, where one choice for all heads stands in for it here.
     """
 
@@ -23,6 +24,7 @@ class Preset:
     options: dict[str, str | int | float] = field(default_factory=dict)
     block: int = 64
     warm_up: float = 0.0
+    dense_layers: float = 0.0
     remainder: bool = False
     calibrated: str = ""
 
@@ -76,9 +78,15 @@ PRESETS: dict[str, Preset] = {
     # 4-bit estimates. https://arxiv.org/abs/2505.24179
     "sale": Preset("lowbit", 0.3, {"order": "frame"}),
     # Bands in frame-major or space-major order, whichever serves 64 rows better; ten dense steps of 50; a sink as on
-    # Wan (HunyuanVideo has none). The first 3 % of layers, which the authors keep dense, are not: a preset knows no
-    # layers. https://arxiv.org/abs/2502.01776
-    "svg": Preset("profiled", 0.3, {"orders": "fhw+hwf", "samples": 64, "sink": 1}, block=128, warm_up=0.045),
+    # Wan (HunyuanVideo has none). https://arxiv.org/abs/2502.01776
+    "svg": Preset(
+        "profiled",
+        0.3,
+        {"orders": "fhw+hwf", "samples": 64, "sink": 1},
+        block=128,
+        warm_up=0.045,
+        dense_layers=0.03,
+    ),
     # k-means, .9 of the estimated mass and at least a tenth of the clusters. https://arxiv.org/abs/2505.18875
     "svg2": Preset(
         "clustered", 1.0, {"top_p": 0.9, "least": 0.1, "iterations": 50}, block=128, warm_up=0.077

@@ -78,8 +78,14 @@ class AccelState:
     """
 
     def __init__(
-        self, plan: AccelPlan, family: ModelFamily, backend: str = "auto", guard: Guard | None = None
+        self,
+        plan: AccelPlan,
+        family: ModelFamily,
+        backend: str = "auto",
+        guard: Guard | None = None,
+        layers: int = 0,
     ) -> None:
+        self._first_sparse = plan.first_sparse(layers)
         self.plan = plan
         self.family = family
         self.backend = backend
@@ -192,7 +198,8 @@ class AccelState:
         key = (self.plan.range_at(self.progress), layer)
         if key not in self._rows:
             row = self.plan.row(self.progress, layer)
-            self._rows[key] = row, all(self._dense[choice] for choice in row.tolist())
+            dense = layer < self._first_sparse or all(self._dense[choice] for choice in row.tolist())
+            self._rows[key] = row, dense
         if self.guard is None or not self.guarded.dense[layer].any():
             return self._rows[key]
         row = self.guard.row(self._rows[key][0], layer, self.guarded)

@@ -203,13 +203,13 @@ def _install(
 ) -> dict[str, Any]:
     """Hook a transformer that passed `_check`; return all its processors, those of the plan swapped."""
     family = family_of(transformer)
-    state = AccelState(plan, family, backend)
+    modules = family.attention_modules(transformer)
+    state = AccelState(plan, family, backend, layers=len(modules))
     if guard or (guard is None and plan.rel_l2 is not None and not state.all_dense):
         state.guard = Guard(plan)
     processors = dict(cast(Any, transformer).attn_processors)
     originals = dict(processors)
     cursor = LayerCursor()
-    modules = family.attention_modules(transformer)
     classes: dict[type, type] = {}
     for name in modules:
         processor = processors[f"{name}.processor"]

@@ -100,7 +100,7 @@ class Family:
         density: the only density the family has, if there is but one.
         reads_text: whether video rows read the text columns.
         per_head: whether heads differ by their number alone; `choose` then gets `heads`, the tuple of these numbers.
-        reads_values: whether `arrange` also gets `value`.
+        reads_values: whether `arrange` also gets `value` and `key_mask`.
         ranked: whether a row's choice is the first of a ranking, and a density says how many. Heads of different
             densities then choose together: `arrange` may get a tuple of densities and `choose` one of numbers of
             blocks, one for each head.

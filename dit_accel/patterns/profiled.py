@@ -40,6 +40,7 @@ def _arrange(
     scale: float,
     *,
     value: Tensor,
+    key_mask: Tensor | None,
     memory: Memory,
     orders: str,
     samples: int,
@@ -62,7 +63,10 @@ def _arrange(
     rows = places[0, sampled_rows(space, samples)]
     queries, keys, values = (x.transpose(1, 2) for x in (query.index_select(1, rows), key, value))
     values = values.float()
-    weights = torch.softmax((queries * scale) @ keys.transpose(2, 3), dim=-1, dtype=torch.float32)
+    scores = (queries * scale) @ keys.transpose(2, 3)
+    if key_mask is not None:
+        scores.masked_fill_(~key_mask[:, None, None], -torch.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
     full = weights @ values
     errors = []
     for order in places:

@@ -76,6 +76,7 @@ def select(
     block: int = 64,
     scale: float | None = None,
     value: Tensor | None = None,
+    key_mask: Tensor | None = None,
     state: Memory | None = None,
     heads: Sequence[int] | None = None,
     layer: int = 0,
@@ -97,6 +98,7 @@ def select(
         block: tokens per block.
         scale: softmax scale, 1/√dim if None.
         value: like `key`, for families that compare outputs (`profiled`).
+        key_mask: bool `[batch, seq]`, True = may be read, for these too.
         state: of a dynamic family, between the steps of one layer and guidance branch: what it keeps for the next
             choice, and the choice itself for the options `reuse`, `layers` and `branches`. Layers may share one for
             `layers`, branches for `branches`. Empty at the start of a generation.
@@ -135,7 +137,7 @@ def select(
                 f"value: expected [{', '.join(map(str, key.shape[:3]))}, dim] like key, since family {name!r} compares "
                 f"outputs, got {got}; pass the values"
             )
-        chosen["value"] = value  # type: ignore[assignment]
+        chosen |= {"value": value, "key_mask": key_mask}  # type: ignore[dict-item]
     memory = {} if state is None else state
     reuse, layers = int(chosen.pop("reuse")), int(chosen.pop("layers"))
     if (branches := chosen.pop("branches")) not in BRANCHES:

@@ -111,6 +111,29 @@ def test_batch_entries_choose_their_own_orders() -> None:
     assert torch.equal(found.query_order[1, 0], GRID.order("space"))
 
 
+def test_padded_text_has_no_say_in_the_order() -> None:
+    grid = TokenGrid(5, 7, 9, text_tokens=20)
+    generator = torch.Generator().manual_seed(0)
+    pairs = [local_along(order, grid, generator) for order in AXIS_ORDERS]
+    query, key = (torch.stack(x, dim=1)[None] for x in zip(*pairs, strict=True))
+    query, key = (F.pad(x, (0, 1), value=1.0) for x in (query, key))
+    key_mask = torch.ones(1, grid.total_tokens, dtype=torch.bool)
+    key_mask[:, -15:] = False
+    key[:, -20:] = 0
+    key[:, -15:, :, 3] = 1e3  # would draw all the mass
+    value = torch.randn(1, grid.total_tokens, 6, 4, dtype=torch.float64, generator=generator)
+    way = Candidate("profiled", 0.4, (("orders", "+".join(AXIS_ORDERS)),))
+    arguments = {"density": 0.4, "block": BLOCK, "value": value, **dict(way.options)}
+    found = select("profiled", query, key, grid, key_mask=key_mask, **arguments)
+    for head, order in enumerate(AXIS_ORDERS):
+        assert torch.equal(found.query_order[0, head], grid.order(order))
+    unaware = select("profiled", query, key, grid, **arguments)
+    assert not torch.equal(unaware.query_order, found.query_order)
+    output, _ = attend(query, key, value, grid, [way], [0], block=BLOCK, key_mask=key_mask)
+    expected = dense(query, key, value, found.mask() & key_mask[:, None, None])
+    torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
+
+
 def test_one_order_alone_is_a_band_of_it() -> None:
     query, key, value = tensors()
     found = select("profiled", query, key, GRID, density=0.3, block=BLOCK, value=value, orders="hfw")

@@ -48,7 +48,7 @@ def make(**changes) -> AccelPlan:
 
 
 def assert_equal(one: AccelPlan, other: AccelPlan) -> None:
-    for name in AccelPlan.__dataclass_fields__:
+    for name in set(AccelPlan.__dataclass_fields__) - {"source"}:
         first, second = getattr(one, name), getattr(other, name)
         if isinstance(first, torch.Tensor):
             assert first.dtype == second.dtype
@@ -84,7 +84,7 @@ def test_saving_again_replaces_the_plan_and_nothing_else(tmp_path: Path) -> None
 def test_config_is_plain_json_with_versions(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
-    assert config["format_version"] == 3
+    assert config["format_version"] == 4
     assert config["library_versions"]["torch"] == torch.__version__
     assert set(config["library_versions"]) == {"dit-accel", "torch", "diffusers"}
     assert config["candidates"][3] == {
@@ -94,6 +94,19 @@ def test_config_is_plain_json_with_versions(tmp_path: Path) -> None:
         "precision": "native",
         "remainder": True,
     }
+
+
+def test_a_plan_of_an_older_format_has_no_dense_layers(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    change(tmp_path, format_version=3, dense_layers="REMOVED")
+    assert_equal(AccelPlan.from_pretrained(tmp_path), make())
+
+
+def test_dense_layers_are_kept_and_count_as_dense(tmp_path: Path) -> None:
+    plan = AccelPlan.preset("window", density=0.2, dense_layers=0.25, warm_up=0.5)
+    plan.save_pretrained(tmp_path)
+    assert AccelPlan.from_pretrained(tmp_path).dense_layers == 0.25
+    assert plan.density_mean == pytest.approx(0.25 + 0.75 * (0.5 + 0.5 * 0.2))
 
 
 def change(directory: Path, **fields) -> None:
@@ -106,7 +119,9 @@ def change(directory: Path, **fields) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 4}, "format_version: expected at most 3, got 4; upgrade dit-accel to read it"),
+        ({"format_version": 5}, "format_version: expected at most 4, got 5; upgrade dit-accel to read it"),
+        ({"dense_layers": 1.5}, "dense_layers: expected a share of the layers from 0 to below 1, got 1.5"),
+        ({"dense_layers": "REMOVED"}, "dense_layers: expected int or float, got no such field"),
         ({"format_version": "1"}, "format_version: expected a positive integer, got '1'"),
         ({"format_version": "REMOVED"}, "format_version: expected a positive integer, got None"),
         ({"block": "REMOVED"}, "block: expected int, got no such field"),
@@ -342,6 +357,15 @@ def test_check_refuses_another_model(changes: dict[int, object], message: str) -
         make().check(*arguments)
 
 
+def test_a_refusal_names_the_file_of_the_plan(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    with pytest.raises(PlanError) as refused:
+        AccelPlan.from_pretrained(tmp_path).check("FluxTransformer2DModel", "ab" * 32, LAYERS, 3)
+    assert str(refused.value).startswith(
+        f"{tmp_path / CONFIG}: model_class: expected WanTransformer3DModel, got Flux"
+    )
+
+
 def test_config_hash_is_of_the_architecture_alone(tmp_path: Path) -> None:
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "freq_dim": 16, "text_dim": 8}
     model = WanTransformer3DModel(**sizes, num_layers=1)
@@ -395,6 +419,11 @@ def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
         ),
         ({"name": "dense", "remainder": True}, "expected false, since family 'dense' leaves nothing out"),
         ({"name": "bands", "density": 0.3, "block": 0}, "block: expected a positive integer, got 0"),
+        (
+            {"name": "bands", "density": 0.3, "dense_layers": 1.0},
+            "dense_layers: expected a share of the layers from 0 to below 1, got 1.0",
+        ),
+        ({"name": "cg-taylor", "dense_layers": 0.1}, "preset 'cg-taylor' is a cache: expected the fields"),
     ],
 )
 def test_presets_that_make_no_sense_are_refused(arguments: dict, message: str) -> None:
@@ -413,6 +442,7 @@ def test_published_systems_run_as_published_and_as_changed(name: str) -> None:
     )
     assert dict(sparse.options) == published.options
     assert sparse.remainder == published.remainder
+    assert plan.dense_layers == published.dense_layers
     assert plan.range_starts == ((0.0, published.warm_up) if published.warm_up else (0.0,))
     assert (plan.candidates[plan.row(0.0, 0)].family == "dense") == bool(published.warm_up)
     assert plan.candidates[plan.row(0.9, 0)] is sparse

@@ -9,7 +9,7 @@ from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.state import AccelState
-from dit_accel.switch import enable, states, stats
+from dit_accel.switch import disable, enable, states, stats
 
 GRID = TokenGrid(1, 5, 7)
 WINDOW = AccelPlan.preset("window", density=0.5, block=16)
@@ -179,3 +179,25 @@ def test_a_plan_serves_the_same_positions_at_another_number_of_steps(wan_pipelin
         timesteps = pipe.scheduler.timesteps
         assert share == (1 - timesteps / 1000 < 0.25).double().mean().item()
         assert 0 < share < 1
+
+
+@pytest.mark.parametrize(
+    ("share", "layers", "dense"), [(0.0, 2, 0), (0.03, 2, 1), (0.5, 2, 1), (0.03, 40, 2), (0.1, 30, 3)]
+)
+def test_the_first_layers_of_a_preset_may_stay_dense(tiny, share, layers, dense):
+    plan = AccelPlan.preset("window", density=0.5, block=16, dense_layers=share)
+    state = AccelState(plan, family_of(tiny("wan").transformer), layers=layers)
+    assert [state.row(layer)[1] for layer in range(layers)] == [True] * dense + [False] * (layers - dense)
+
+
+def test_dense_first_layers_run_on_the_model_s_attention(wan_pipeline):
+    pipe = wan_pipeline()
+    enable(pipe, AccelPlan.preset("window", density=0.2, block=16, dense_layers=0.03))
+    pipe.latents(steps=2)
+    found = stats(pipe)
+    assert found["dense_calls"] == found["sparse_calls"] > 0
+    disable(pipe)
+    enable(pipe, AccelPlan.preset("window", density=0.2, block=16))
+    pipe.latents(steps=2)
+    assert stats(pipe)["dense_calls"] == 0
+    assert found["density_mean"] == pytest.approx((1 + stats(pipe)["density_mean"]) / 2)
