@@ -125,6 +125,10 @@ def prepare(
         mean = k.mean(2, keepdim=True) if valid is None else _masked_mean(k, valid)
         lse_shift = (scale * (q.float() @ mean.transpose(2, 3))[..., 0]).contiguous()
         k = k - mean
+    if valid is not None:
+        # What nobody may read must not coarsen the scales.
+        k = k.masked_fill(~valid[..., None], 0)
+        v = v if precision == "int8" else v.masked_fill(~valid[..., None], 0)
     means = None if remainder is False else _means(k, v.float(), valid, block_k, key_starts, remainder)
     dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
     q8, query_scale = quantise(q[..., None, :], dtype)

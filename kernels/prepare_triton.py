@@ -45,7 +45,7 @@ def _pool(
     starts,  # int32 [batch or 1, heads or 1, cols + 1], read with VARYING
     mean_k,  # float32 [batch, heads, cols, dim]
     mean_v,  # float32 [batch, heads, cols, dim]
-    largest_v,  # float32 [batch, heads, cols, dim], absmax of all tokens
+    largest_v,  # float32 [batch, heads, cols, dim], absmax
     counts,  # float32 [batch, heads, cols], valid tokens
     heads,
     seq,
@@ -96,11 +96,11 @@ def _pool(
         p_v = v + batch * stride_vb + head * stride_vh + o_row[:, None] * stride_vs + o_d[None, :] * stride_vd
         b_k = tl.load(p_k, mask=m_tile, other=0.0).to(tl.float32)
         b_v = tl.load(p_v, mask=m_tile, other=0.0).to(tl.float32)
-        b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_v), 0))
         if MASKED:
             m_t = m_t & (tl.load(mask + batch * seq + o_row, mask=m_t, other=0) != 0)
             b_k = tl.where(m_t[:, None], b_k, 0.0)
             b_v = tl.where(m_t[:, None], b_v, 0.0)
+        b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_v), 0))
         b_k_sum += tl.sum(b_k, 0)
         b_v_sum += tl.sum(b_v, 0)
         count += tl.sum(m_t.to(tl.float32), 0)
@@ -126,6 +126,7 @@ def _to_format(b_x, b_scale, INT8: tl.constexpr):
 def _quantise_keys(
     k,  # [batch, seq, heads, dim]
     order,
+    mask,  # bool [batch, seq], read with MASKED
     mean,  # float32 [batch, heads, dim]
     out,  # [batch, heads, seq, dim]
     scales,  # float32 [batch, heads, groups], or [batch, heads, seq] with PER_TOKEN
@@ -143,12 +144,13 @@ def _quantise_keys(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     ORDERED: tl.constexpr,
+    MASKED: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     INT8: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
-    """One program: the keys of one group, less the mean, on one scale, or on one each."""
+    """One program: the keys of one group, less the mean, on one scale, or on one each; masked ones are 0."""
     group = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -162,7 +164,10 @@ def _quantise_keys(
     p_k = k + batch * stride_b + head * stride_h + o_row[:, None] * stride_s + o_d[None, :] * stride_d
     b_k = tl.load(p_k, mask=m_tile, other=0.0).to(tl.float32)
     b_mean = tl.load(mean + o_head * DIM + o_d, mask=m_d, other=0.0)
-    b_k = tl.where(m_tile, b_k - b_mean[None, :], 0.0)
+    m_read = m_t
+    if MASKED:
+        m_read = m_t & (tl.load(mask + batch * seq + o_row, mask=m_t, other=0) != 0)
+    b_k = tl.where(m_read[:, None] & m_d[None, :], b_k - b_mean[None, :], 0.0)
     p_out = out + (o_head * seq + o_t.to(tl.int64))[:, None] * DIM + o_d[None, :]
     if PER_TOKEN:
         b_scale = tl.maximum(tl.max(tl.abs(b_k), 1) / LARGEST, SMALLEST)
@@ -225,6 +230,7 @@ def _quantise_queries(
 def _quantise_values(
     v,  # [batch, seq, heads, dim]
     order,
+    mask,  # bool [batch, seq], read with MASKED
     scales,  # float32 [batch, heads, dim]
     out,  # E4M3 [batch, heads, dim, padded]
     heads,
@@ -240,8 +246,9 @@ def _quantise_values(
     TILE_D: tl.constexpr,
     TILE: tl.constexpr,
     ORDERED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """One program: TILE values of one head, written with contiguous tokens."""
+    """One program: TILE values of one head, written with contiguous tokens; masked ones are 0."""
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     o_head = batch * heads + head
@@ -251,6 +258,8 @@ def _quantise_values(
     m_t = o_t < seq
     o_row = _token_rows(order, batch * order_b + head * order_h, o_t, m_t, ORDERED)
     p_v = v + batch * stride_b + head * stride_h + o_row[:, None] * stride_s + o_d[None, :] * stride_d
+    if MASKED:
+        m_t = m_t & (tl.load(mask + batch * seq + o_row, mask=m_t, other=0) != 0)
     b_v = tl.load(p_v, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
     b_scale = tl.load(scales + o_head * DIM + o_d, mask=m_d, other=1.0)
     b_8 = _to_format(b_v, b_scale[None, :], False)
@@ -353,6 +362,7 @@ def prepare(
     _quantise_keys[(triton.cdiv(seq_k, together), batch * heads)](
         key,
         counts if key_order is None else key_order,
+        counts if mask is None else mask,
         mean,
         k8,
         key_scale,
@@ -364,6 +374,7 @@ def prepare(
         GROUP=together,
         TILE=max(16, triton.next_power_of_2(together)),
         ORDERED=key_order is not None,
+        MASKED=mask is not None,
         PER_TOKEN=key_starts is not None,
         **formats,
         **constants,
@@ -379,6 +390,7 @@ def prepare(
         _quantise_values[(padded // _TILE, batch * heads)](
             value,
             counts if key_order is None else key_order,
+            counts if mask is None else mask,
             value_scale,
             v8,
             heads,
@@ -388,6 +400,7 @@ def prepare(
             *value.stride(),
             TILE=_TILE,
             ORDERED=key_order is not None,
+            MASKED=mask is not None,
             **constants,
         )
         v = v8.transpose(2, 3)[:, :, :seq_k]

@@ -294,3 +294,17 @@ def test_eight_bits_keep_the_published_cosines(problem, precision, published, sp
     assert cosine(outputs[True]) >= published
     if spread:
         assert cosine(outputs[False]) < cosine(outputs[True])
+
+
+@pytest.mark.parametrize("remainder", [False, True])
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8", "fp8"])
+def test_what_may_not_be_read_does_not_coarsen_eight_bits(problem, precision, remainder):
+    case = problem(torch.float32, batch=2, masked=True, remainder=remainder)
+    given = case.options | {"precision": precision, "backend": "reference"}
+    assert not case.key_mask.all()
+    for x in (case.key, case.value):
+        x[~case.key_mask] = 0
+    expected = block_sparse_attention(*case.arguments, **given)
+    for x in (case.key, case.value):
+        x[~case.key_mask] = 1e4
+    assert torch.equal(block_sparse_attention(*case.arguments, **given), expected)
