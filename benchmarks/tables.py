@@ -78,14 +78,13 @@ def _compile_gate(report: dict[str, Any]) -> str:
         groups.setdefault((row["arch"], row["precision"]), []).append(row)
     rows = []
     for (arch, precision), members in groups.items():
-        known = [row for row in members if row["registers"] is not None]
         rows.append(
             [
                 arch,
                 f"`{precision}`",
                 str(len(members)),
-                str(max(row["registers"] for row in known)) if known else "?",
-                f"{max(row['stack'] + row['local'] for row in known)} B" if known else "?",
+                str(max(row["registers"] for row in members)),
+                f"{max(row['stack'] + row['local'] for row in members)} B",
                 f"{max(row['shared'] for row in members) / 1024:.0f} KiB",
                 " ".join(sorted({name for row in members for name in row["matrix_instructions"]})),
             ]

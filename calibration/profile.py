@@ -143,7 +143,8 @@ def profile_call(
     scale = dim**-0.5 if scale is None else scale
     picks = _spread(-(-seq // block), query_blocks, phase).tolist()
     memory = Earlier() if earlier is None else earlier
-    shared, own = [], []
+    shared: list[int] = []
+    own: list[int] = []
     for position, c in enumerate(candidates):
         (shared if _serves_all_branches(c) else own).append(position)
     chosen = functools.partial(
@@ -217,6 +218,7 @@ def _select(
     key_mask: Tensor | None,
     memory: Memory,
 ) -> Selection:
+    options: dict[str, Any] = dict(candidate.options)
     return select(
         candidate.family,
         query,
@@ -228,7 +230,7 @@ def _select(
         value=value,
         key_mask=key_mask,
         state=memory,
-        **dict(candidate.options),
+        **options,
     )
 
 

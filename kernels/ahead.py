@@ -25,6 +25,16 @@ SHARED_LIMITS = {
     "sm_120": 99 << 10,
     "gfx942": 64 << 10,
 }
+# What multiplies 16-bit floats, INT8 and E4M3; the last is None where E4M3 as NVIDIA defines it is not multiplied.
+_MULTIPLIES = {
+    "sm_80": ("HMMA", "IMMA", None),
+    "sm_86": ("HMMA", "IMMA", None),
+    "sm_89": ("HMMA", "IMMA", "QMMA"),
+    "sm_90": ("HGMMA", "IGMMA", "QGMMA"),
+    "sm_100": ("UTCHMMA", "UTCIMMA", "UTCQMMA"),
+    "sm_120": ("HMMA", "IMMA", "QMMA"),
+    "gfx942": ("v_mfma_f32", "v_mfma_i32", None),
+}
 # Matrix instructions by generation; the digits behind are shapes and types.
 _MATRIX = re.compile(r"\b(HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|OMMA|UTC[A-Z]*MMA|v_mfma_[a-z0-9_]+)\b")
 
@@ -48,25 +58,51 @@ class Configuration:
 class Compiled:
     """What came out: registers per thread, bytes of stack and local memory per thread, shared bytes per program.
 
-    The first three are None where the tools of the wheel cannot read the binary (AMD).
+    missing: matrix instructions that the precision is meant to run on and that are not among those found.
     """
 
-    registers: int | None
-    stack: int | None
-    local: int | None
+    registers: int
+    stack: int
+    local: int
     shared: int
     matrix_instructions: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def multiplies_e4m3(architecture: str) -> bool:
+    """Whether a chip of SHARED_LIMITS has instructions for E4M3."""
+    return _MULTIPLIES[architecture][2] is not None
+
+
+def intended(architecture: str, precision: str) -> tuple[str, ...]:
+    """Beginnings of the names of the matrix instructions that attention in a precision is meant to use.
+
+    Raises:
+        ValueError: a precision that the chip does not multiply.
+    """
+    floats, integers, eights = _MULTIPLIES[architecture]
+    wanted = {
+        "native": (floats,),
+        "int8": (integers, floats),
+        "int8_fp8": (integers, eights),
+        "fp8": (eights,),
+    }
+    names = tuple(name for name in wanted[precision] if name is not None)
+    if len(names) < len(wanted[precision]):
+        raise ValueError(f"precision: {architecture} multiplies no E4M3, got {precision!r}")
+    return names
 
 
 def compile_attention(configuration: Configuration, architecture: str) -> Compiled:
     """Compile the attention kernel as the launcher would for contiguous inputs.
 
     Raises:
-        ValueError: an architecture that is not in SHARED_LIMITS.
+        ValueError: an architecture that is not in SHARED_LIMITS, or one that does not multiply the precision.
     """
     if architecture not in SHARED_LIMITS:
         raise ValueError(f"architecture must be one of {', '.join(SHARED_LIMITS)}, got {architecture!r}")
     c = configuration
+    wanted = intended(architecture, c.precision)
     eight_k = {"native": c.dtype, "int8": "i8", "int8_fp8": "i8", "fp8": "fp8e4nv"}[c.precision]
     eight_v = "fp8e4nv" if c.precision in ("int8_fp8", "fp8") else c.dtype
     quantised = c.precision != "native"
@@ -124,19 +160,29 @@ def compile_attention(configuration: Configuration, architecture: str) -> Compil
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes), target=target, options=build
     )
-    if not nvidia:
-        found = sorted(set(_MATRIX.findall(compiled.asm["amdgcn"])))
-        return Compiled(None, None, None, compiled.metadata.shared, tuple(found))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        found = sorted(set(_MATRIX.findall(_tool("nvdisasm", "-c", file.name))))
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-    registers, stack, local = (
-        int(match[1]) if (match := re.search(rf"{name}:(\d+)", usage)) else 0
-        for name in ("REG", "STACK", "LOCAL")
-    )
-    return Compiled(registers, stack, local, compiled.metadata.shared, tuple(found))
+    if nvidia:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            code, told = _tool("nvdisasm", "-c", file.name), _tool("cuobjdump", "-res-usage", file.name)
+        registers, stack, local = (_number(rf"{name}:(\d+)", told) for name in ("REG", "STACK", "LOCAL"))
+    else:
+        code = compiled.asm["amdgcn"]
+        registers, stack, spilled = (
+            _number(rf"\.{name}:\s+(\d+)", code)
+            for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        )
+        local = 4 * spilled
+    found = tuple(sorted(set(_MATRIX.findall(code))))
+    missing = tuple(name for name in wanted if not any(one.startswith(name) for one in found))
+    return Compiled(registers, stack, local, compiled.metadata.shared, found, missing)
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"the compiler's output says nothing of {pattern}")
+    return int(match[1])
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dit_accel.kernels.ahead import SHARED_LIMITS, Configuration, compile_attention
+from dit_accel.kernels import PRECISIONS
+from dit_accel.kernels.ahead import SHARED_LIMITS, Configuration, compile_attention, multiplies_e4m3
 
-# E4M3 as NVIDIA defines it is multiplied from sm_89 on.
-_WITHOUT_E4M3 = ("sm_80", "sm_86", "gfx942")
 _COLUMN = {"all": "remainder", "varying": "varying"}
 _EVERYTHING: dict[str, Any] = {"masked": True, "ordered": True, "remainder": True}
 
@@ -20,9 +19,7 @@ _EVERYTHING: dict[str, Any] = {"masked": True, "ordered": True, "remainder": Tru
 def shipped(architecture: str) -> list[Configuration]:
     """The configurations that models use: head dims 64 and 128, plain, with everything switched on, and that for
     blocks of varying length."""
-    precisions = (
-        ("native", "int8") if architecture in _WITHOUT_E4M3 else ("native", "int8", "int8_fp8", "fp8")
-    )
+    precisions = PRECISIONS if multiplies_e4m3(architecture) else ("native", "int8")
     extras: tuple[dict[str, Any], ...] = ({}, _EVERYTHING, _EVERYTHING | {"varying": True})
     return [
         Configuration(dim, block_q, 64, precision=precision, **extra)
@@ -31,7 +28,8 @@ def shipped(architecture: str) -> list[Configuration]:
 
 
 def compile_all(architecture: str, *, progress: bool = True) -> list[dict[str, Any]]:
-    """Compile all of them; one row each, with `ok` saying whether nothing spills and the shared memory suffices.
+    """Compile all of them; one row each, with `ok` saying whether nothing spills, the shared memory suffices and the
+    precision runs on the matrix instructions that it is meant for.
 
     Args:
         architecture: one of SHARED_LIMITS, or "all".
@@ -56,19 +54,37 @@ def compile_all(architecture: str, *, progress: bool = True) -> list[dict[str, A
                 "arch": architecture,
                 **asdict(configuration),
                 **asdict(compiled),
-                "ok": fits
-                and not compiled.stack
-                and not compiled.local
-                and bool(compiled.matrix_instructions),
+                "ok": fits and not compiled.stack and not compiled.local and not compiled.missing,
             }
         )
     return rows
+
+
+def failures(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What is wrong with each row that is not `ok`, in words."""
+    found = []
+    for row in rows:
+        if row["ok"]:
+            continue
+        wrong = [f"no {name}" for name in row["missing"]]
+        if row["stack"] or row["local"]:
+            wrong.append(f"spills {row['stack'] + row['local']} B")
+        if row["shared"] > SHARED_LIMITS[row["arch"]]:
+            wrong.append(
+                f"needs {row['shared']} B of shared memory, {SHARED_LIMITS[row['arch']]} B are there"
+            )
+        found.append(
+            f"{row['kernel']} {row['precision']} dim {row['dim']} {row['block_q']}x{row['block_k']} on {row['arch']}: "
+            + ", ".join(wrong)
+        )
+    return found
 
 
 def as_text(rows: Iterable[dict[str, Any]]) -> str:
     """The rows as aligned text."""
     head = [
         "kernel",
+        "arch",
         "dim",
         "blocks",
         "dtype",
@@ -85,16 +101,17 @@ def as_text(rows: Iterable[dict[str, Any]]) -> str:
         lines.append(
             [
                 row["kernel"],
+                row["arch"],
                 str(row["dim"]),
                 f"{row['block_q']}x{row['block_k']}",
                 row["dtype"],
                 row["precision"],
                 " ".join(name for name in ("all", "varying") if row[_COLUMN[name]]) or "-",
-                "?" if row["registers"] is None else str(row["registers"]),
-                "?" if row["stack"] is None else str(row["stack"]),
+                str(row["registers"]),
+                str(row["stack"]),
                 f"{row['shared'] / 1024:.0f}K",
                 " ".join(row["matrix_instructions"]),
-                "yes" if row["ok"] else "NO",
+                "yes" if row["ok"] else " ".join(("NO", *row["missing"])),
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

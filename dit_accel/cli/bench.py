@@ -67,4 +67,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text = "\n".join(lines)
     if args.output is not None:
         write_json(args.output, data)
+    if args.compile_only and (wrong := gate.failures(data["rows"])):
+        raise ValueError(
+            f"compile-only: {len(wrong)} of {len(data['rows'])} configurations fail: {'; '.join(wrong)}"
+        )
     return data, text

@@ -12,7 +12,7 @@ from dit_accel.bench import cpu, gate
 from dit_accel.bench.problem import SHAPES, Shape, block_mask, index_of
 from dit_accel.bench.timing import in_turns, quantile
 from dit_accel.cli import main
-from dit_accel.kernels.ahead import SHARED_LIMITS, Configuration
+from dit_accel.kernels.ahead import SHARED_LIMITS, Compiled, Configuration
 
 
 def test_shipped_configurations_leave_out_what_a_chip_lacks():
@@ -34,9 +34,30 @@ def test_compile_only_prints_a_row_per_configuration(monkeypatch, capsys, tmp_pa
     assert json.loads(file.read_text()) == data
     text = gate.as_text(data["rows"])
     assert text.splitlines()[1].split() == [
-        "attention", "64", "64x64", "bf16", "native", "-", str(row["registers"]), "0",
+        "attention", "sm_80", "64", "64x64", "bf16", "native", "-", str(row["registers"]), "0",
         f"{row['shared'] / 1024:.0f}K", "HMMA", "yes",
     ]  # fmt: skip
+
+
+def test_a_configuration_that_fails_the_gate_is_a_failure(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gate, "shipped", lambda arch: [Configuration(64, 64, 64), Configuration(128, 64, 64)])
+    monkeypatch.setattr(gate, "compile_attention", spilling)
+    file = tmp_path / "gate.json"
+    assert main(["bench", "--compile-only", "--arch", "sm_90", "--output", str(file)]) == 1
+    assert (
+        "compile-only: 1 of 2 configurations fail: attention native dim 128 64x64 on sm_90: no HGMMA, spills 24 B, "
+        "needs 300000 B of shared memory, 232448 B are there"
+    ) in capsys.readouterr().err
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["ok"] for row in rows] == [True, False]
+    assert gate.as_text(rows).splitlines()[2].endswith("NO HGMMA")
+
+
+def spilling(configuration, architecture):
+    """As of a compiler that lacks registers for head dim 128."""
+    if configuration.dim == 64:
+        return Compiled(168, 0, 0, 65536, ("HGMMA",), ())
+    return Compiled(255, 8, 16, 300000, ("HMMA",), ("HGMMA",))
 
 
 @pytest.mark.parametrize(
