@@ -61,9 +61,16 @@ class StepRecorder:
     Args:
         transformers: the pipeline's, with the function that names the guidance branch of the running forward.
         seed: of the sampled places.
+        spent: seconds so far that forwards took for other things than themselves.
     """
 
-    def __init__(self, transformers: Mapping[nn.Module, Callable[[], str]], seed: int = 0) -> None:
+    def __init__(
+        self,
+        transformers: Mapping[nn.Module, Callable[[], str]],
+        seed: int = 0,
+        spent: Callable[[], float] = float,
+    ) -> None:
+        self._spent = spent
         self._seed = seed
         self._places: Tensor | None = None
         self._outputs: list[Tensor] = []
@@ -88,7 +95,7 @@ class StepRecorder:
         return 1000 * median(self._seconds)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._start = now(next(module.parameters()).device)
+        self._start = now(next(module.parameters()).device) - self._spent()
 
     def _keep(
         self,
@@ -99,7 +106,7 @@ class StepRecorder:
         output: Any,
     ) -> None:
         sample = output[0].detach()
-        self._seconds.append(now(sample.device) - self._start)
+        self._seconds.append(now(sample.device) - self._spent() - self._start)
         latents = like(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], sample).detach()
         if self._places is None:
             generator = torch.Generator().manual_seed(self._seed)

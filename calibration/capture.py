@@ -29,7 +29,6 @@ class Recorder:
     Attributes:
         sums: profiles by guidance branch.
         progress: of every denoising step so far.
-        seconds: time spent here instead of generating.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Recorder:
     ) -> None:
         self.sums: dict[str, ProfileSums] = {}
         self.progress: list[float] = []
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._candidates = candidates
         self._sampled = sampled
         self._layers = layers
@@ -56,10 +55,16 @@ class Recorder:
         self._share = share
         self._seed = seed
         self._errors: dict[int, Tensor] = {}  # by layer, of the first branch of the running step
-        self._earlier: dict[int, Earlier] = {}  # by layer
+        self._earlier: dict[tuple[int, int], Earlier] = {}  # by expert and layer
         self._branches: list[str] = []  # of the running step, in the order of their forwards
         self._branches_before = 1
         self._probing = False
+        self._probes: list[Downstream] = []
+
+    @property
+    def spent(self) -> float:
+        """Seconds spent here so far instead of generating."""
+        return self._seconds + sum(probe.seconds for probe in self._probes)
 
     @contextmanager
     def attached(self, state: AccelState, transformer: nn.Module) -> Iterator[None]:
@@ -74,9 +79,9 @@ class Recorder:
             yield
             return
         probe = Downstream(state, self._layers, self._is_probed, self._profile, self._seed)
+        self._probes.append(probe)
         with probe.watching(transformer):
             yield
-        self.seconds += probe.seconds
 
     def _is_probed(self, state: AccelState) -> bool:
         sampled = self._span(state) is not None
@@ -115,7 +120,7 @@ class Recorder:
             self._observe(state, layer, query, key, value, key_mask)
         elif not self._probing:
             self._profile(state, layer, query, key, value, key_mask, None)
-        self.seconds += now(query.device) - start
+        self._seconds += now(query.device) - start
 
     def _profile(
         self,
@@ -137,7 +142,7 @@ class Recorder:
                 spans, self._layers, query.shape[2], len(self._candidates)
             )
         # In the first step a run does not know either whether another branch will come.
-        earlier = self._earlier_of(layer) if len(self.progress) > 1 else Earlier()
+        earlier = self._earlier_of(state, layer) if state.several_branches else None
         with torch.no_grad():
             call = profile_call(
                 query,
@@ -173,17 +178,18 @@ class Recorder:
         if len(self.progress) not in self._sampled or state.grid is None:
             return
         with torch.no_grad():
-            self._earlier_of(layer).observe(
+            self._earlier_of(state, layer).observe(
                 query,
                 key,
                 value,
                 state.grid,
                 self._candidates,
                 branch=state.branch,
-                first=state.branch == self._branches[0],
+                # Branches that share a choice begin to in the second step.
+                first=state.several_branches and state.branch == self._branches[0],
                 block=state.plan.block,
                 key_mask=key_mask,
             )
 
-    def _earlier_of(self, layer: int) -> Earlier:
-        return self._earlier.setdefault(layer, Earlier())
+    def _earlier_of(self, state: AccelState, layer: int) -> Earlier:
+        return self._earlier.setdefault((id(state), layer), Earlier())

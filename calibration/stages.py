@@ -113,7 +113,8 @@ class Stages:
                     {
                         transformer: functools.partial(getattr, state, "branch")
                         for state, transformer in zip(all_states, self._transformers(), strict=True)
-                    }
+                    },
+                    spent=lambda: recorder.spent,
                 )
                 listening.callback(steps_of.remove)
                 for state, transformer in zip(all_states, self._transformers(), strict=True):
@@ -133,8 +134,8 @@ class Stages:
             for branch, profiled in recorder.sums.items():
                 tensors |= {f"{key}.{branch}": tensor for key, tensor in profiled.tensors().items()}
             values: dict[str, Any] = {
-                "seconds": made.seconds - recorder.seconds,
-                "profile_seconds": recorder.seconds,
+                "seconds": made.seconds - recorder.spent,
+                "profile_seconds": recorder.spent,
                 "forward_ms": steps_of.forward_ms,
                 "step_branches": [] if products is None else list(products.branches),
                 "branches": list(recorder.sums),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Guard", "GuardMemory"]
 
+_LOST = 0.95  # error of a head whose output is all but lost
+
 logger = logging.getLogger("dit_accel")
 
 
@@ -41,10 +43,10 @@ class Guard:
     """Checks the heads of a calibrated plan.
 
     A head is made dense for the rest of the generation where its relative L2 error at the sampled rows is more than
-    `factor` times that of the calibration, more than `usual` times the root mean square over all heads of its range,
-    and more than `floor`. On prompts that the calibration has not seen, heads of the demo model err up to twice as much
-    as at calibration, single ones up to five times, those that erred least above all; to run these dense brought videos
-    no nearer.
+    `factor` times that of the calibration, more than `usual` times the median of all heads of its range, and more than
+    `floor`; or where it is all but 1, that of an output of zeros, and was not at calibration. On prompts that the
+    calibration has not seen, heads of the demo model err up to twice as much as at calibration, single ones up to five
+    times, those that erred least above all; to run these dense brought videos no nearer.
 
     Args:
         plan: a calibrated plan, with `rel_l2` and a dense candidate.
@@ -77,8 +79,9 @@ class Guard:
                 f"guard: expected factor > 0, usual >= 0, rows and every at least 1, got {factor}, {usual}, {rows} and "
                 f"{every}"
             )
-        of_range = plan.rel_l2.square().mean((1, 2), keepdim=True).sqrt()
-        self._limits = (factor * plan.rel_l2).maximum(usual * of_range).clamp(min=floor)
+        own, of_range = plan.rel_l2, plan.rel_l2.flatten(1).median(1).values[:, None, None]
+        limits = (factor * own).maximum(usual * of_range).clamp(min=floor)
+        self._limits = torch.where(own < _LOST, limits.clamp(max=_LOST), limits)
         self._dense = dense.index(True)
         self._shape = (plan.choice.shape[1], plan.choice.shape[2])
         self.rows = rows

@@ -281,9 +281,10 @@ class AccelHook(ModelHook):
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
-        if getattr(module, "_parallel_config", None) is not None and not state.all_dense:
+        if getattr(module, "_parallel_config", None) is not None and (self.steps or not state.all_dense):
+            kind = "skips steps" if state.all_dense else "has sparse heads"
             raise RuntimeError(
-                f"{type(module).__name__} has a parallel config, and a plan with sparse heads cannot run "
+                f"{type(module).__name__} has a parallel config, and a plan that {kind} cannot run "
                 "on a split sequence or split heads; disable() dit-accel or use a dense plan."
             )
         arguments = state.family.bind(module, args, kwargs)

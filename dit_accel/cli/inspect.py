@@ -129,9 +129,11 @@ def _ranges(plan: AccelPlan) -> list[str]:
     tables = plan.validated.get("sensitivity")
     for number, part in enumerate(parts):
         mean = "–" if tables is None else f"{_mean(tables[number]):.4f}"
-        speedup = part["attention_ms_dense"] / part["attention_ms"]
+        # A schedule may leave out all forwards of a range.
+        took = part["attention_ms"]
+        speedup = f"{part['attention_ms_dense'] / took:.2f}" if took else "–"
         lines.append(
-            f"{range_title(plan, number):<25}  {mean:>11}  {part['error'] / total:>11.1%}  {speedup:>18.2f}"
+            f"{range_title(plan, number):<25}  {mean:>11}  {part['error'] / total:>11.1%}  {speedup:>18}"
         )
     return lines
 

@@ -80,8 +80,9 @@ def _orders(
     grid: TokenGrid, block: int, query: Tensor, key: Tensor, memory: Memory, axes: int, rebuild: int
 ) -> tuple[Tensor, Tensor]:
     """Orders `[batch, heads, seq]` of queries and keys, those of an earlier step while they serve."""
-    step = memory.get("now")
-    age = memory.get("age", -1) + 1 if step is None else step - memory.get("built", step)
+    step, built = memory.get("now"), memory.get("built")
+    # Built before it was known that there are several branches, they only count the choices.
+    age = memory.get("age", -1) + 1 if step is None or built is None else step - built
     if "orders" not in memory or not 0 <= age < rebuild:
         q, k = (x[:, grid.video_slice] for x in (query, key))
         orders = partition(q, k, block=block, axes=axes)

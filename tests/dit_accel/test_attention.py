@@ -418,3 +418,22 @@ def test_families_that_need_one_density_say_so(family: str, options: dict[str, f
     output, density = attend(query, query, query, grid, way, [0, 1], block=16)
     assert output.isfinite().all()
     assert 0.3 < density <= 1
+
+
+def test_a_choice_of_its_own_goes_on_when_the_step_becomes_known() -> None:
+    """In the first step nobody knows whether another branch will come."""
+    grid = TokenGrid(3, 7, 5)
+    way, cache = Candidate("balanced", 0.4, (("rebuild", 2),)), {}
+    outputs = []
+    for step in (None, 2, 3, 4):
+        for branch in ("cond", "uncond"):
+            query, key, value = inputs(
+                grid, 2, 1, 32, torch.float32, seed=(step or 1) * 2 + (branch == "cond")
+            )
+            output, _ = attend(
+                query, key, value, grid, [way], [0], block=16, layer=0, branch=branch, step=step, cache=cache
+            )
+            outputs.append((output, attend(query, key, value, grid, [way], [0], block=16)[0]))
+    # Built in the first and third choice of each branch.
+    new = [torch.equal(kept, fresh) for kept, fresh in outputs]
+    assert new == [True, True, False, False, True, True, False, False]

@@ -168,7 +168,7 @@ def test_an_evaluation_counts_them(tiny_wan_dir):
         height=48, width=80, num_frames=5, num_inference_steps=2, guidance_scale=3.0
     )
     claimed = plan_of(
-        pipe.transformer, [[1e-3, 0.4], [0.4, 0.4]], candidates=(CANDIDATES[0], Candidate("skip", 0.0))
+        pipe.transformer, [[1e-3, 1.0], [1.0, 1.0]], candidates=(CANDIDATES[0], Candidate("skip", 0.0))
     )
     for plan, expected in ((claimed, 1), (AccelPlan.preset("window", density=0.3, block=16), None)):
         made = generate_variant(pipe, plan_variant(plan, "plan"), "a red circle", settings, seed=0)
@@ -218,13 +218,25 @@ def test_uncalibrated_plans_are_refused(wan_pipeline, change):
 
 
 def test_a_head_errs_little_where_it_errs_as_the_others_do(tiny):
-    plan = plan_of(tiny("wan").transformer, torch.tensor([[0.01, 0.2], [0.3, 0.0]]))
-    usual = ((0.01**2 + 0.2**2 + 0.3**2) / 4) ** 0.5
-    guard = Guard(plan, factor=5.0, usual=1.5)
-    assert guard._limits[0].flatten().tolist() == pytest.approx([1.5 * usual, 1.0, 1.5, 1.5 * usual])
-    assert Guard(plan, factor=5.0, usual=0.0, floor=0.1)._limits[0].flatten().tolist() == pytest.approx(
-        [0.1, 1.0, 1.5, 0.1]
-    )
+    plan = plan_of(tiny("wan").transformer, torch.tensor([[0.01, 0.1], [0.3, 0.0]]))
+
+    def limits(**options):
+        return Guard(plan, **options)._limits[0].flatten().tolist()
+
+    assert limits(factor=2.0, usual=1.5) == pytest.approx([0.05, 0.2, 0.6, 0.05])
+    assert limits(factor=2.0, usual=9.0) == pytest.approx([0.09, 0.2, 0.6, 0.09])
+    assert limits(factor=2.0, usual=0.0, floor=0.3) == pytest.approx([0.3, 0.3, 0.6, 0.3])
+
+
+def test_a_head_that_lost_its_output_is_always_caught(tiny):
+    plan = plan_of(tiny("wan").transformer, torch.tensor([[0.6, 0.5], [0.4, 1.0]]))
+    query, key, value = torch.randn(3, 1, 40, 2, 16, generator=torch.Generator().manual_seed(0))
+    guard = Guard(plan)
+    memory = guard.memory()
+    for layer in (0, 1):
+        guard.check(query, key, value, torch.zeros_like(value), 0, layer, memory, scale=None, key_mask=None)
+    # The last one gave nothing at calibration either.
+    assert [memory.pending[layer].tolist() for layer in (0, 1)] == [[True, True], [True, False]]
 
 
 @pytest.mark.parametrize("options", [{"factor": 0.0}, {"usual": -1.0}, {"rows": 0}, {"every": 0}])

@@ -101,9 +101,19 @@ def test_parallel_config_and_sparse_rows_are_refused(tiny):
     enable(model.transformer, WINDOW)
     model.transformer._parallel_config = object()
     with pytest.raises(
-        RuntimeError, match="WanTransformer3DModel has a parallel config, and a plan with sparse"
+        RuntimeError, match="WanTransformer3DModel has a parallel config, and a plan that has sparse heads"
     ):
         model.run()
+
+
+def test_parallel_config_and_a_cache_of_steps_are_refused(wan_pipeline):
+    pipe = wan_pipeline()
+    enable(pipe, AccelPlan.preset("cg-taylor", threshold=0.1))
+    pipe.transformer._parallel_config = object()
+    with pytest.raises(
+        RuntimeError, match="WanTransformer3DModel has a parallel config, and a plan that skips steps"
+    ):
+        pipe.latents(steps=3)
 
 
 def test_parallel_config_reaches_the_original_function(tiny):
