@@ -28,7 +28,7 @@ from dit_accel.calibration.tables import build_profile
 from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
 from dit_accel.evaluation.generate import quiet
 from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.timing import machine, weights_digest
+from dit_accel.evaluation.timing import machine, pipeline_digest
 from dit_accel.kernels import PRECISIONS, available_precisions
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate, config_hash_of
@@ -288,6 +288,6 @@ def _describe(pipe: Any) -> dict[str, Any]:
     return {
         "model_class": type(pipe.transformer).__name__,
         "config_hash": config_hash_of(pipe.transformer),
-        "weights": weights_digest(pipe.transformer),
+        "weights": pipeline_digest(pipe),
         **{name: here[name] for name in _MACHINE},
     }

@@ -72,6 +72,8 @@ def attend(
         name = (grid, block, query.device, chosen)
         if layer not in launches or launches[layer][0] != name:
             launches[layer] = name, {}
+            if cache is not None and layer is not None:
+                _forget(cache, layer, chosen, list(members_of.values()))
         kept = launches[layer][1]
 
     def run(
@@ -179,9 +181,8 @@ def _prepare(
             owner = layer - layer % max(options.get("layers", 1), 1), query.shape[0]
             shared = step is not None and options.get("branches") == SHARED
             own_branch = None if shared else branch
-            memory = memories.setdefault((grid, block, owner, own_branch), {}).setdefault(
-                (candidate.family, candidate.options, densities, tuple(in_layer)), {}
-            )
+            name = _name([candidates[member] for member in members], in_layer)
+            memory = memories.setdefault((grid, block, owner, own_branch), {}).setdefault(name, {})
         selection = select(
             candidate.family,
             q,
@@ -227,6 +228,27 @@ def _merged(parts: Sequence[tuple[Tensor, list[int]]], heads: int) -> Tensor:
     for order, members in parts:
         merged[:, on_device(tuple(members), first.device)] = order
     return merged
+
+
+def _name(candidates: Sequence[Candidate], numbers: Sequence[int]) -> tuple[Any, ...]:
+    """What heads that choose together remember under; numbers: theirs in the layer."""
+    densities = tuple(candidate.density for candidate in candidates)
+    return candidates[0].family, candidates[0].options, densities, tuple(numbers)
+
+
+def _forget(
+    cache: MutableMapping[Any, Any], layer: int, chosen: Sequence[Candidate], launches: Sequence[list[int]]
+) -> None:
+    """Drop what a layer's heads remember of an earlier row."""
+    used = set()
+    for heads in launches:
+        for group in _together([chosen[head] for head in heads]):
+            members = [heads[place] for place in group]
+            used.add(_name([chosen[head] for head in members], members))
+    for (_, _, (owner, _), _), memories in cache.items():
+        if owner == layer:
+            for name in memories.keys() - used:
+                del memories[name]
 
 
 def _together(candidates: Sequence[Candidate]) -> list[list[int]]:

@@ -132,7 +132,13 @@ def _packed(model: str, source: str, sizes: tuple[int, ...], tokens: int, text_t
 
 
 def _normalised(block: Any, arguments: Arguments) -> Tensor:
-    return block.norm1(arguments["hidden_states"], emb=arguments["temb"])[0]
+    given = {"emb": arguments["temb"]}
+    if (
+        arguments.get("token_replace_emb") is not None
+    ):  # HunyuanVideo from an image: the first frame has its own
+        given["token_replace_emb"] = arguments["token_replace_emb"]
+        given["first_frame_num_tokens"] = arguments["num_tokens"]
+    return block.norm1(arguments["hidden_states"], **given)[0]
 
 
 def _cogvideox_normalised(block: Any, arguments: Arguments) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from dit_accel.evaluation.models import GenerationSettings, resolve_device
 from dit_accel.evaluation.result import Scorer
-from dit_accel.evaluation.timing import machine, weights_digest
+from dit_accel.evaluation.timing import machine, pipeline_digest
 from dit_accel.pipelines import demo, load_demo
 
 _SIZES = {"height": "height", "width": "width", "frames": "num_frames", "steps": "num_inference_steps"}
@@ -72,8 +72,7 @@ def demo_work(args: argparse.Namespace, *conditions: Any, tuning: bool) -> DemoW
     settings = GenerationSettings(**{**demo.DEFAULTS, **sizes})
     pipe = load_demo(torch.bfloat16, str(resolve_device(args.device)))
     place = machine(pipe._execution_device, torch.bfloat16)
-    model = [weights_digest(part) for part in (pipe.transformer, pipe.text_encoder, pipe.vae)]
-    kind = [model, settings.to_dict(), args.seed, demo.PROMPTS, place, *conditions]
+    kind = [pipeline_digest(pipe), settings.to_dict(), args.seed, demo.PROMPTS, place, *conditions]
     return DemoWork(
         pipe=pipe,
         settings=settings,

@@ -317,6 +317,14 @@ class StepCache:
         return self._first if needed or decided_late else 0
 
     def _call(self, number: int, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._computed(number, block, args, kwargs)
+        except BaseException:  # hooks of torch do not see a KeyboardInterrupt
+            self.abandon()
+            raise
+
+    def _computed(self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block, or stand in for it where the gate decides so on its way in."""
         forward = self._forward
         assert forward is not None
         hidden, encoder = block_inputs(self.family, args, kwargs)
@@ -335,11 +343,7 @@ class StepCache:
         if number == self._first:
             forward.start = hidden, encoder
         forward.blocks += 1
-        try:
-            output = block(*args, **kwargs)
-        except BaseException:  # hooks of torch do not see a KeyboardInterrupt
-            self.abandon()
-            raise
+        output = block(*args, **kwargs)
         if number == self._first - 1 and looks_at == "head" and forward.decides:
             after = block_outputs(self.family, output)[0]
             forward.signal = after if forward.head_input is None else after - forward.head_input

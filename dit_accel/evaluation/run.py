@@ -15,7 +15,7 @@ from dit_accel.evaluation.generate import generate_variant, quiet
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.result import FORMAT_VERSION, Evaluation, Scorer
 from dit_accel.evaluation.store import STORE_VERSION, GenerationStore
-from dit_accel.evaluation.timing import dense_backend, machine, weights_digest
+from dit_accel.evaluation.timing import dense_backend, machine, pipeline_digest
 from dit_accel.evaluation.variants import Variant
 from dit_accel.plan import AccelPlan
 
@@ -71,7 +71,7 @@ def evaluate(
         fingerprint=_fingerprint(
             [FORMAT_VERSION, STORE_VERSION],
             model,
-            weights_digest(pipe.transformer),
+            pipeline_digest(pipe),
             [variant.identity for variant in variants],
             list(prompts),
             settings.to_dict(),

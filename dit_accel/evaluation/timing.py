@@ -1,11 +1,13 @@
 """Clocks, the machine's description and the name of the attention that dense runs use."""
 
 import hashlib
+import json
 import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,8 +57,21 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, str | int | N
     }
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Tells a retrained or adapted model from the one before, by a few values of each parameter."""
+def pipeline_digest(pipe: Any) -> str:
+    """Tells a pipeline with a retrained, adapted or exchanged model or another scheduler from the one before."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, torch.nn.Module):
+            digest.update(f"{name} {_weights_digest(part)}".encode())
+        elif hasattr(part, "set_timesteps"):
+            config = {key: value for key, value in part.config.items() if not key.startswith("_")}
+            text = json.dumps(config, sort_keys=True, default=str)
+            digest.update(f"{name} {type(part).__name__} {text}".encode())
+    return digest.hexdigest()
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    """By a few values of each parameter."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())

@@ -437,3 +437,25 @@ def test_a_choice_of_its_own_goes_on_when_the_step_becomes_known() -> None:
     # Built in the first and third choice of each branch.
     new = [torch.equal(kept, fresh) for kept, fresh in outputs]
     assert new == [True, True, False, False, True, True, False, False]
+
+
+def test_another_row_forgets_what_the_one_before_remembered() -> None:
+    grid = TokenGrid(3, 7, 5)
+    query, key, value = inputs(grid, 3, 1, 16, torch.float32)
+    options = (("branches", "shared"), ("reuse", 4))
+    ways = [Candidate("pooled", d, options) for d in (0.3, 0.5)]
+    cache, launches = {}, {}
+
+    def step(row: list[int], number: int) -> list[tuple[int, tuple[float, ...]]]:
+        for layer in (0, 1):
+            for branch in ("cond", "uncond"):
+                attend(
+                    *(query, key, value, grid, ways, row if layer else [0, 0, 1]),
+                    block=16, layer=layer, branch=branch, step=number, cache=cache, launches=launches,
+                )  # fmt: skip
+        return sorted((owner[0], name[2]) for (_, _, owner, _), held in cache.items() for name in held)
+
+    first = (0, (0.3, 0.3, 0.5))
+    assert step([0, 1, 1], 2) == [first, (1, (0.3, 0.5, 0.5))]
+    assert step([1, 1, 1], 3) == [first, (1, (0.5, 0.5, 0.5))]
+    assert step([1, 1, 1], 4) == [first, (1, (0.5, 0.5, 0.5))]

@@ -20,7 +20,7 @@ from dit_accel import AccelPlan, TokenGrid, disable, enable, stats
 from dit_accel.caching import CACHES, CacheConfig, Schedule, StepCache, Term, cache_bytes, cache_preset
 from dit_accel.caching.config import GATES
 from dit_accel.caching.forecast import History, polynomial_weights, weighted_sum
-from dit_accel.caching.gates import polynomial_fit
+from dit_accel.caching.gates import ConfidenceGatedTaylor, FirstBlock, TeaCache, polynomial_fit
 from dit_accel.pipelines import family_of
 from dit_accel.switch import attn_processors, states
 
@@ -592,21 +592,27 @@ class TestMemory:
         assert stats(pipe)["cache_bytes"] == told == two_outputs
 
 
+# Threshold at which every gate skips on the tiny model.
+SKIPPING = 2.0
+GATE_CLASSES = {"teacache": TeaCache, "first-block": FirstBlock, "cg-taylor": ConfidenceGatedTaylor}
+
+
 class TestState:
     @pytest.mark.parametrize("name", CACHES)
     def test_a_second_generation_equals_a_fresh_one(self, wan_pipeline, name):
         pipe, fresh = wan_pipeline(), wan_pipeline()
         for one in (pipe, fresh):
-            enable(one, cached(name, threshold=0.3))
+            enable(one, cached(name, threshold=SKIPPING))
         pipe.latents(steps=STEPS + 5)
         again = pipe.latents(steps=STEPS)
+        assert stats(pipe)["skipped_forwards"] > 0
         assert torch.equal(again, fresh.latents(steps=STEPS))
         assert stats(pipe) == stats(fresh)
 
     def test_after_an_interruption(self, wan_pipeline):
         pipe, fresh = wan_pipeline(), wan_pipeline()
         for one in (pipe, fresh):
-            enable(one, cached("cg-taylor", threshold=0.3))
+            enable(one, cached("cg-taylor", threshold=SKIPPING))
 
         class Stop(Exception):
             pass
@@ -618,6 +624,23 @@ class TestState:
 
         with pytest.raises(Stop):
             pipe.latents(steps=STEPS, callback_on_step_end=stop)
+        assert torch.equal(pipe.latents(steps=STEPS), fresh.latents(steps=STEPS))
+        assert stats(pipe)["skipped_forwards"] > 0
+
+    @pytest.mark.parametrize("name", ["teacache", "first-block", "cg-taylor"])
+    def test_after_an_interruption_while_a_gate_waits_for_the_device(self, wan_pipeline, monkeypatch, name):
+        pipe, fresh = wan_pipeline(), wan_pipeline()
+        for one in (pipe, fresh):
+            enable(one, cached(name, threshold=SKIPPING))
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GATE_CLASSES[name], "skip", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pipe.latents(steps=STEPS)
+        assert list(pipe.transformer.blocks) == [pipe.transformer.blocks[0], pipe.transformer.blocks[1]]
         assert torch.equal(pipe.latents(steps=STEPS), fresh.latents(steps=STEPS))
 
     def test_after_an_error_inside_a_block(self, wan_pipeline):
@@ -642,7 +665,7 @@ class TestState:
     @pytest.mark.parametrize("name", CACHES)
     def test_nothing_is_held_after_the_last_step(self, wan_pipeline, name, experts):
         pipe = wan_pipeline(experts=experts)
-        enable(pipe, cached(name, threshold=0.3))
+        enable(pipe, cached(name, threshold=SKIPPING))
         held = []
 
         def look(_pipe, _step, _timestep, _tensors):
@@ -769,9 +792,10 @@ class TestState:
 def test_compiled_blocks_give_the_same(wan_pipeline):
     torch._dynamo.reset()
     pipe = wan_pipeline()
-    enable(pipe, cached("cg-taylor", threshold=0.3))
+    enable(pipe, cached("cg-taylor", threshold=SKIPPING))
     expected = pipe.latents(steps=STEPS)
     report = stats(pipe)
+    assert report["skipped_forwards"] > 0
     pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         latents = pipe.latents(steps=STEPS)

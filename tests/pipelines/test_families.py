@@ -3,8 +3,10 @@
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTokenReplaceTransformerBlock
 from torch import nn
 
+from dit_accel.caching.calls import named_arguments
 from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import family_of
 
@@ -119,3 +121,25 @@ def test_a_subclass_belongs_to_the_family_of_its_base(tiny):
     transformer = tiny("wan").transformer
     transformer.__class__ = type("FineTunedWan", (type(transformer),), {})
     assert family_of(transformer).name == "wan"
+
+
+def test_the_first_frame_of_an_image_to_video_model_has_its_own_modulation(tiny):
+    """HunyuanVideo's token replace: what TeaCache looks at is what the block's attention gets."""
+    torch.manual_seed(0)
+    block = HunyuanVideoTokenReplaceTransformerBlock(2, 16, mlp_ratio=2.0)
+    hidden, encoder = torch.randn(2, 12, 32), torch.randn(2, 5, 32)
+    embeddings = {"temb": torch.randn(2, 32), "token_replace_emb": torch.randn(2, 32)}
+    seen = []
+    block.attn.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    mask, rotary = torch.ones(2, 1, 1, 17, dtype=torch.bool), (torch.ones(12, 16), torch.zeros(12, 16))
+    arguments = (hidden, encoder, embeddings["temb"], mask, rotary, embeddings["token_replace_emb"], 4)
+    block(*arguments)
+    found = family_of(tiny("hunyuan_video").transformer).modulated(
+        block, named_arguments(block, arguments, {})
+    )
+    assert torch.equal(found, seen[0])
+    plain = block.norm1(hidden, embeddings["temb"], embeddings["temb"], 4)[0]
+    assert torch.equal(found[:, 4:], plain[:, 4:])
+    assert not torch.allclose(found[:, :4], plain[:, :4])
