@@ -26,6 +26,7 @@ class Clock:
         self._pipe = pipe
         self._timesteps: Tensor | None = None
         self._progress: list[float] | None = None
+        self._values: list[float] | None = None
         self.memory: dict[str, Any] = {}
         self.on_new: list[Callable[[], None]] = []
 
@@ -33,10 +34,33 @@ class Clock:
         """The timesteps of the running generation, the same object throughout it; None without a scheduler."""
         timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         if timesteps is not self._timesteps:
-            self._timesteps, self._progress, self.memory = timesteps, None, {}
+            self._timesteps, self._progress, self._values, self.memory = timesteps, None, None, {}
             for forget in self.on_new:
                 forget()
         return timesteps
+
+    def value_of(self, timestep: Any) -> float | None:
+        """The value of a timestep that is an element of the scheduler's tensor, possibly expanded; None for others.
+
+        Which element it is shows from where it lies in memory. To read it from a device would have the host wait.
+        """
+        timesteps = self.generation()
+        if not isinstance(timestep, Tensor) or not isinstance(timesteps, Tensor) or timesteps.ndim != 1:
+            return None
+        if timestep.dtype != timesteps.dtype or not timestep.numel():
+            return None
+        if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+            return None
+        if any(size > 1 and stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True)):
+            return None
+        places, rest = divmod(
+            timestep.storage_offset() - timesteps.storage_offset(), max(timesteps.stride(0), 1)
+        )
+        if rest or not 0 <= places < len(timesteps):
+            return None
+        if self._values is None:
+            self._values = timesteps.tolist()
+        return self._values[places]
 
     def step_index(self) -> int | None:
         """How often the scheduler has stepped in this generation, as far as it tells."""

@@ -277,7 +277,7 @@ class AccelHook(ModelHook):
         self.state.finish()
         return module
 
-    # Reads the timestep's value, which a compiler cannot trace; blocks are compiled below this.
+    # May read the timestep's value, which a compiler cannot trace; blocks are compiled below this.
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = self.state
@@ -291,7 +291,8 @@ class AccelHook(ModelHook):
         grid = (
             None if state.all_dense and state.capture is None else state.family.read_grid(module, arguments)
         )
-        progress, new = state.family.progress(arguments), None
+        value = None if self._clock is None else self._clock.value_of(arguments["timestep"])
+        progress, new = state.family.progress(arguments, value), None
         if self._clock is not None:
             before, self._generation = self._generation, self._clock.generation()
             new = None if self._generation is None else self._generation is not before

@@ -57,12 +57,17 @@ class ModelFamily:
         bound.apply_defaults()
         return bound.arguments
 
-    def progress(self, arguments: Arguments) -> float:
+    def progress(self, arguments: Arguments, timestep: float | None = None) -> float:
         """Fraction of the denoising done, 0 at pure noise and 1 at the clean sample.
 
         Where tokens differ in their timestep (image-to-video keeps given frames clean) the noisiest counts.
+
+        Args:
+            arguments: of the transformer's call.
+            timestep: its timestep where that is known; else it is read, for which the host waits.
         """
-        timestep = float(torch.as_tensor(arguments["timestep"]).max())
+        if timestep is None:
+            timestep = float(torch.as_tensor(arguments["timestep"]).max())
         return min(1.0, max(0.0, 1.0 - timestep / self.noise_timestep))
 
 

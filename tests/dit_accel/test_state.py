@@ -1,10 +1,13 @@
 """The state knows where a generation is and forgets it when the next one begins."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
+from dit_accel.clock import Clock
 from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate
@@ -201,3 +204,35 @@ def test_dense_first_layers_run_on_the_model_s_attention(wan_pipeline):
     pipe.latents(steps=2)
     assert stats(pipe)["dense_calls"] == 0
     assert found["density_mean"] == pytest.approx((1 + stats(pipe)["density_mean"]) / 2)
+
+
+def test_the_timestep_of_a_pipeline_is_not_read(wan_pipeline, monkeypatch):
+    """On a GPU the host would wait for it in every forward."""
+    pipe, seen = wan_pipeline(), []
+    enable(pipe, AccelPlan.preset("taylorseer"))
+    state = states(pipe)[0]
+
+    def progress(family, arguments, timestep=None):
+        assert timestep == float(arguments["timestep"].max())
+        seen.append(timestep)
+        return 1 - timestep / 1000
+
+    monkeypatch.setattr(type(state.family), "progress", progress)
+    pipe.latents(steps=12)
+    assert seen[::2] == pipe.scheduler.timesteps.tolist()
+
+
+def test_timesteps_of_others_are_read():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(5)
+    clock = Clock(SimpleNamespace(scheduler=scheduler))
+    timesteps = scheduler.timesteps
+    assert clock.value_of(timesteps[3].expand(2)) == timesteps[3].item()
+    assert clock.value_of(timesteps[1]) == timesteps[1].item()
+    assert clock.value_of(timesteps[2:3]) == timesteps[2].item()
+    for other in (timesteps[3].expand(2).half(), timesteps[3].clone(), timesteps[1:3], 3.0, timesteps[:0]):
+        assert clock.value_of(other) is None
+    scheduler.set_timesteps(7)
+    assert clock.value_of(timesteps[3]) is None
+    assert clock.value_of(scheduler.timesteps[6]) == scheduler.timesteps[6].item()
+    assert Clock(SimpleNamespace()).value_of(timesteps[0]) is None
