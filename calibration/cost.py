@@ -74,7 +74,9 @@ def measure_latency(
         call()
         return now(query.device) - start
 
-    def sparse(row: list[int], kept: dict[Any, Any], step: int, branch: int) -> Callable[[], object]:
+    def sparse(
+        row: list[int], kept: dict[str, dict[Any, Any]], step: int, branch: int
+    ) -> Callable[[], object]:
         return lambda: attend(
             query,
             key,
@@ -88,17 +90,17 @@ def measure_latency(
             layer=0,
             branch=str(branch),
             step=step,
-            cache=kept,
-            launches=kept,
+            cache=kept["patterns"],
+            launches=kept["launches"],
         )
 
-    def over_branches(row: list[int], kept: dict[Any, Any], step: int) -> float:
+    def over_branches(row: list[int], kept: dict[str, dict[Any, Any]], step: int) -> float:
         """Seconds of a call, mean over those of a step."""
         shared = any(("branches", SHARED) in fresh[number].options for number in row)
         turns = range(branches if shared else 1)
         return fmean(seconds(sparse(row, kept, step, turn)) for turn in turns)
 
-    def over_steps(row: list[int], kept: dict[Any, Any], round_number: int) -> float:
+    def over_steps(row: list[int], kept: dict[str, dict[Any, Any]], round_number: int) -> float:
         """Seconds of a call, mean over the steps from one rebuilding to the next."""
         every = max(int(options_of[number].get("rebuild", 1)) for number in row)
         built = over_branches(row, kept, round_number * every)
@@ -108,7 +110,7 @@ def measure_latency(
 
     fresh = [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in kinds]
     options_of = [FAMILIES[c.family].with_defaults(dict(c.options)) for c in kinds]
-    caches: list[dict[Any, Any]] = [{} for _ in kinds]  # what a generation keeps from step to step
+    caches = [_memory() for _ in kinds]
     relative: list[list[float]] = [[] for _ in kinds]
     references: list[float] = []
     for round_number in range(_ROUNDS + 1):
@@ -128,10 +130,15 @@ def measure_latency(
     if pair is None or heads < 2:
         return Latency(found, plain)
     row = [pair[head % 2] for head in range(heads)]
-    kept: dict[Any, Any] = {}
+    kept = _memory()
     calls = [over_steps(row, kept, round_number) for round_number in range(_ROUNDS + 1)][1:]
     alone = float(of_kinds[row].sum())
     return Latency(found, plain, max(0.0, 1000 * median(calls) - alone))
+
+
+def _memory() -> dict[str, dict[Any, Any]]:
+    """What a generation keeps from step to step."""
+    return {"patterns": {}, "launches": {}}
 
 
 def _kind(candidate: Candidate) -> Candidate:

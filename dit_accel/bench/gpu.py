@@ -263,13 +263,13 @@ def check_layer(
     q, k, v = (torch.randn(size, device=device).to(dtype) for _ in range(3))
     row = range(len(candidates))
 
-    def layer(backend: str, ways: Sequence[Candidate], kept: dict[Any, Any]) -> Tensor:
-        return attend(q, k, v, grid, ways, row, layer=0, cache=kept, launches=kept, backend=backend)[0]
+    def layer(backend: str, ways: Sequence[Candidate], kept: Sequence[dict[Any, Any]]) -> Tensor:
+        return attend(q, k, v, grid, ways, row, layer=0, cache=kept[0], launches=kept[1], backend=backend)[0]
 
-    kept: dict[Any, Any] = {}
+    kept: Sequence[dict[Any, Any]] = {}, {}
     got = layer("triton", candidates, kept).double()
     native = [replace(c, precision="native") for c in candidates]
-    expected = layer("reference", native, {}).double()
+    expected = layer("reference", native, ({}, {})).double()
     of_heads = [x.movedim(2, 0).flatten(1).norm(dim=1) for x in (got - expected, expected)]
     errors = (of_heads[0] / of_heads[1]).tolist()
     waits = _waits(device, lambda: layer("triton", candidates, kept))

@@ -81,12 +81,12 @@ def test_gate_table_shows_the_worst_of_each_precision() -> None:
     rows = [
         row | {"registers": 100, "matrix_instructions": ["IGMMA"]},
         row | {"registers": 200, "stack": 8, "matrix_instructions": ["HGMMA"]},
-        row | {"arch": "gfx942", "registers": None, "matrix_instructions": ["v_mfma"]},
+        row | {"arch": "gfx942", "registers": 64, "local": 4, "matrix_instructions": ["v_mfma"]},
     ]
     lines = tables.TABLES["gate"][1]({"rows": rows}).splitlines()
     assert lines[2:] == [
         "| sm_90 | `int8` | 2 | 200 | 8 B | 2 KiB | HGMMA IGMMA |",
-        "| gfx942 | `int8` | 1 | ? | ? | 2 KiB | v_mfma |",
+        "| gfx942 | `int8` | 1 | 64 | 4 B | 2 KiB | v_mfma |",
     ]
 
 

@@ -437,7 +437,7 @@ def test_nothing_waits_for_numbers_of_the_device(name: str, options: dict, grid:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         q, k = (mode.from_tensor(x) for x in (query, key))
         if family.reads_values:
-            chosen["value"] = mode.from_tensor(value)
+            chosen |= {"value": mode.from_tensor(value), "key_mask": None}
         if segment:
             assert sorted_keys(space, q, k, 0.3, segment).shape == (2, 3, grid.total_tokens)
         if family.arrange is not None:
