@@ -53,9 +53,8 @@ class Clock:
             return None
         if any(size > 1 and stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True)):
             return None
-        places, rest = divmod(
-            timestep.storage_offset() - timesteps.storage_offset(), max(timesteps.stride(0), 1)
-        )
+        offset = int(timestep.storage_offset()) - int(timesteps.storage_offset())
+        places, rest = divmod(offset, max(int(timesteps.stride(0)), 1))
         if rest or not 0 <= places < len(timesteps):
             return None
         if self._values is None:
