@@ -46,6 +46,10 @@ class StepProducts:
     steps: int
     gram: Tensor
 
+    def combination(self, guidance_scale: float) -> tuple[float, ...]:
+        """Of each branch the factor in the guided output: `b1 + guidance_scale * (b0 - b1)`, or the only one's."""
+        return (guidance_scale, 1.0 - guidance_scale) if len(self.branches) == 2 else (1.0,)
+
     def __add__(self, other: StepProducts) -> StepProducts:
         if (self.branches, self.steps) != (other.branches, other.steps):
             raise ValueError(
@@ -253,7 +257,7 @@ class _Solver:
         # Rows of which `gram` holds the inner products.
         sizes, directions = np.linalg.eigh(self._gram)
         self._rows = directions * np.sqrt(sizes.clip(min=0.0))
-        self._combination = (guidance_scale, 1.0 - guidance_scale) if len(products.branches) == 2 else (1.0,)
+        self._combination = products.combination(guidance_scale)
         self._fits: dict[int, dict[tuple[_History, int], _Fit]] = {}
 
     def fit(self, history: _History, step: int, action: int) -> _Fit:

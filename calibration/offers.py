@@ -12,14 +12,17 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dit_accel.caching import CacheConfig
+from dit_accel.caching import CacheConfig, Schedule
 from dit_accel.calibration.caching import StepProducts, cheapest_schedules
 from dit_accel.calibration.knapsack import bracket, choose, mean_density, total_cost, total_error
-from dit_accel.calibration.schedule import step_weights
+from dit_accel.calibration.schedule import carried_weights, step_weights
 from dit_accel.calibration.tables import Tables
 
 _FEWEST_STEPS = 4  # of a generation that a schedule can leave any out of
@@ -156,26 +159,29 @@ def offers_of(
     bounds: Sequence[int],
     progress: Sequence[float],
     guidance_scale: float,
+    alike: Tensor,
     forward_ms: float,
 ) -> list[Offer]:
     """The offer that computes every step, and one for each schedule worth having.
 
     A schedule's error becomes that of the tables, which is relative to the prediction; of its two branches guidance
-    takes the squared errors times g^2 and (g - 1)^2.
+    takes the squared errors times g^2 and (g - 1)^2. In turn attention errs the more in a range the more forecasts read
+    what it computes: its error is scaled by `carried_weights` over those with every step computed.
 
     Args:
         tables: with every step computed.
         products: of the dense generations; none, or fewer than 4 steps, offer no schedules.
         bounds, progress: see `schedule`.
+        alike: `[ranges]`, see `tables.Profile`.
         forward_ms: milliseconds of one dense forward.
     """
     offers = [Offer(None, tables)]
     if products is None or products.steps < _FEWEST_STEPS:
         return offers
-    steps, branches = products.steps, len(products.branches)
+    steps, combination = products.steps, np.array(products.combination(guidance_scale))
     weights = torch.tensor(step_weights(progress), dtype=torch.float64)
     size = products.gram.diagonal()[:steps]
-    guided = guidance_scale**2 + (guidance_scale - 1) ** 2 if branches == 2 else 1.0
+    guided = float(combination @ combination)
     schedules = cheapest_schedules(
         products,
         weights=(weights / (guided * size)).tolist(),
@@ -184,6 +190,8 @@ def offers_of(
     )
     _, layers, heads, _ = tables.error.shape
     attention_ms = layers * heads * tables.plain_cost / tables.calls  # of one forward, by range
+    plain = np.outer(combination, weights.sqrt())
+    of_plain = torch.tensor(carried_weights(bounds, progress, plain, alike.numpy()), dtype=torch.float64)
     for found in schedules:
         schedule = found.config.schedule
         assert schedule is not None
@@ -194,8 +202,14 @@ def offers_of(
             for step in steps_of_branch:
                 left_out[next(r for r, stop in enumerate(bounds[1:]) if step < stop)] += 1
         share = 1 - left_out / tables.calls
+        leverage = _leverage(schedule, products.branches, plain)
+        of_schedule = carried_weights(bounds, progress, leverage, alike.numpy())
+        carried = torch.tensor(of_schedule, dtype=torch.float64) / of_plain
+        # A range that computes nothing costs nothing: it may stay dense, and does if its error is not 0.
+        carried = torch.where(share > 0, carried, 1.0)
         offered = replace(
             tables,
+            error=tables.error * carried.view(-1, 1, 1, 1),
             cost=tables.cost * share[:, None],
             plain_cost=tables.plain_cost * share,
             calls=tables.calls * share,
@@ -203,3 +217,19 @@ def offers_of(
         saved = float((left_out * (forward_ms - attention_ms).clamp(min=0)).sum())
         offers.append(Offer(found.config, offered, found.error, saved))
     return offers
+
+
+def _leverage(schedule: Schedule, branches: Sequence[str], plain: NDArray[Any]) -> NDArray[Any]:
+    """Of each forward `[branches, steps]` what it counts by itself, and in the forecasts that read it.
+
+    plain: the same with every step computed.
+    """
+    leverage = plain.copy()
+    for branch, steps in schedule.forecasts.items():
+        row = branches.index(branch)
+        for step, terms in steps.items():
+            leverage[row, step] = 0.0
+            for term in terms:
+                if term.branch in branches:
+                    leverage[branches.index(term.branch), term.step] += term.weight * plain[row, step]
+    return leverage

@@ -191,6 +191,7 @@ def calibrate(
             bounds=bounds,
             progress=runs[0].progress,
             guidance_scale=guidance_scale,
+            alike=profile.alike,
             forward_ms=fmean(run.forward_ms for run in runs),
         )
         validation = Validation(stages, draft, offers, runs, prompts, held_out, seed, goal, max_trials)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 # Where the spans begin, as fractions of the steps: finer early, where the picture is decided. One step of each is
 # profiled; which of them make up a range of the plan is found from that (see `ranges`).
@@ -84,9 +86,29 @@ def span_weights(bounds: Sequence[int], progress: Sequence[float]) -> tuple[floa
     Errors of steps that are alike add before they are squared: every pair of steps counts with the product of the roots
     of their `step_weights`, times the correlation of their errors. A pair of two spans counts half for each.
     """
-    roots = np.sqrt(step_weights(progress))
+    alone = np.sqrt(step_weights(progress))[None]
+    return carried_weights(bounds, progress, alone, np.ones(len(bounds) - 1))
+
+
+def carried_weights(
+    bounds: Sequence[int], progress: Sequence[float], leverage: NDArray[Any], alike: NDArray[Any]
+) -> tuple[float, ...]:
+    """`span_weights` where the error of a forward also reaches the steps whose forecasts read its output.
+
+    What is carried further may cancel what other forwards err, but a step never counts less than by itself: that errors
+    of different steps cancel is not relied on.
+
+    Args:
+        leverage: `[branches, steps]`, how far an error of a forward moves the final latents, with its sign; 0 where it
+            is not computed. A step that all others compute themselves has the root of its `step_weights`, times its
+            branch's share in the guided output.
+        alike: `[spans]`, correlation of the errors of two branches.
+    """
     places = np.clip(progress, _NEAREST_END, 1 - _NEAREST_END)
     ratios = np.log(places / (1 - places))
-    alike = np.exp(-np.abs(ratios[:, None] - ratios) / _COHERENCE)
-    by_step = roots * (alike @ roots)
+    coherent = np.exp(-np.abs(ratios[:, None] - ratios) / _COHERENCE)
+    between = np.sqrt(np.repeat(alike, np.diff(bounds)))
+    same = leverage.T @ leverage
+    products = same + np.outer(between, between) * (np.outer(leverage.sum(0), leverage.sum(0)) - same)
+    by_step = np.maximum((coherent * products).sum(1), products.diagonal())
     return tuple(float(by_step[start:stop].sum()) for start, stop in itertools.pairwise(bounds))

@@ -164,11 +164,13 @@ class Profile:
 
     sensitivity: float64 `[ranges, layers, heads]`, relative change of the prediction if the output of a head is wrong
         by as much as its own size, in no particular direction; None where it was not measured.
+    alike: float64 `[ranges]`, correlation of the errors of two guidance branches, 0 to 1; 0 without guidance.
     """
 
     recall: Tensor
     rel_l2: Tensor
     sensitivity: Tensor | None
+    alike: Tensor
     latency: Latency
     tables: Tables
 
@@ -185,6 +187,7 @@ class Profile:
             recall=mean(self.recall),
             rel_l2=mean(self.rel_l2.square()).sqrt(),
             sensitivity=None if gain is None else mean(gain.square()).sqrt(),
+            alike=mean(self.alike),
             latency=self.latency,
             tables=self.tables.joined(bounds),
         )
@@ -250,8 +253,10 @@ def build_profile(
             layer_norm = of_branch.norm.sum(2, keepdim=True).clamp(min=1e-30)
             own.append(of_branch.error / layer_norm / of_branch.error.shape[1])
         relative += share * own[-1]
+    alike = torch.zeros(len(relative), dtype=torch.float64)
     if set(guided) == set(branches):
-        relative -= _cancelled(own, [sums[branch] for branch in branches], guidance_scale)
+        alike = _alike(list(sums.values()))
+        relative -= _cancelled(own, alike, guidance_scale)
     both = functools.reduce(operator.add, sums.values())
     lengths = torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=torch.float64)
     calls = lengths * len(branches)
@@ -262,6 +267,7 @@ def build_profile(
         recall=both.mass / both.rows.clamp(min=1),
         rel_l2=(both.error / both.norm.clamp(min=1e-30)).sqrt(),
         sensitivity=gain.sqrt() if downstream else None,
+        alike=alike,
         latency=latency,
         tables=Tables(
             error=error,
@@ -276,15 +282,20 @@ def build_profile(
     )
 
 
-def _cancelled(own: Sequence[Tensor], sums: Sequence[ProfileSums], guidance_scale: float) -> Tensor:
-    """What guidance takes off the mean squared error of two branches, since they err alike.
+def _alike(sums: Sequence[ProfileSums]) -> Tensor:
+    """Correlation of the errors of two branches, one number for each span.
 
-    The correlation is one number for each span. Those of single candidates say too little of how alike the predictions
-    err in the end, and what is left is a small difference of theirs.
+    Those of single candidates say too little of how alike the predictions err in the end, and what guidance leaves is a
+    small difference of theirs.
     """
+    both = functools.reduce(operator.add, (s.alike.sum(1) for s in sums))
+    return (both / sums[0].calls.sum(1).clamp(min=1)).clamp(0, 1)
+
+
+def _cancelled(own: Sequence[Tensor], alike: Tensor, guidance_scale: float) -> Tensor:
+    """What guidance takes off the mean squared error of two branches, since they err alike."""
     factor = guidance_scale * (guidance_scale - 1) / (guidance_scale**2 + (guidance_scale - 1) ** 2)
-    alike = sum(s.alike.sum(1) for s in sums) / sums[0].calls.sum(1).clamp(min=1)
-    return 2 * factor * alike.clamp(0, 1).view(-1, 1, 1, 1) * (own[0] * own[1]).sqrt()
+    return 2 * factor * alike.view(-1, 1, 1, 1) * (own[0] * own[1]).sqrt()
 
 
 @dataclass(frozen=True, eq=False)

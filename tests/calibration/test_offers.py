@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from dit_accel.calibration.offers import (
 )
 from dit_accel.calibration.schedule import step_weights
 from dit_accel.calibration.tables import Tables
+
+NAMES = ("cond", "uncond", "latents")
 
 
 def tables(ranges=2, layers=1, heads=3, candidates=3, seed=0, plain=0.8) -> Tables:
@@ -182,6 +185,7 @@ def test_a_frontier_without_error_is_one_plan():
 class TestOffers:
     STEPS, BOUNDS, SCALE = 12, (0, 4, 12), 4.0
     PROGRESS = tuple((step / 12) ** 2 for step in range(12))
+    ALIKE = torch.tensor([0.7, 0.9, 0.95], dtype=torch.float64)
 
     def products(self) -> tuple[StepProducts, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -192,15 +196,17 @@ class TestOffers:
         flat = rows.flatten(0, 1)
         return StepProducts(("cond", "uncond"), self.STEPS, flat @ flat.T / 300), rows
 
-    def offers(self, forward_ms=10.0):
-        t = tables(layers=2, heads=2)
-        t = dataclasses.replace(t, calls=torch.tensor([8.0, 16.0], dtype=torch.float64))
+    def offers(self, forward_ms=10.0, bounds=BOUNDS):
+        t = tables(ranges=len(bounds) - 1, layers=2, heads=2)
+        calls = [2.0 * (stop - start) for start, stop in itertools.pairwise(bounds)]
+        t = dataclasses.replace(t, calls=torch.tensor(calls, dtype=torch.float64))
         made = offers_of(
             t,
             self.products()[0],
-            bounds=self.BOUNDS,
+            bounds=bounds,
             progress=self.PROGRESS,
             guidance_scale=self.SCALE,
+            alike=self.ALIKE[: len(bounds) - 1],
             forward_ms=forward_ms,
         )
         return t, made
@@ -220,23 +226,72 @@ class TestOffers:
             assert total_cost(offer.tables, dense) == pytest.approx(float((4 * t.plain_cost * shares).sum()))
             besides = 10.0 - 4 * t.plain_cost / t.calls
             assert offer.saved == pytest.approx(float(early * besides[0] + late * besides[1]))
-            assert torch.equal(offer.tables.error, t.error)
+
+    def test_attention_errs_where_forecasts_read_it(self):
+        """Against running every schedule on the error of one forward at a time, and the covariance of the errors."""
+        t, offers = self.offers()
+        ratios = [math.log(max(p, 0.002) / (1 - max(p, 0.002))) for p in self.PROGRESS]
+        alike = [float(self.ALIKE[0] if step < 4 else self.ALIKE[1]) for step in range(self.STEPS)]
+        covariance = torch.zeros(2, self.STEPS, 2, self.STEPS, dtype=torch.float64)
+        for (a, s), (b, u) in itertools.product(itertools.product(range(2), range(self.STEPS)), repeat=2):
+            of_branches = 1.0 if a == b else (alike[s] * alike[u]) ** 0.5
+            covariance[a, s, b, u] = of_branches * math.exp(-abs(ratios[s] - ratios[u]) / 1.9)
+
+        def squared(cache) -> torch.Tensor:
+            """Part of each forward in the expected square of the guided errors' weighted sum, by step."""
+            moved = torch.zeros(2, self.STEPS, dtype=torch.float64)
+            for branch, step in itertools.product(range(2), range(self.STEPS)):
+                outputs = torch.zeros(2, self.STEPS, dtype=torch.float64)
+                forecasts = {} if cache is None else cache.schedule.forecasts
+                if step not in forecasts.get(NAMES[branch], {}):
+                    outputs[branch, step] = 1.0
+                for number, name in enumerate(NAMES[:2]):
+                    for at, terms in forecasts.get(name, {}).items():
+                        read = [term for term in terms if (term.branch, term.step) == (NAMES[branch], step)]
+                        outputs[number, at] = sum(term.weight for term in read)
+                guided = self.SCALE * outputs[0] + (1 - self.SCALE) * outputs[1]
+                moved[branch, step] = sum(
+                    w**0.5 * e for w, e in zip(step_weights(self.PROGRESS), guided.tolist(), strict=True)
+                )
+            spread = torch.einsum("as,bu,asbu->abs", moved, moved, covariance).sum((0, 1))
+            alone = torch.einsum("as,bs,asbs->s", moved, moved, covariance)
+            return torch.maximum(spread, alone)
+
+        plain = squared(None)
+        factors = []
+        for offer in offers[1:]:
+            by_step = squared(offer.cache)
+            factor = [
+                float(by_step[part].sum() / plain[part].sum()) for part in (slice(0, 4), slice(4, None))
+            ]
+            factors.append(factor)
+            expected = t.error * torch.tensor(factor, dtype=torch.float64).view(-1, 1, 1, 1)
+            torch.testing.assert_close(offer.tables.error, expected, rtol=1e-9, atol=0.0)
+        assert min(min(f) for f in factors) < 0.9 < 1.1 < max(max(f) for f in factors)
+
+    def test_a_range_that_computes_nothing_stays_dense(self):
+        offers = [offer for offer in self.offers(bounds=(0, 4, 7, 12))[1] if not offer.tables.calls.all()]
+        assert offers
+        for offer in offers:
+            choice = choose(offer.tables, 1e-3)
+            assert (choice[offer.tables.calls == 0] == offer.tables.dense).all()
+            assert (choice != offer.tables.dense).any()
 
     def test_errors_are_relative_to_the_prediction(self):
         """From the outputs themselves: guided error over what guidance makes of the branches' size, by step weight."""
         _, offers = self.offers()
         rows = self.products()[1]
-        weights, names = step_weights(self.PROGRESS), ["cond", "uncond", "latents"]
+        weights = step_weights(self.PROGRESS)
         for offer in offers[1:]:
             previous, expected, run = 0.0, 0.0, torch.zeros(300, dtype=torch.float64)
             for step in range(self.STEPS):
                 wrong = []
                 for branch in range(2):
-                    terms = offer.cache.schedule.forecasts[names[branch]].get(step)
+                    terms = offer.cache.schedule.forecasts[NAMES[branch]].get(step)
                     guess = (
                         0
                         if terms is None
-                        else sum(t.weight * rows[names.index(t.branch), t.step] for t in terms)
+                        else sum(t.weight * rows[NAMES.index(t.branch), t.step] for t in terms)
                     )
                     wrong.append(torch.zeros(300) if terms is None else rows[branch, step] - guess)
                 guided = self.SCALE * wrong[0] + (1 - self.SCALE) * wrong[1]
@@ -261,6 +316,7 @@ class TestOffers:
             bounds=(0, 4, steps),
             progress=tuple(step / steps for step in range(steps)),
             guidance_scale=1.0,
+            alike=torch.zeros(2, dtype=torch.float64),
             forward_ms=10.0,
         )
         skipped = [
@@ -279,11 +335,20 @@ class TestOffers:
             bounds=(0, steps),
             progress=progress,
             guidance_scale=4.0,
+            alike=torch.zeros(1, dtype=torch.float64),
             forward_ms=1.0,
         )
         assert [offer.cache for offer in made] == [None]
 
     def test_no_products_no_schedules(self):
         t = tables()
-        made = offers_of(t, None, bounds=(0, 1), progress=(0.0,), guidance_scale=4.0, forward_ms=1.0)
+        made = offers_of(
+            t,
+            None,
+            bounds=(0, 1),
+            progress=(0.0,),
+            guidance_scale=4.0,
+            alike=torch.zeros(1, dtype=torch.float64),
+            forward_ms=1.0,
+        )
         assert [(offer.cache, offer.error, offer.saved) for offer in made] == [(None, 0.0, 0.0)]
