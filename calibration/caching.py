@@ -142,7 +142,13 @@ class Choice:
 
     computed: int
     error: float
-    config: CacheConfig
+    schedule: Schedule
+
+    @property
+    def config(self) -> CacheConfig:
+        """The cache of a plan with this schedule."""
+        steps = self.schedule.steps
+        return CacheConfig("schedule", target="output", schedule=self.schedule, min_steps=min(11, steps))
 
 
 def cheapest_schedules(
@@ -212,7 +218,7 @@ def cheapest_schedules(
     for forwards, (error, actions) in sorted(found.items()):
         if error < least:  # more forwards that are no better are of no use
             least = error
-            choices.append(Choice(forwards, error, solver.config(actions)))
+            choices.append(Choice(forwards, error, solver.schedule(actions)))
     return choices
 
 
@@ -324,7 +330,7 @@ class _Solver:
             error += factor * (self._rows[target] - of_branch @ self._rows[rows])
         return _Fit(rows, weights, self._weights[step] ** 0.5 * error)
 
-    def config(self, actions: Sequence[int]) -> CacheConfig:
+    def schedule(self, actions: Sequence[int]) -> Schedule:
         """The schedule of a generation's actions, one for each step."""
         branches, names = self._products.branches, [*self._products.branches, "latents"]
         forecasts: dict[str, dict[int, tuple[Term, ...]]] = {branch: {} for branch in branches}
@@ -338,5 +344,4 @@ class _Solver:
                         for row, weight in zip(fit.rows, of_branch, strict=True)
                     )
             history = _follow(history, step, action, len(branches))
-        schedule = Schedule(len(actions), forecasts)
-        return CacheConfig("schedule", target="output", schedule=schedule, min_steps=min(11, len(actions)))
+        return Schedule(len(actions), forecasts)

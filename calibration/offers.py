@@ -26,6 +26,9 @@ from dit_accel.calibration.schedule import carried_weights, step_weights
 from dit_accel.calibration.tables import Tables
 
 _FEWEST_STEPS = 4  # of a generation that a schedule can leave any out of
+_LEAST_CARRIED = (
+    0.2  # of its error a range keeps where nothing reads it: other numbers of steps compute other steps
+)
 _WARM_UP = 0.1  # share of the steps, at least two, that every schedule computes: prompts differ most there
 
 
@@ -193,20 +196,18 @@ def offers_of(
     plain = np.outer(combination, weights.sqrt())
     of_plain = torch.tensor(carried_weights(bounds, progress, plain, alike.numpy()), dtype=torch.float64)
     for found in schedules:
-        schedule = found.config.schedule
-        assert schedule is not None
-        if not any(schedule.forecasts.values()):
+        if not any(found.schedule.forecasts.values()):
             continue  # computes every step
         left_out = torch.zeros(len(bounds) - 1, dtype=torch.float64)
-        for steps_of_branch in schedule.forecasts.values():
+        for steps_of_branch in found.schedule.forecasts.values():
             for step in steps_of_branch:
                 left_out[next(r for r, stop in enumerate(bounds[1:]) if step < stop)] += 1
         share = 1 - left_out / tables.calls
-        leverage = _leverage(schedule, products.branches, plain)
+        leverage = _leverage(found.schedule, products.branches, plain)
         of_schedule = carried_weights(bounds, progress, leverage, alike.numpy())
         carried = torch.tensor(of_schedule, dtype=torch.float64) / of_plain
         # A range that computes nothing costs nothing: it may stay dense, and does if its error is not 0.
-        carried = torch.where(share > 0, carried, 1.0)
+        carried = torch.where(share > 0, carried.clamp(min=_LEAST_CARRIED), 1.0)
         offered = replace(
             tables,
             error=tables.error * carried.view(-1, 1, 1, 1),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dit_accel.calibration.caching import StepProducts
 from dit_accel.calibration.candidates import default_candidates
@@ -30,10 +31,10 @@ from dit_accel.evaluation.generate import quiet
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import machine, pipeline_digest
 from dit_accel.kernels import PRECISIONS, available_precisions
-from dit_accel.pipelines import family_of
+from dit_accel.pipelines import family_of, transformers_of
 from dit_accel.plan import AccelPlan, Candidate, config_hash_of
 
-_STAGES = 3  # raised when what a stage writes, or what it means, changes
+_STAGES = 4  # raised when what a stage writes, or what it means, changes
 _PROFILE_STEPS = 8  # what profiling one prompt takes, in steps of a dense generation
 # What a calibration depends on besides its arguments and the model: latencies belong to a machine.
 _MACHINE = ("cpu", "gpu", "threads", "dtype", "torch", "diffusers", "dit_accel")
@@ -108,6 +109,7 @@ def calibrate(
         >>> plan = calibrate(pipe, ["a red circle moves left"], height=192, width=336, num_frames=33,
         ...                  num_inference_steps=20, guidance_scale=5.0, target_psnr=30.0, output_dir="plan")
     """
+    transformers_of(pipe)
     prompts, held_out = _texts("prompts", prompts), _texts("held_out_prompts", held_out_prompts or [])
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
@@ -155,7 +157,11 @@ def calibrate(
             f"{num_inference_steps} steps, {len(candidates)} candidates to time; with profiling about the time of "
             f"{generations_of_time:.1f} dense generations, less what an earlier run has finished"
         )
-    with quiet(pipe), tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar:
+    with (
+        quiet(pipe),
+        logging_redirect_tqdm(),
+        tqdm(total=steps, unit="step", disable=not progress, smoothing=0.05) as bar,
+    ):
         stages = Stages(pipe, settings, candidates, checkpoint, bar, downstream=downstream)
         runs = [
             stages.profiled(f"dense_{i}", prompt, seed + i, sampled_steps(spans, i, len(prompts)), share=i)
@@ -194,7 +200,12 @@ def calibrate(
             alike=profile.alike,
             forward_ms=fmean(run.forward_ms for run in runs),
         )
-        validation = Validation(stages, draft, offers, runs, prompts, held_out, seed, goal, max_trials)
+
+        def planned(found: Pick) -> AccelPlan:
+            measures = profile.measures(found.choice)
+            return replace(draft, choice=found.choice, cache=found.offer.cache, **measures)
+
+        validation = Validation(stages, planned, offers, runs, prompts, held_out, seed, goal, max_trials)
         if goal.quality is not None:
             found = validation.meet_quality()
         elif goal.name == "speedup":
@@ -202,13 +213,7 @@ def calibrate(
         else:
             found = Pick(offers[0], choose_density(profile.tables, goal.value))
         validated = validation.report(found) | profile.sensitivities() | {"head_ms": latency.to_dict()}
-    plan = replace(
-        draft,
-        choice=found.choice,
-        cache=found.offer.cache,
-        validated=validated,
-        **profile.measures(found.choice),
-    )
+    plan = replace(planned(found), validated=validated)
     _say(goal, validated, max_trials, all_dense=found.error == 0.0)
     if output_dir is not None:
         plan.save_pretrained(output_dir)

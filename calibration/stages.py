@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dit_accel.calibration.caching import StepProducts, StepRecorder
@@ -23,7 +23,7 @@ from dit_accel.evaluation.metrics import latent_rel_l2, psnr, ssim
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import now
 from dit_accel.grid import TokenGrid
-from dit_accel.pipelines import family_of
+from dit_accel.pipelines import family_of, transformers_of
 from dit_accel.plan import AccelPlan, Candidate
 from dit_accel.state import AccelState
 from dit_accel.switch import disable, enable, states
@@ -57,12 +57,16 @@ class DenseRun:
 
 @dataclass(frozen=True)
 class AcceleratedRun:
-    """A generation with a plan, compared with the dense one as `evaluation.metrics` does."""
+    """A generation with a plan, compared with the dense one as `evaluation.metrics` does.
+
+    guarded_heads: that the guard made dense.
+    """
 
     psnr: float
     ssim: float
     latent_rel_l2: float
     seconds: float
+    guarded_heads: int
 
 
 class Stages:
@@ -112,12 +116,12 @@ class Stages:
                 steps_of = StepRecorder(
                     {
                         transformer: functools.partial(getattr, state, "branch")
-                        for state, transformer in zip(all_states, self._transformers(), strict=True)
+                        for state, transformer in zip(all_states, transformers_of(self._pipe), strict=True)
                     },
                     spent=lambda: recorder.spent,
                 )
                 listening.callback(steps_of.remove)
-                for state, transformer in zip(all_states, self._transformers(), strict=True):
+                for state, transformer in zip(all_states, transformers_of(self._pipe), strict=True):
                     listening.enter_context(recorder.attached(state, transformer))
                 made = self._generate(name, prompt, seed)
                 grid = next(state.grid for state in all_states if state.grid is not None)
@@ -189,13 +193,15 @@ class Stages:
         """Generates with a plan and compares with the dense generation."""
         stage = self._load(name)
         if stage is None:
-            with self._enabled(plan):
+            with self._enabled(plan) as all_states:
                 made = self._generate(name, prompt, seed)
+                guarded = sum(state.guarded_heads for state in all_states)
             values = {
                 "psnr": psnr(made.frames, dense.frames),
                 "ssim": ssim(made.frames, dense.frames),
                 "latent_rel_l2": latent_rel_l2(made.latents, dense.latents),
                 "seconds": made.seconds,
+                "guarded_heads": guarded,
             }
             stage = self._checkpoint.save(name, {"choice": plan.choice}, values)
         return AcceleratedRun(**stage[1])
@@ -228,10 +234,6 @@ class Stages:
     def _generate(self, name: str, prompt: str, seed: int) -> Generation:
         self._bar.set_description(name.replace("_", " "))
         return generate(self._pipe, prompt, self._settings, seed=seed, on_step=self._bar.update)
-
-    def _transformers(self) -> list[nn.Module]:
-        found = [getattr(self._pipe, name, None) for name in ("transformer", "transformer_2")]
-        return [module for module in found if isinstance(module, nn.Module)]
 
     @contextmanager
     def _enabled(self, plan: AccelPlan) -> Iterator[list[AccelState]]:

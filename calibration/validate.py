@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from math import log10
 from statistics import fmean, stdev
 from typing import Any
@@ -47,12 +47,15 @@ class _Tried:
 
 
 class Validation:
-    """Generations with plans, made through `stages` and compared with the dense `runs` of the prompts."""
+    """Generations with plans, made through `stages` and compared with the dense `runs` of the prompts.
+
+    planned: the plan of a choice as users will run it, guard included.
+    """
 
     def __init__(
         self,
         stages: Stages,
-        draft: AccelPlan,
+        planned: Callable[[Pick], AccelPlan],
         offers: Sequence[Offer],
         runs: Sequence[DenseRun],
         prompts: Sequence[str],
@@ -62,7 +65,7 @@ class Validation:
         max_trials: int = MAX_TRIALS,
     ) -> None:
         self._stages = stages
-        self._draft = draft
+        self._planned = planned
         self._offers = offers
         self._tables = offers[0].tables  # every step computed
         self._runs = runs
@@ -157,7 +160,7 @@ class Validation:
             for number, prompt in enumerate(self._held_out):
                 seed = self._seed + len(self._prompts) + number
                 dense = self._stages.dense(f"held_out_dense_{number}", prompt, seed)
-                plan = self._plan(found)
+                plan = self._planned(found)
                 run = self._stages.accelerated(f"plan_{name}_held_out_{number}", plan, prompt, seed, dense)
                 pairs.append((dense.seconds, run.seconds))
                 made.append(run)
@@ -204,6 +207,7 @@ class Validation:
             "attention_ms_expected": found.attention_ms,
             "seconds_expected": dense + (found.cost - dense_cost(self._tables)) / 1000,
             "seconds_dense": dense,
+            "guarded_heads": run.guarded_heads,
         }
 
     def _frontier(self) -> list[dict[str, float]]:
@@ -235,7 +239,7 @@ class Validation:
     def _ranges(self, found: Pick) -> list[dict[str, float]]:
         dense = torch.full_like(found.choice, self._tables.dense)
         parts = (
-            self._draft.range_starts,
+            self._planned(found).range_starts,
             range_error(found.offer.tables, found.choice),
             range_cost(found.offer.tables, found.choice),
             range_cost(self._tables, dense),
@@ -256,13 +260,10 @@ class Validation:
             "steps": {"error": offer.error, "saved_ms": steps_ms + offer.saved},
         }
 
-    def _plan(self, found: Pick) -> AccelPlan:
-        return replace(self._draft, choice=found.choice, cache=found.offer.cache)
-
     def _accelerated(self, found: Pick, number: int) -> AcceleratedRun:
         name = f"plan_{found.name}_{number}"
         run = self._stages.accelerated(
-            name, self._plan(found), self._prompts[number], self._seed + number, self._runs[number]
+            name, self._planned(found), self._prompts[number], self._seed + number, self._runs[number]
         )
         self._tried.append(_Tried(found, number, run))
         return run

@@ -223,6 +223,7 @@ class AccelPlan:
     def preset(
         cls,
         name: str,
+        /,
         *,
         density: float | None = None,
         block: int | None = None,

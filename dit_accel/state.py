@@ -116,6 +116,11 @@ class AccelState:
         return self.memory["guard"]
 
     @property
+    def guarded_heads(self) -> int:
+        """Heads that the guard made dense in this generation."""
+        return 0 if self.guard is None else int(self.guarded.dense.sum())
+
+    @property
     def launches(self) -> dict[Any, Any]:
         """The block lists of static rows, of both branches, until the generation is complete."""
         return self.memory.setdefault("launches", {})

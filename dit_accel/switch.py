@@ -14,7 +14,7 @@ from dit_accel.caching import StepCache
 from dit_accel.clock import Clock
 from dit_accel.guard import Guard
 from dit_accel.kernels.block_sparse.api import BACKENDS
-from dit_accel.pipelines import family_of
+from dit_accel.pipelines import family_of, transformers_of
 from dit_accel.plan import AccelPlan, config_hash_of
 from dit_accel.processor import LayerCursor, check_processor, swapped_class, swapped_processor
 from dit_accel.state import HOOK_NAME, AccelHook, AccelState, Stats, hook_of, other_cache
@@ -45,7 +45,7 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto", guard: bool | N
     Example:
         >>> pipe = dit_accel.enable(pipe, dit_accel.AccelPlan.preset("window", density=0.3))
     """
-    transformers = _transformers(pipe)
+    transformers = transformers_of(pipe)
     for transformer in transformers:
         _check(transformer, plan, backend)
     if guard:
@@ -112,7 +112,7 @@ def _extra_stats(hooks: list[AccelHook]) -> dict[str, float]:
     found: Counter[str] = Counter()
     for hook in hooks:
         if hook.state.guard is not None:
-            found["guarded_heads"] += int(hook.state.guarded.dense.sum())
+            found["guarded_heads"] += hook.state.guarded_heads
         if hook.steps is not None:
             found.update(dataclasses.asdict(hook.steps.counts(hook.state.memory)))
             # One expert lets go before the next one keeps anything.
@@ -129,20 +129,8 @@ def states(pipe: Any) -> list[AccelState]:
     return [hook.state for hook in _hooks(pipe)]
 
 
-def _transformers(pipe: Any) -> list[nn.Module]:
-    if isinstance(pipe, nn.Module):
-        return [pipe]
-    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-    transformers = [module for module in found if isinstance(module, nn.Module)]
-    if not transformers:
-        raise ValueError(
-            f"pipe: expected a diffusers transformer or a pipeline that has one, got {type(pipe).__name__}"
-        )
-    return transformers
-
-
 def _hooks(pipe: Any) -> list[AccelHook]:
-    hooks = [hook for transformer in _transformers(pipe) if (hook := hook_of(transformer))]
+    hooks = [hook for transformer in transformers_of(pipe) if (hook := hook_of(transformer))]
     if not hooks:
         raise ValueError("dit-accel is not enabled here; call dit_accel.enable(pipe, plan) first")
     return hooks

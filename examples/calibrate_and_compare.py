@@ -35,6 +35,12 @@ def main() -> None:
     for name in ("height", "width", "num-frames", "num-inference-steps"):
         parser.add_argument(f"--{name}", type=int, help="default: the model's own")
     args = parser.parse_args()
+    prompts = default_prompts(args.model, "calibration", args.prompts)
+    unseen = prompts[2:] if args.prompts else default_prompts(args.model, "held_out", None)[:2]
+    if not unseen:
+        parser.error(
+            f"--prompts: expected at least three, two to calibrate and others to compare, got {len(prompts)}"
+        )
 
     pipe = load_model(args.model, dtype=torch.bfloat16)
     settings = resolve_settings(
@@ -45,9 +51,6 @@ def main() -> None:
         num_frames=args.num_frames,
         num_inference_steps=args.num_inference_steps,
     )
-    prompts = default_prompts(args.model, "calibration", args.prompts)
-    unseen = prompts[2:] if args.prompts else default_prompts(args.model, "held_out", None)[:2]
-
     plan = dit_accel.calibrate(
         pipe,
         prompts[:2],

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from dit_accel.pipelines.families import ModelFamily, family_of
+from dit_accel.pipelines.families import ModelFamily, family_of, transformers_of
 
-__all__ = ["ModelFamily", "family_of", "load_demo"]
+__all__ = ["ModelFamily", "family_of", "load_demo", "transformers_of"]
 
 
 def __getattr__(name: str) -> Any:

@@ -71,6 +71,25 @@ class ModelFamily:
         return min(1.0, max(0.0, 1.0 - timestep / self.noise_timestep))
 
 
+def transformers_of(pipe: Any) -> list[nn.Module]:
+    """The transformers of a pipeline, one or two experts; a transformer is its own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = (
+        (pipe,)
+        if isinstance(pipe, nn.Module)
+        else (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    )
+    transformers = [module for module in found if isinstance(module, nn.Module)]
+    if not transformers:
+        raise ValueError(
+            f"pipe: expected a diffusers transformer or a pipeline that has one, got {type(pipe).__name__}"
+        )
+    return transformers
+
+
 def family_of(transformer: nn.Module) -> ModelFamily:
     """Return the family of a diffusers transformer.
 

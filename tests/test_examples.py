@@ -44,3 +44,14 @@ def test_calibrate_and_compare(example, tmp_path):
     assert data["prompts"] == ["a red square"]
     assert [row["name"] for row in data["variants"]] == ["dense", "calibrated", "preset:window@0.3"]
     assert (tmp_path / "compare" / "comparison.png").is_file()
+
+
+def test_two_prompts_leave_nothing_to_compare(example, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    with pytest.raises(SystemExit) as stopped:
+        example("calibrate_and_compare.py", "--prompts", prompts, "--output", tmp_path)
+    assert stopped.value.code == 2
+    assert "--prompts: expected at least three, two to calibrate and others to compare, got 2" in (
+        capsys.readouterr().err
+    )

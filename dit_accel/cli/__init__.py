@@ -32,17 +32,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; 0 on success, 1 with one line on stderr on failure, 2 for a wrong command line."""
+    """Run one subcommand; 0 on success, 1 with one line on stderr on failure, 2 for a wrong command line.
+
+    A command that has a result to print and failed all the same lists `failures` in it.
+    """
     args = build_parser().parse_args(argv)
     try:
         # stdout is for the result alone, whatever libraries print on the way.
         with contextlib.redirect_stdout(sys.stderr):
             data, text = args.run(args)
     except (ValueError, OSError) as error:
-        print(f"dit-accel {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _fail(args.command, str(error))
     except KeyboardInterrupt:
         print(f"dit-accel {args.command}: interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(data, indent=2) if args.json else text)
-    return 0
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name alone
+            raise
+        return _fail(args.command, f"{error} (fewer frames or pixels take less)")
+    with contextlib.suppress(BrokenPipeError):  # a reader such as head may have enough
+        print(json.dumps(data, indent=2) if args.json else text, flush=True)
+    return _fail(args.command, "; ".join(failures)) if (failures := data.get("failures")) else 0
+
+
+def _fail(command: str, reason: str) -> int:
+    print(f"dit-accel {command}: error: {' '.join(reason.split())}", file=sys.stderr)
+    return 1

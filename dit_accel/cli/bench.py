@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
         rows = gate.compile_all(args.arch)
         data: dict[str, Any] = {"arch": args.arch, "rows": rows}
+        data["failures"] = gate.failures(rows)
         text = gate.as_text(rows)
     elif args.fit:
         from dit_accel.bench import fit
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
         data = gpu.run(args.output or Path("outputs/bench_gpu.json"))
         wrong = [row for row in data["correctness"] if not row.get("ok")]
+        data["failures"] = [f"wrong: {row}" for row in wrong]
         lines = [
             f"correctness: {len(data['correctness']) - len(wrong)} of {len(data['correctness'])} cases right"
         ]
@@ -67,8 +69,4 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text = "\n".join(lines)
     if args.output is not None:
         write_json(args.output, data)
-    if args.compile_only and (wrong := gate.failures(data["rows"])):
-        raise ValueError(
-            f"compile-only: {len(wrong)} of {len(data['rows'])} configurations fail: {'; '.join(wrong)}"
-        )
     return data, text

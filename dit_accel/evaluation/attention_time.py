@@ -10,6 +10,7 @@ from dit_accel.evaluation.generate import generate
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import now
 from dit_accel.evaluation.variants import Variant, plan_variant
+from dit_accel.pipelines import transformers_of
 from dit_accel.plan import AccelPlan
 
 # Every swapped attention call runs inside this one op, dense or sparse, selection and reordering included.
@@ -43,7 +44,7 @@ def attention_seconds(
     seed: int,
     on_step: Callable[[], object] | None = None,
 ) -> tuple[float, float]:
-    """Seconds spent in the swapped attention and in the whole transformer during one generation.
+    """Seconds spent in the swapped attention and in all of the transformers during one generation.
 
     `variant` is dense or has a plan. Dense attention goes through the same op as a plan's, which calls the
     model's own function. Watching each op costs a little time: use the two as a share and a ratio only.
@@ -59,8 +60,11 @@ def attention_seconds(
     def left(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
         spans.append(now(device) - starts.pop())
 
-    transformer = pipe.transformer
-    hooks = (transformer.register_forward_pre_hook(entered), transformer.register_forward_hook(left))
+    hooks = [
+        hook
+        for transformer in transformers_of(pipe)
+        for hook in (transformer.register_forward_pre_hook(entered), transformer.register_forward_hook(left))
+    ]
     try:
         with measured.apply(pipe), _OpClock(ATTENTION_OP, device) as clock:
             generate(pipe, prompt, settings, seed=seed, on_step=on_step)

@@ -8,7 +8,8 @@ from diffusers import MagCacheConfig
 
 from dit_accel.evaluation.generate import generate
 from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.peers import diffusers_cache, diffusers_states, transformers_of
+from dit_accel.evaluation.peers import diffusers_cache, diffusers_states
+from dit_accel.pipelines import transformers_of
 
 
 def magnitude_curve(

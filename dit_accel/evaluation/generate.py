@@ -49,6 +49,9 @@ def generate(
 
     The noise comes from a CPU generator, so that a seed means the same on every device. `on_step` is called
     after each denoising step.
+
+    Raises:
+        ValueError: the pipeline needs more than a prompt and settings, an image for instance.
     """
     last: dict[str, Tensor] = {}
 
@@ -58,13 +61,24 @@ def generate(
             on_step()
         return {}
 
-    arguments: dict[str, Any] = {**settings.to_dict()}
-    if "num_frames" not in inspect.signature(pipe.__call__).parameters:
+    arguments: dict[str, Any] = {"prompt": prompt, **settings.to_dict()}
+    parameters = inspect.signature(pipe.__call__).parameters
+    if "num_frames" not in parameters:
         del arguments["num_frames"]
+    kinds = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind not in kinds and name not in arguments
+    ]
+    if missing:
+        raise ValueError(
+            f"pipe: expected a pipeline that needs a prompt and sizes alone, got {type(pipe).__name__}, which also "
+            f"needs {', '.join(missing)}; dit_accel.enable takes it with a preset"
+        )
     device = pipe._execution_device
     start = now(device)
     output = pipe(
-        prompt=prompt,
         generator=torch.Generator("cpu").manual_seed(seed),
         output_type="pt",
         callback_on_step_end=keep_latents,

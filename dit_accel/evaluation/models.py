@@ -58,8 +58,11 @@ def resolve_device(device: str | None) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r} was asked for, but torch sees no CUDA device here; use cpu")
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        seen = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise ValueError(f"device: {device!r} was asked for, but torch sees {seen} here; use cpu or another")
     return resolved
 
 
@@ -85,7 +88,11 @@ def load_model(model: str, *, dtype: torch.dtype = torch.bfloat16, device: str |
         raise ValueError(f"model: {model} is no diffusers pipeline, it has no model_index.json")
     try:
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+    ) as error:  # the last: a class that this diffusers does not have
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"model: {model!r} is neither a local pipeline directory, nor a Hub id that can be loaded, "
@@ -118,7 +125,8 @@ def resolve_settings(model: str, pipe: Any, **given: int | float | None) -> Gene
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise ValueError(
-            f"settings: {type(pipe).__name__} has no default for {', '.join(missing)}; give a value"
+            f"settings: {type(pipe).__name__} has no default for {', '.join(missing)}; give a value "
+            "(--height, --width, --frames, --steps, --guidance)"
         )
     return GenerationSettings(**values)
 

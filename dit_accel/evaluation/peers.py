@@ -15,7 +15,7 @@ from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
 from dit_accel.evaluation.timing import package_version
-from dit_accel.pipelines import family_of
+from dit_accel.pipelines import family_of, transformers_of
 
 
 @dataclass(frozen=True)
@@ -233,12 +233,6 @@ def can_watch(pipe: Any) -> bool:
         return bool([family_of(transformer) for transformer in transformers_of(pipe)])
     except ValueError:
         return False
-
-
-def transformers_of(pipe: Any) -> list[nn.Module]:
-    """The transformers of a pipeline: one, or two experts."""
-    found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
-    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def diffusers_states(pipe: Any) -> list[Any]:

@@ -73,7 +73,8 @@ def _caption(evaluation: Mapping[str, Any]) -> str:
     parts = [
         f"{evaluation['model']}, {_counted(len(evaluation['prompts']), 'prompt')}, {settings['num_frames']} frames of "
         f"{settings['width']}×{settings['height']}, {settings['num_inference_steps']} steps",
-        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['dtype']}",
+        machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
+        machine["dtype"],
         f"torch {machine['torch']}",
         f"dense: {evaluation['dense_backend']}",
     ]

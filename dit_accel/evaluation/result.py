@@ -1,20 +1,24 @@
 """What an evaluation found, and its form on disk."""
 
 import json
+import sys
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from torch import Tensor
 
+from dit_accel.evaluation.generate import Generation
 from dit_accel.evaluation.metrics import latent_rel_l2, psnr, ssim
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.store import GenerationStore, write_json
 
 FORMAT_VERSION = 1
 REPORT_FILE = "evaluation.json"
+PREVIOUS_FILE = "evaluation.previous.json"
 # Frames of the first prompts are kept for the pictures; all others are dropped once measured.
 PICTURED_PROMPTS = 3
 
@@ -70,8 +74,20 @@ class Evaluation:
     def measure(self, prompt: int, scorer: Scorer | None) -> None:
         """Add the runs of a prompt that every variant has generated, and drop what is not pictured."""
         dense = self.store.get(prompt, "dense")
+        if not _is_finite(dense):
+            raise ValueError(
+                f"prompt {prompt + 1}: expected finite frames of the dense generation, got NaN or infinity; give the "
+                "model another dtype, bfloat16 for instance"
+            )
         for name in self.variants:
             made = self.store.get(prompt, name)
+            if not _is_finite(made):
+                warnings.warn(
+                    f"prompt {prompt + 1}, variant {name!r}: what it generated is not finite, NaN counts as 0",
+                    stacklevel=2,
+                )
+                frames, latents = (x.nan_to_num(0.0, 0.0, 0.0) for x in (made.frames, made.latents))
+                made = replace(made, frames=frames, latents=latents)
             run = Run(
                 prompt=prompt,
                 variant=name,
@@ -148,7 +164,7 @@ class Evaluation:
         write_json(folder / REPORT_FILE, self.to_dict())
 
     def resume(self, folder: Path) -> None:
-        """Take over what a process with the same fingerprint left; anything else there starts afresh."""
+        """Take over what a process with the same fingerprint left; another comparison is set aside."""
         saved = _read(folder / REPORT_FILE)
         if saved.get("fingerprint") == self.fingerprint:
             self.processes = saved["processes"] + 1
@@ -156,9 +172,19 @@ class Evaluation:
             self.attention = {name: (pair[0], pair[1]) for name, pair in saved["attention_seconds"].items()}
             self.curve = None if saved["magnitude_curve"] is None else tuple(saved["magnitude_curve"])
         else:
+            if saved.get("runs"):
+                (folder / REPORT_FILE).replace(folder / PREVIOUS_FILE)
+                print(
+                    f"{folder}: another comparison was there; its numbers are in {PREVIOUS_FILE} now",
+                    file=sys.stderr,
+                )
             self.store.clear()
         # Before the first generation: what the store holds must always belong to this fingerprint.
         self.save(folder)
+
+
+def _is_finite(made: Generation) -> bool:
+    return bool(made.frames.isfinite().all() and made.latents.isfinite().all())
 
 
 def _read(path: Path) -> dict[str, Any]:

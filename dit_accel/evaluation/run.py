@@ -17,6 +17,7 @@ from dit_accel.evaluation.result import FORMAT_VERSION, Evaluation, Scorer
 from dit_accel.evaluation.store import STORE_VERSION, GenerationStore
 from dit_accel.evaluation.timing import dense_backend, machine, pipeline_digest
 from dit_accel.evaluation.variants import Variant
+from dit_accel.pipelines import transformers_of
 from dit_accel.plan import AccelPlan
 
 
@@ -43,10 +44,12 @@ def evaluate(
     seed of its own, measures it before all else.
 
     With `output_dir`, `evaluation.json` is written after each prompt, and an evaluation that was killed goes
-    on where it was when it is started again with the same arguments.
+    on where it was when it is started again with the same arguments. Started with others, it keeps the former
+    comparison as `evaluation.previous.json`, without its generations.
 
     Raises:
-        ValueError: There is no dense variant or no prompt, a name occurs twice, or steps are too few.
+        ValueError: There is no dense variant, no prompt or no transformer, a name occurs twice, steps are too few, or
+            the pipeline needs more than a prompt.
     """
     names = [variant.name for variant in variants]
     if "dense" not in names or len(set(names)) != len(names):
@@ -58,6 +61,7 @@ def evaluate(
             "steps: expected warmup_steps of at least 1 and attention_steps of at least 0, "
             f"got {warmup_steps} and {attention_steps}"
         )
+    transformers_of(pipe)
     folder = Path(output_dir) if output_dir is not None else None
     place = machine(pipe._execution_device, pipe.transformer.dtype)
     result = Evaluation(

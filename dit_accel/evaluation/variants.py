@@ -117,7 +117,7 @@ def _from_plan(text: str, name: str) -> Variant:
 def _from_preset(text: str, name: str) -> Variant:
     family, number, options = _split(text, name)
     if family in CACHES:
-        return _cached(family, number, options, name, {})
+        return _cached(family, number, options, name)
     fields = {key: options.pop(key) for key in list(options) if key.startswith("cache.")}
     cache = options.pop("cache", None)
     if number is not None:
@@ -130,13 +130,18 @@ def _from_preset(text: str, name: str) -> Variant:
     if label not in CACHES:
         raise ValueError(f"variant {name!r}: expected a cache out of {', '.join(CACHES)}, got {label!r}")
     fields = {key.removeprefix("cache."): value for key, value in fields.items()}
-    return _cached(label, threshold, fields, name, {"name": family, **options})
+    return _cached(label, threshold, fields, name, family, options)
 
 
 def _cached(
-    cache: str, threshold: float | None, fields: dict[str, Any], name: str, attention: dict[str, Any]
+    cache: str,
+    threshold: float | None,
+    fields: dict[str, Any],
+    name: str,
+    attention: str = "dense",
+    options: dict[str, Any] | None = None,
 ) -> Variant:
-    """A cache beside an attention preset, which is dense where nothing is said."""
+    """A cache beside an attention preset and its options."""
     if threshold is not None:
         if CACHES[cache]["gate"] == "always":
             raise ValueError(
@@ -146,7 +151,7 @@ def _cached(
         fields = fields | {"threshold": threshold}
 
     def made(config: CacheConfig) -> Variant:
-        return plan_variant(AccelPlan.preset(**({"name": "dense"} | attention), cache=config), name)
+        return plan_variant(AccelPlan.preset(attention, cache=config, **(options or {})), name)
 
     if CACHES[cache]["gate"] != "magcache":
         return made(cache_preset(cache, **fields))

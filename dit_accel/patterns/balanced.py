@@ -8,7 +8,8 @@ as much as k-means with the published numbers of clusters, and a third of what b
 
 A row keeps the blocks that hold most of the softmax mass between means, of `parts` to a block: runs of neighbours along
 the last axis that was halved. The blocks serve `rebuild` steps, or as many choices where nobody knows the step; each of
-these chooses among them anew. Text is not divided.
+these chooses among them anew. `top_p` > 0 lets a row stop earlier, once its blocks hold that share of the mass. Text is
+not divided.
 """
 
 from types import MappingProxyType
@@ -19,9 +20,19 @@ from torch import Tensor
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels.backend import on_device
 from dit_accel.kernels.partition import partition
+from dit_accel.kernels.prepare import TINY
 from dit_accel.kernels.scores import pooled_scores
 from dit_accel.kernels.select import select_blocks
-from dit_accel.patterns.base import SERVES, BlockSpace, Family, Memory, Selection, check_divisor
+from dit_accel.patterns.base import (
+    SERVES,
+    BlockSpace,
+    Family,
+    Memory,
+    Selection,
+    check_divisor,
+    check_share,
+    until_share,
+)
 
 
 def _arrange(
@@ -36,12 +47,14 @@ def _arrange(
     axes: int,
     parts: int,
     rebuild: int,
+    top_p: float,
 ) -> Selection:
     """`axes`: dimensions in which tokens are compared; `parts`: means per block; `rebuild`: steps that blocks serve."""
     for name, value in (("axes", axes), ("rebuild", rebuild)):
         if value < 1:
             raise ValueError(f"option {name!r} of family 'balanced': expected at least 1, got {value!r}")
     check_divisor("balanced", "parts", parts, block)
+    check_share("balanced", "top_p", top_p)
     space = BlockSpace(grid, "frame", block, query.device)
     query_order, key_order = _orders(grid, block, query, key, memory, axes, rebuild)
     scores = pooled_scores(
@@ -56,6 +69,10 @@ def _arrange(
     ).float()
     of_heads = tuple(map(space.kept, density if isinstance(density, tuple) else (density,)))
     kept, texts = on_device(of_heads, query.device)[:, None], space.blocks - space.video_blocks
+    if top_p and space.video_blocks:
+        masses = scores[..., : space.video_blocks].topk(max(of_heads), dim=-1).values
+        whole = scores[..., : space.video_blocks].sum(-1, keepdim=True).clamp(min=TINY)
+        kept = torch.minimum(kept, until_share(masses / whole, top_p).sum(-1).to(kept.dtype))
     forced = None
     if texts:
         # Rows that hold text read all, and all read the columns that do.
@@ -103,5 +120,5 @@ BALANCED = Family(
     static=False,
     arrange=_arrange,
     ranked=True,
-    options=MappingProxyType({"axes": 8, "parts": 4, "rebuild": 3, **SERVES}),
+    options=MappingProxyType({"axes": 8, "parts": 4, "rebuild": 3, "top_p": 0.0, **SERVES}),
 )

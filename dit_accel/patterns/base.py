@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
+from dit_accel.kernels.backend import on_device
 
 Option = str | int | float
 # Values of the option `branches`: guidance branches choose each for itself, or the first one of a step for all.
@@ -205,6 +206,14 @@ def check_divisor(family: str, option: str, value: int, block: int) -> None:
         )
 
 
+def check_share(family: str, option: str, value: float) -> None:
+    """Raise ValueError for a value of an option that is no share."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"option {option!r} of family {family!r}: expected a number from 0 to 1, got {value!r}"
+        )
+
+
 def everything(space: BlockSpace) -> Tensor:
     """Return the mask of all pairs of blocks, bool `[1, 1, blocks, blocks]`."""
     return torch.ones(1, 1, space.blocks, space.blocks, dtype=torch.bool, device=space.device)
@@ -239,10 +248,32 @@ def for_heads(index: BlockIndex, heads: int) -> BlockIndex:
     return replace(index, counts=counts, offsets=offsets)
 
 
-def keep_best(scores: Tensor, kept: int) -> Tensor:
-    """Return a bool mask of the `kept` highest scores of each row (last axis)."""
-    best = scores.topk(kept, dim=-1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+def keep_best(
+    scores: Tensor, kept: int | tuple[int, ...], *, masses: Tensor | None = None, top_p: float = 0.0
+) -> Tensor:
+    """Return a bool mask of the `kept` highest scores of each row (last axis), of every head or of each.
+
+    With `top_p` a row keeps no more than hold that share of its `masses`, which are like scores and add up to 1.
+    """
+    if isinstance(kept, int) and masses is None:
+        best = scores.topk(kept, dim=-1, sorted=False).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+    blocks = scores.topk(most_of(kept), dim=-1).indices
+    of_heads = on_device((kept,) if isinstance(kept, int) else kept, scores.device)
+    chosen = torch.arange(blocks.shape[-1], device=scores.device) < of_heads[:, None, None]
+    if masses is not None:
+        chosen = chosen & until_share(masses.gather(-1, blocks), top_p)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, blocks, chosen.expand_as(blocks))
+
+
+def until_share(masses: Tensor, top_p: float) -> Tensor:
+    """Which of a row's masses, in the order in which they are kept, it keeps until they add up to a share."""
+    return masses.cumsum(-1) - masses < top_p
+
+
+def most_of(kept: int | tuple[int, ...]) -> int:
+    """The largest number of blocks that a head's row keeps."""
+    return kept if isinstance(kept, int) else max(kept)
 
 
 def first_of(ranks: Tensor, kept: int) -> Tensor:

@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.backend import on_device
 from dit_accel.kernels.prepare import TINY
 from dit_accel.kernels.scores import (
     STEP_LOGITS,
@@ -44,7 +43,17 @@ from dit_accel.kernels.scores import (
     lowbit_scores,
     pooled_scores,
 )
-from dit_accel.patterns.base import SERVES, BlockSpace, Family, Memory, Option, check_divisor, keep_best
+from dit_accel.patterns.base import (
+    SERVES,
+    BlockSpace,
+    Family,
+    Memory,
+    Option,
+    check_divisor,
+    check_share,
+    keep_best,
+    most_of,
+)
 
 # score(space, kept, query, key, scale, memory, **options) -> mass [batch, heads, rows, cols] of the video blocks
 Score = Callable[..., Tensor]
@@ -62,16 +71,10 @@ def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **option
         memory: Memory,
         **given: Option,
     ) -> Tensor:
-        if not 0.0 <= top_p <= 1.0:
-            raise ValueError(
-                f"option 'top_p' of family {name!r}: expected a number from 0 to 1, got {top_p!r}"
-            )
+        check_share(name, "top_p", top_p)
         query, key = (x[:, : space.chosen_tokens] for x in (query, key))
         guard = float(given.pop("guard", 0.0))
-        if not 0.0 <= guard <= 1.0:
-            raise ValueError(
-                f"option 'guard' of family {name!r}: expected a number from 0 to 1, got {guard!r}"
-            )
+        check_share(name, "guard", guard)
         easy = float(given.pop("easy", 0.0))
         if not 0.0 <= easy <= 1.0 or (easy and top_p):
             raise ValueError(
@@ -100,24 +103,10 @@ def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **option
 
 
 def _best(mass: Tensor, kept: int | tuple[int, ...], top_p: float) -> Tensor:
-    """The best `kept` of each row, of every head or of each, at most."""
-    mass.diagonal(dim1=-2, dim2=-1).add_(2.0)
-    if isinstance(kept, int) and not top_p:
-        return keep_best(mass, kept)
-    best, blocks = mass.topk(most_of(kept), dim=-1)
-    of_heads = on_device((kept,) if isinstance(kept, int) else kept, mass.device)
-    chosen = torch.arange(best.shape[-1], device=mass.device) < of_heads[:, None, None]
-    if top_p:
-        best[..., 0] -= 2.0
-        before = best.cumsum(-1) - best
-        before[..., 0] = -1.0
-        chosen = chosen & (before < top_p)
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, chosen.expand_as(blocks))
-
-
-def most_of(kept: int | tuple[int, ...]) -> int:
-    """The largest number of blocks that a head's row keeps."""
-    return kept if isinstance(kept, int) else max(kept)
+    """The best `kept` of each row at most, its own block first."""
+    ranking = mass.clone() if top_p else mass
+    ranking.diagonal(dim1=-2, dim2=-1).add_(2.0)
+    return keep_best(ranking, kept, masses=mass if top_p else None, top_p=top_p)
 
 
 def spare_blocks(kept: int, blocks: int) -> int:

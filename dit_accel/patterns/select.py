@@ -24,6 +24,7 @@ from dit_accel.patterns.base import (
     everything,
     for_heads,
     lists_of,
+    most_of,
     with_text,
 )
 from dit_accel.patterns.clustered import CLUSTERED
@@ -37,7 +38,6 @@ from dit_accel.patterns.scored import (
     LOWBIT,
     POOLED,
     SEARCHED,
-    most_of,
     spare_blocks,
 )
 from dit_accel.patterns.sharded import SHARDED

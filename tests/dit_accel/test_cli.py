@@ -139,6 +139,8 @@ def test_a_wrong_command_line_is_answered_in_one_line(argv, message, capsys):
         ),
         (["generate", "TMP", "--prompt", "x"], "is no diffusers pipeline, it has no model_index.json"),
         (["generate", "TMP", "--prompt", "x", "--device", "abacus"], "device: expected cpu, cuda or cuda:N"),
+        (["generate", "TMP", "--prompt", "x", "--device", "meta"], "device: expected cpu, cuda or cuda:N"),
+        (["evaluate", "TMP", "--variants", "preset:window@0.3:name=x"], "has no option 'name'"),
         (["generate", "TMP", "--prompt", "x", "--plan", "TMP"], "accel_config.json"),
         (["evaluate", "TMP", "--variants", "dense"], "prompts: only the model 'demo' brings its own"),
         (["evaluate", "TMP", "--variants", "fast"], "variant 'fast': expected dense, plan:DIR"),
@@ -177,6 +179,23 @@ def test_an_interrupted_command_says_so(run, monkeypatch):
 
     monkeypatch.setattr("dit_accel.cli.env.run", interrupt)
     assert run("env") == (130, "", "dit-accel env: interrupted\n")
+
+
+def test_a_device_without_room_says_so(run, monkeypatch):
+    def exhaust(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("dit_accel.cli.env.run", exhaust)
+    code, out, err = run("env")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "env: error: CUDA out of memory. Tried to allocate 20.00 GiB. (fewer frames" in err
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    AccelPlan.preset("window", density=0.3).save_pretrained(tmp_path)
+    command = f"{SCRIPT} inspect {tmp_path} --json | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
 
 
 def test_env(run, tmp_path):

@@ -1,5 +1,6 @@
 """The comparison itself: order, seeds, JSON, what a killed run leaves, attention timed alone."""
 
+import contextlib
 import json
 
 import pytest
@@ -17,7 +18,7 @@ from dit_accel.evaluation.models import (
 from dit_accel.evaluation.result import Evaluation
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.timing import dense_backend
-from dit_accel.evaluation.variants import DENSE, parse_variant, parse_variants
+from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, parse_variants
 
 SETTINGS = GenerationSettings(height=48, width=80, num_frames=5, num_inference_steps=2, guidance_scale=3.0)
 PROMPTS = [
@@ -182,7 +183,7 @@ def test_only_the_pictured_prompts_keep_their_frames(evaluation):
     assert not list(result.store.directory.glob("003-*"))
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(pipe, tmp_path):
+def test_a_killed_evaluation_goes_on_where_it_was(pipe, tmp_path, capsys):
     variants = parse_variants("dense,preset:window@0.3:block=8")
     forwards = []
 
@@ -216,8 +217,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(pipe, tmp_path):
 
     assert run().runs == result.runs
     assert not forwards
+    before = (tmp_path / "evaluation.json").read_text()
     run(seed=1)
     assert len(forwards) == 4 + 4 * 4
+    assert (tmp_path / "evaluation.previous.json").read_text() == before
+    assert "another comparison was there; its numbers are in evaluation.previous.json now" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_broken_report_says_what_to_do(pipe, tmp_path):
@@ -226,6 +232,53 @@ def test_a_broken_report_says_what_to_do(pipe, tmp_path):
         ValueError, match=r"evaluation.json: expected an evaluation, got broken JSON .*; delete the file"
     ):
         evaluate(pipe, [DENSE], PROMPTS[:1], SETTINGS, model="tiny", output_dir=tmp_path, progress=False)
+
+
+def test_what_diverges_is_as_far_as_black(pipe, tmp_path):
+    """A variant whose velocities are not finite is compared, named and does not stop the others."""
+
+    @contextlib.contextmanager
+    def diverging(pipe):
+        hook = pipe.transformer.register_forward_hook(lambda *call: (call[-1][0] * torch.nan,))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    broken = Variant("broken", diverging, None, "broken")
+    options = {"model": "tiny", "warmup_steps": 1, "attention_steps": 0, "progress": False}
+    with pytest.warns(UserWarning, match="prompt 1, variant 'broken': what it generated is not finite"):
+        result = evaluate(pipe, [DENSE, broken], PROMPTS[:1], SETTINGS, output_dir=tmp_path, **options)
+    row = result.summary("broken")
+    assert row["latent_rel_l2"] == pytest.approx(1.0)
+    assert 0 < row["psnr_mean"] < 20
+    assert json.loads((tmp_path / "evaluation.json").read_text())["complete"] is True
+    with (
+        diverging(pipe),
+        pytest.raises(ValueError, match="prompt 1: expected finite frames of the dense generation"),
+    ):
+        evaluate(pipe, [DENSE], PROMPTS[:1], SETTINGS, **options)
+
+
+def test_a_pipeline_that_needs_an_image_is_refused_before_it_runs(pipe):
+    class FromImage:
+        transformer = pipe.transformer
+        _execution_device = pipe._execution_device
+
+        def __call__(self, image, prompt=None, height=8, width=8, num_frames=1, **others):
+            raise AssertionError
+
+    with pytest.raises(
+        ValueError, match="alone, got FromImage, which also needs image; dit_accel.enable takes"
+    ):
+        generate(FromImage(), "x", SETTINGS, seed=0)
+
+
+def test_a_pipeline_without_transformer_is_refused():
+    with pytest.raises(
+        ValueError, match="expected a diffusers transformer or a pipeline that has one, got dict"
+    ):
+        evaluate({}, [DENSE], PROMPTS, SETTINGS, model="none")
 
 
 def test_attention_alone_is_part_of_the_transformer(pipe):

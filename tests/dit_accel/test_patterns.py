@@ -182,6 +182,54 @@ def test_top_p_keeps_the_fewest_blocks_that_hold_the_mass_and_density_is_a_cap()
     assert ((kept - least < 0.6 + 1e-5) | (mask.sum(-1) == 1)).all()
 
 
+@pytest.mark.parametrize("text", [0, 20])
+def test_balanced_rows_stop_once_they_hold_the_mass(text: int) -> None:
+    grid = TokenGrid(7, 13, 11, text_tokens=text)
+    query, key = tokens(grid)
+    query = query * 6
+    options: dict = {"density": 1.0, "block": BLOCK, "parts": 1}
+    found = select("balanced", query, key, grid, top_p=0.6, **options)
+    rows = grid.video_tokens // BLOCK if text else -(-grid.video_tokens // BLOCK)
+    q, k = (
+        torch.stack(
+            [part.mean(2) for part in x.transpose(1, 2).take_along_dim(order[..., None], 2).split(BLOCK, 2)],
+            2,
+        )
+        for x, order in ((query, found.query_order), (key, found.key_order))
+    )
+    sizes = torch.tensor([min(BLOCK, grid.total_tokens - n * BLOCK) for n in range(k.shape[2])])
+    mass = torch.softmax((q @ k.transpose(2, 3) * 8**-0.5 + sizes.log())[:, :, :rows, :rows], dim=-1)
+    mask = found.index.to_mask()[:, :, :rows, :rows]
+    kept = (mass * mask).sum(-1)
+    least = mass.masked_fill(~mask, 9).amin(-1)
+    assert kept.min() >= 0.6 - 1e-5
+    assert ((kept - least < 0.6 + 1e-5) | (mask.sum(-1) == 1)).all()
+    assert mask.sum(-1).unique().numel() > 3
+    capped = select("balanced", query, key, grid, top_p=0.6, **options | {"density": 0.4})
+    cap = max(round(0.4 * found.index.cols) - (found.index.cols - rows), 1)
+    texts = found.index.cols - rows
+    assert torch.equal(
+        capped.index.counts[:, :, :rows], (mask.sum(-1).clamp(max=cap) + texts).to(torch.int32)
+    )
+    assert (found.index.counts[:, :, rows:] == found.index.cols).all()
+
+
+def test_stripes_stop_once_they_hold_the_mass() -> None:
+    """Two blocks of keys that all queries read, and nothing else."""
+    grid = TokenGrid(7, 13, 11)
+    query, key = tokens(grid)
+    query, key = torch.ones_like(query), key * 0.01
+    for block in (4, 9):
+        key[:, block * BLOCK : (block + 1) * BLOCK] += 5
+    options: dict = {"density": 1.0, "block": BLOCK, "sinks": 1, "local": 1}
+    index = select("stripes", query, key, grid, top_p=0.9, **options).index
+    row = torch.arange(index.rows)[:, None]
+    col = torch.arange(index.cols)
+    first = ((row - col).abs() <= 1) | (col == 0)
+    assert torch.equal(index.to_mask(), (first | (col == 4) | (col == 9)).expand_as(index.to_mask()))
+    assert select("stripes", query, key, grid, top_p=0.0, **options).density == 1.0
+
+
 @pytest.mark.parametrize("name", ["stripes", *SCORED])
 def test_dynamic_families_choose_for_each_batch_entry_and_head(name: str) -> None:
     grid = TokenGrid(7, 13, 11)

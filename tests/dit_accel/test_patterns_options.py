@@ -409,6 +409,7 @@ def test_options_take_every_dtype(name: str, options: dict, dtype: torch.dtype) 
     ("name", "options"),
     [
         ("stripes", {"slashes": 1}),
+        ("stripes", {"top_p": 0.9}),
         ("pooled", {"top_p": 0.9, "guard": 0.2}),
         ("pooled", {"coarse": 3}),
         ("pooled", {"segment": 48}),
@@ -418,6 +419,7 @@ def test_options_take_every_dtype(name: str, options: dict, dtype: torch.dtype) 
         ("searched", {}),
         ("clustered", {"iterations": 1}),
         ("balanced", {}),
+        ("balanced", {"top_p": 0.9}),
         ("hashed", {}),
         ("profiled", {}),
     ],
