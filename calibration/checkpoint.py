@@ -89,7 +89,7 @@ def _check_same(path: Path, stored: dict, given: dict) -> None:
             raise ValueError(
                 f"{path.parent} holds a calibration with {key} = {stored.get(key)!r}, "
                 f"got {given.get(key)!r}; "
-                "use the same arguments to continue it, or another output_dir"
+                "use the same arguments to continue it, give another output_dir (--output), or delete this one"
             )
 
 

@@ -11,7 +11,8 @@ from dit_accel.caching.calls import block_inputs, block_outputs, named_arguments
 from dit_accel.caching.gates import polynomial_fit, relative_l1
 from dit_accel.evaluation.generate import generate, quiet
 from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.pipelines import family_of
+from dit_accel.pipelines import family_of, transformers_of
+from dit_accel.state import check_plain
 
 __all__ = ["Curves", "measure_cache"]
 
@@ -50,7 +51,7 @@ def measure_cache(
         block's output (TeaCache, arXiv 2411.19108).
 
     Raises:
-        ValueError: an unsupported transformer, two of them, or too few steps.
+        ValueError: an unsupported transformer, two of them, one with a plan or a cache, or too few steps.
 
     Example:
         >>> fields = measure_cache(pipe, "a red circle moves left", height=160, width=192, num_frames=33,
@@ -62,7 +63,8 @@ def measure_cache(
             f"num_inference_steps: expected more than {_DEGREE + 1} for a polynomial of degree {_DEGREE}, got "
             f"{num_inference_steps}"
         )
-    if getattr(pipe, "transformer_2", None) is not None:
+    check_plain(pipe)
+    if len(transformers_of(pipe)) > 1:
         raise ValueError(
             f"pipe: expected one transformer, got {type(pipe).__name__} with two experts, each of which has a curve of "
             "its own; use a cache that needs none"

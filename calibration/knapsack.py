@@ -28,7 +28,7 @@ def choose(tables: Tables, multiplier: float) -> Tensor:
     sparse launch and costs `cost[:, dense]`. Each launch beyond the first, one per precision, costs `split_ms` a call.
     """
     ranges, _, heads, _ = tables.error.shape
-    objective = tables.cost.view(ranges, 1, 1, -1) + multiplier * tables.error
+    objective = tables.cost.view(ranges, 1, 1, -1) + multiplier * tables.weighted
     launches = [
         [n for n, own in enumerate(tables.launch) if own == launch] for launch in sorted(set(tables.launch))
     ]
@@ -47,7 +47,9 @@ def choose(tables: Tables, multiplier: float) -> Tensor:
             better = values < value
             value = torch.where(better, values, value)
             choice = torch.where(better[..., None], picks, choice)
-    plain = heads * tables.plain_cost.view(ranges, 1) + multiplier * tables.error[..., tables.dense].sum(-1)
+    plain = heads * tables.plain_cost.view(ranges, 1) + multiplier * tables.weighted[..., tables.dense].sum(
+        -1
+    )
     choice = torch.where((plain <= value)[..., None], tables.dense, choice)
     return choice.to(torch.int16)
 
@@ -86,7 +88,7 @@ def _with_a_sparse_head(best: _Best, sparse: _Best, dense: int) -> _Best:
 
 def total_error(tables: Tables, choice: Tensor) -> float:
     """Weighted squared error of a plan."""
-    return tables.error.gather(-1, choice.long()[..., None]).sum().item()
+    return sum(range_error(tables, choice))
 
 
 def total_cost(tables: Tables, choice: Tensor) -> float:
@@ -96,7 +98,8 @@ def total_cost(tables: Tables, choice: Tensor) -> float:
 
 def range_error(tables: Tables, choice: Tensor) -> list[float]:
     """`total_error` range by range."""
-    return tables.error.gather(-1, choice.long()[..., None]).sum((1, 2, 3)).tolist()
+    found = tables.error.gather(-1, choice.long()[..., None]).sum((1, 2, 3))
+    return (found if tables.carried is None else found * tables.carried).tolist()
 
 
 def range_cost(tables: Tables, choice: Tensor) -> list[float]:

@@ -210,7 +210,7 @@ def offers_of(
         carried = torch.where(share > 0, carried.clamp(min=_LEAST_CARRIED), 1.0)
         offered = replace(
             tables,
-            error=tables.error * carried.view(-1, 1, 1, 1),
+            carried=carried,
             cost=tables.cost * share[:, None],
             plain_cost=tables.plain_cost * share,
             calls=tables.calls * share,

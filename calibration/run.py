@@ -29,10 +29,11 @@ from dit_accel.calibration.tables import build_profile
 from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
 from dit_accel.evaluation.generate import quiet
 from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.timing import machine, pipeline_digest
+from dit_accel.evaluation.timing import dense_backend, machine, pipeline_digest
 from dit_accel.kernels import PRECISIONS, available_precisions
-from dit_accel.pipelines import family_of, transformers_of
+from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate, config_hash_of
+from dit_accel.state import check_plain
 
 _STAGES = 4  # raised when what a stage writes, or what it means, changes
 _PROFILE_STEPS = 8  # what profiling one prompt takes, in steps of a dense generation
@@ -102,14 +103,14 @@ def calibrate(
 
     Raises:
         ValueError: not exactly one goal, no prompts, candidates that repeat, lack dense or need a precision that the
-            device lacks, an unsupported pipeline or one with a plan, a transformer that no gradient can pass, or an
-            output_dir that holds a calibration of other prompts, settings, weights or of another machine.
+            device lacks, an unsupported pipeline or one with a plan or a cache, a transformer that no gradient can
+            pass, or an output_dir that holds a calibration of other prompts, settings, weights or of another machine.
 
     Example:
         >>> plan = calibrate(pipe, ["a red circle moves left"], height=192, width=336, num_frames=33,
         ...                  num_inference_steps=20, guidance_scale=5.0, target_psnr=30.0, output_dir="plan")
     """
-    transformers_of(pipe)
+    check_plain(pipe)
     prompts, held_out = _texts("prompts", prompts), _texts("held_out_prompts", held_out_prompts or [])
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
@@ -271,7 +272,7 @@ def _say(goal: Goal, validated: dict[str, Any], max_trials: int, *, all_dense: b
         if above > TOLERANCE_DB:
             _tell(
                 f"{goal.name} {goal.value:g}{unit} was exceeded: {found:.4g}{unit}, since no faster plan that reaches "
-                f"it was found in {len(validated['trials'])} generations (at most {max_trials})"
+                f"it was found in {len(validated['trials'])} generations (at most {max_trials} steer the choice)"
             )
     if validated.get("target_met", True):
         return
@@ -295,5 +296,6 @@ def _describe(pipe: Any) -> dict[str, Any]:
         "model_class": type(pipe.transformer).__name__,
         "config_hash": config_hash_of(pipe.transformer),
         "weights": pipeline_digest(pipe),
+        "dense_backend": dense_backend(pipe.transformer),
         **{name: here[name] for name in _MACHINE},
     }

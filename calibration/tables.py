@@ -31,6 +31,8 @@ class Tables:
         dense: index of the dense candidate.
         launch: of each candidate the launch that it runs in: those of one precision share it. All the same if empty.
         split_ms: milliseconds that each launch of a layer beyond its first takes, per call.
+        carried: float64 `[ranges]`, what forecasts make of each range's error, see `schedule.carried_weights`; None
+            where every step is computed.
     """
 
     error: Tensor
@@ -41,6 +43,7 @@ class Tables:
     dense: int
     launch: tuple[int, ...] = ()
     split_ms: float = 0.0
+    carried: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.error.ndim != 4:
@@ -64,8 +67,13 @@ class Tables:
         if len(self.launch) != candidates:
             raise ValueError(f"launch must have {candidates} numbers, got {len(self.launch)}")
 
+    @property
+    def weighted(self) -> Tensor:
+        """`error` as far as it is carried."""
+        return self.error if self.carried is None else self.error * self.carried.view(-1, 1, 1, 1)
+
     def joined(self, bounds: Sequence[int]) -> Tables:
-        """With the ranges between each bound and the next taken together."""
+        """With the ranges between each bound and the next taken together, every step computed."""
         return replace(
             self,
             error=_joined(self.error, bounds),
@@ -235,6 +243,8 @@ def build_profile(
             count alike.
     """
     branches = list(runs[0])
+    if not (functools.reduce(operator.add, (run[b].calls for run in runs for b in run)) > 0).all():
+        raise RuntimeError("a layer was never profiled in some span of steps; something skips its attention")
     sums = {branch: functools.reduce(operator.add, (run[branch] for run in runs)) for branch in branches}
     guided = {"cond": guidance_scale**2, "uncond": (guidance_scale - 1) ** 2}
     weights = [guided.get(branch, 1.0) if set(guided) <= set(branches) else 1.0 for branch in branches]

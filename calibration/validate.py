@@ -15,6 +15,7 @@ from dit_accel.calibration.knapsack import dense_cost, range_cost, range_error
 from dit_accel.calibration.offers import Offer, Pick, frontier, pick_for_cost
 from dit_accel.calibration.search import Line, Outcome, Trial, search
 from dit_accel.calibration.stages import AcceleratedRun, DenseRun, Stages
+from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 from dit_accel.plan import AccelPlan
 
 MAX_TRIALS = 5
@@ -31,7 +32,7 @@ def generations_needed(prompts: int, held_out: int, goal: Goal, max_trials: int 
     """The most generations a calibration makes."""
     trials = 0
     if goal.quality is not None:
-        trials = max_trials + max(0, prompts - _SEARCH_PROMPTS)
+        trials = max_trials + prompts - 1  # the plan found was tried on one prompt at least
     elif goal.searched:
         trials = _SPEED_TRIALS
     return prompts + 2 * held_out + trials
@@ -93,7 +94,6 @@ class Validation:
         known = [Trial(**t) for t in self._stages.known_trials(goal.name, name) if "steps" in t]
         self._outcome = search(self._offers, searched, target, measure, self._max_trials, known)
         self._stages.keep_trials(name, [asdict(trial) for trial in self._outcome.trials])
-        self._met = self._outcome.met
         self._stages.skip(self._max_trials - len(self._tried))
         return self._outcome.pick
 
@@ -130,8 +130,8 @@ class Validation:
         """Quality and speed of the plan chosen, as JSON values; the remaining prompts are generated for it.
 
         `psnr_*` are means in dB; `speedup` is that of whole generations, on the held-out prompts where there
-        are any, else on the calibration prompts; `psnr_held_out_low` is what the mean over all prompts exceeds with
-        95 % confidence; `calibration_dense_generations` is what the calibration
+        are any, else on the calibration prompts; `psnr_held_out_low`, or that of the goal's own measure, is what the
+        mean over all prompts is better than with 95 % confidence; `calibration_dense_generations` is what it all
         took, held-out prompts apart, in units of one dense generation. `trials` are the generations with plans,
         `frontier` the plans that the tables offer, `ranges` what each step range spends, `parts` what attention and
         steps do.
@@ -141,12 +141,10 @@ class Validation:
             "density_mean": found.density,
             "attention_speedup_expected": dense_cost(tables) / max(found.attention_ms, 1e-9),
         }
+        if self._outcome is not None:
+            values |= self._calibration_quality(found)
         if self._goal.searched:
             values["target_met"] = self._met
-        if self._outcome is not None:
-            for number in range(_SEARCH_PROMPTS, len(self._prompts)):
-                self._accelerated(found, number)
-            values |= self._calibration_quality(name, self._outcome)
         pairs = [
             (self._runs[tried.prompt].seconds, tried.run.seconds)
             for tried in self._tried
@@ -167,9 +165,9 @@ class Validation:
             values |= {
                 "psnr_held_out": fmean(run.psnr for run in made),
                 "psnr_held_out_min": min(run.psnr for run in made),
-                "psnr_held_out_low": lower_bound([run.psnr for run in made]),
                 "ssim_held_out": fmean(run.ssim for run in made),
                 "latent_rel_l2_held_out": fmean(run.latent_rel_l2 for run in made),
+                **self._sure_of(made),
             }
         if pairs:
             dense_seconds, accelerated = (sum(seconds) for seconds in zip(*pairs, strict=True))
@@ -181,16 +179,26 @@ class Validation:
         values["parts"] = self._parts(found)
         return values
 
-    def _calibration_quality(self, name: str, outcome: Outcome) -> dict[str, float]:
-        """The goal's measure over the calibration prompts; those not searched on are in the trials now."""
-        quality = QUALITIES[self._goal.name]
-        searched = min(len(self._prompts), _SEARCH_PROMPTS)
-        levels = [outcome.quality] * searched + [
-            quality.decibel(getattr(tried.run, quality.metric))
-            for tried in self._tried
-            if tried.prompt >= searched and tried.pick.name == name
-        ]
+    def _calibration_quality(self, found: Pick) -> dict[str, float]:
+        """The goal's measure over all calibration prompts, and whether it is met; what is missing is generated."""
+        quality, made = QUALITIES[self._goal.name], len(self._tried)
+        levels = []
+        for number in range(len(self._prompts)):
+            of_prompt = [t for t in self._tried if (t.prompt, t.pick.name) == (number, found.name)]
+            if found.error == 0.0:
+                levels.append(PSNR_CEILING_DB)
+                continue
+            run = of_prompt[0].run if of_prompt else self._accelerated(found, number)
+            levels.append(quality.decibel(getattr(run, quality.metric)))
+        self._stages.skip(len(self._prompts) - 1 - (len(self._tried) - made))
+        self._met = fmean(levels) >= quality.decibel(self._goal.value)
         return {f"{quality.metric}_calibration": quality.value(fmean(levels))}
+
+    def _sure_of(self, made: Sequence[AcceleratedRun]) -> dict[str, float | None]:
+        """What the goal's mean over all prompts is better than with 95 % confidence; of PSNR without such a goal."""
+        quality = self._goal.quality or QUALITIES["target_psnr"]
+        low = lower_bound([quality.decibel(getattr(run, quality.metric)) for run in made])
+        return {f"{quality.metric}_held_out_low": None if low is None else quality.value(low)}
 
     def _trial(self, tried: _Tried, *, chosen: bool) -> dict[str, Any]:
         run, dense, found = tried.run, self._runs[tried.prompt].seconds, tried.pick

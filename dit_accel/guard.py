@@ -140,7 +140,7 @@ class Guard:
         if self._limits.device != query.device:
             self._limits = self._limits.to(query.device)
         limits = self._limits[number, layer]
-        memory.pending[layer] = squares[0] > limits.square() * squares[1]
+        memory.pending[layer] = ~(squares[0] <= limits.square() * squares[1])  # NaN too is an error
         memory.checks += 1
 
     def settle(self, memory: GuardMemory) -> bool:

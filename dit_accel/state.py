@@ -16,7 +16,7 @@ from dit_accel.caching import StepCache
 from dit_accel.clock import Clock
 from dit_accel.grid import TokenGrid
 from dit_accel.guard import Guard, GuardMemory
-from dit_accel.pipelines import ModelFamily
+from dit_accel.pipelines import ModelFamily, transformers_of
 from dit_accel.plan import AccelPlan
 
 logger = logging.getLogger("dit_accel")
@@ -355,6 +355,16 @@ def other_cache(transformer: nn.Module) -> str | None:
         return f"diffusers' {type(cast(Any, transformer)._cache_config).__name__}"
     # cache-dit sets it on the transformers it wraps, and deletes it when it is disabled.
     return "cache-dit" if getattr(transformer, "_is_cached", False) else None
+
+
+def check_plain(pipe: Any) -> None:
+    """Raise ValueError for a pipeline that cannot be measured as it is, since a plan or a cache is on it."""
+    for transformer in transformers_of(pipe):
+        found = other_cache(transformer) if hook_of(transformer) is None else "a plan of dit-accel"
+        if found is not None:
+            raise ValueError(
+                f"pipe: expected it without plan and cache, to measure it as it is, got {found}; disable it first"
+            )
 
 
 def hook_of(transformer: nn.Module) -> AccelHook | None:

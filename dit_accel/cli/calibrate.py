@@ -29,6 +29,8 @@ def configure(subparsers: Any) -> None:
     goal.add_argument("--density", type=float, metavar="D", help="mean density to reach instead, in (0, 1]")
     parser.add_argument("--cache", action="store_true",
                         help="also choose which steps to compute and forecast the others")  # fmt: skip
+    parser.add_argument("--downstream", action="store_true",
+                        help="weigh heads by how far they move the prediction (takes backward passes)")  # fmt: skip
     add_settings(parser)
     add_device(parser)
     add_output(parser, "outputs/plan")
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         **goal,
+        downstream=args.downstream,
         cache=args.cache,
         output_dir=args.output,
         seed=args.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.cli.options import add_output
@@ -31,6 +32,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "model_class": plan.model_class,
         "config_hash": plan.config_hash,
         "block": plan.block,
+        "grid": None if plan.grid is None else asdict(plan.grid),
+        "dense_layers": plan.dense_layers,
+        "cache": None if plan.cache is None else plan.cache.to_dict(),
         "range_starts": list(plan.range_starts),
         "layers": None if plan.layers is None else list(plan.layers),
         "density_mean": plan.density_mean,

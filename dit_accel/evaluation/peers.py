@@ -83,7 +83,7 @@ def cache_dit_version() -> str:
     found = None if importlib.util.find_spec("cache_dit") is None else package_version("cache-dit")
     if found is None:
         raise ValueError(
-            "cache-dit: expected the package to be installed, got none; run pip install 'dit-accel[peers]'"
+            "cache-dit: expected the package to be installed, got none; run pip install cache-dit"
         )
     return found
 

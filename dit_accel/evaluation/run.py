@@ -63,6 +63,7 @@ def evaluate(
         )
     transformers_of(pipe)
     folder = Path(output_dir) if output_dir is not None else None
+    backend = dense_backend(pipe.transformer)
     place = machine(pipe._execution_device, pipe.transformer.dtype)
     result = Evaluation(
         model=model,
@@ -71,7 +72,7 @@ def evaluate(
         seed=seed,
         variants=names,
         machine=place,
-        dense_backend=dense_backend(pipe.transformer),
+        dense_backend=backend,
         fingerprint=_fingerprint(
             [FORMAT_VERSION, STORE_VERSION],
             model,
@@ -81,6 +82,7 @@ def evaluate(
             settings.to_dict(),
             seed,
             place,
+            backend,
         ),
         store=GenerationStore(folder / "generations" if folder else None),
     )

@@ -58,7 +58,8 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, str | int | N
 
 
 def pipeline_digest(pipe: Any) -> str:
-    """Tells a pipeline with a retrained, adapted or exchanged model or another scheduler from the one before."""
+    """Tells a pipeline with a retrained, adapted or exchanged model, another scheduler or numbers of its own (of
+    Wan 2.2 where the second expert begins) from the one before."""
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, torch.nn.Module):
@@ -67,6 +68,8 @@ def pipeline_digest(pipe: Any) -> str:
             config = {key: value for key, value in part.config.items() if not key.startswith("_")}
             text = json.dumps(config, sort_keys=True, default=str)
             digest.update(f"{name} {type(part).__name__} {text}".encode())
+    numbers = {key: value for key, value in dict(pipe.config).items() if isinstance(value, int | float)}
+    digest.update(json.dumps(numbers, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -82,6 +82,8 @@ def plan_variant(plan: AccelPlan, name: str, *, guard: bool | None = None) -> Va
         list(plan.range_starts),
         plan.block,
     ]
+    if plan.dense_layers:
+        content.append({"dense_layers": plan.dense_layers})
     if plan.cache is not None:
         content.append(plan.cache.to_dict())
     if guard is not None:

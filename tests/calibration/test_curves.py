@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 
 from dit_accel import AccelPlan, disable, enable, stats
 from dit_accel.calibration import measure_cache
@@ -72,6 +73,19 @@ def test_gates_run_with_them(pipe):
 def test_too_few_steps(pipe):
     with pytest.raises(ValueError, match="expected more than 5 for a polynomial of degree 4, got 5"):
         measure_cache(pipe, PROMPT, **{**SETTINGS, "num_inference_steps": 5})
+
+
+def test_a_cached_pipeline_is_refused(pipe):
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    try:
+        with pytest.raises(
+            ValueError, match="expected it without plan and cache, .* got diffusers' FirstBlock"
+        ):
+            measure_cache(
+                pipe, "x", height=48, width=80, num_frames=5, num_inference_steps=8, guidance_scale=1.0
+            )
+    finally:
+        pipe.transformer.disable_cache()
 
 
 def test_two_experts_are_refused(pipe, monkeypatch):

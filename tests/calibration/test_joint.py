@@ -1,5 +1,7 @@
 """One target for attention and steps together, on a tiny Wan pipeline."""
 
+import shutil
+
 import pytest
 from diffusers import WanPipeline
 
@@ -45,6 +47,8 @@ def test_trials_say_what_was_skipped(joint):
     assert {trial["skipped_forwards"] for trial in chosen} == {sum(map(len, forecasts.values()))}
     assert plan.validated["target_met"]
     assert plan.validated["psnr_calibration"] >= 21.0
+    assert 10 < plan.validated["psnr_held_out"] < 100
+    assert plan.validated["speedup"] > 0
     skipped = [point["skipped_forwards"] for point in plan.validated["frontier"]]
     assert skipped[0] == max(skipped) > 0
 
@@ -57,6 +61,18 @@ def test_attention_alone_is_chosen_from_the_same_measurements(lively_wan_dir, as
     assert alone.cache is None
     assert dense.stat().st_mtime_ns == before
     assert all(point["skipped_forwards"] == 0 for point in alone.validated["frontier"])
+
+
+def test_stages_that_are_there_give_the_same_schedule(lively_wan_dir, asked, joint, tmp_path):
+    """As after a kill between the dense generations and the first with a plan."""
+    plan, directory = joint
+    kept = tmp_path / "calibration"
+    kept.mkdir()
+    for name in ("fingerprint.json", "latency.safetensors", "dense_0.safetensors", "dense_1.safetensors"):
+        shutil.copy(directory / "calibration" / name, kept)
+    again = calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked, cache=True, output_dir=tmp_path)
+    assert again.cache == plan.cache
+    assert (again.choice == plan.choice).all()
 
 
 def test_a_density_is_no_goal_for_it(lively_wan_dir, arguments):

@@ -262,10 +262,13 @@ class TestOffers:
         for offer in offers[1:]:
             by_step = squared(offer.cache)
             parts = slice(0, 4), slice(4, None)
-            factor = [max(float(by_step[part].sum() / plain[part].sum()), 0.2) for part in parts]
-            factors.append(factor)
+            raw = [float(by_step[part].sum() / plain[part].sum()) for part in parts]
+            factor = [max(one, 0.2) for one in raw]
+            factors.append(raw)
             expected = t.error * torch.tensor(factor, dtype=torch.float64).view(-1, 1, 1, 1)
-            torch.testing.assert_close(offer.tables.error, expected, rtol=1e-9, atol=0.0)
+            torch.testing.assert_close(offer.tables.weighted, expected, rtol=1e-9, atol=0.0)
+            dearest = torch.full((2, 2, 2), 2)
+            assert Pick(offer, dearest).error - offer.error == pytest.approx(float(expected[..., 2].sum()))
         assert min(min(f) for f in factors) < 0.9 < 1.1 < max(max(f) for f in factors)
 
     def test_a_range_that_computes_nothing_stays_dense(self):

@@ -1,5 +1,6 @@
 """The whole calibration on a tiny Wan pipeline."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import FirstBlockCacheConfig, WanPipeline
 
 import dit_accel
 from dit_accel import AccelPlan
 from dit_accel.calibration import calibrate, default_candidates, stages
 from dit_accel.calibration.cost import Latency
 from dit_accel.calibration.validate import lower_bound
+from dit_accel.guard import Guard
 from dit_accel.plan import Candidate
 
 # Calibrates in a process of its own; the clock is replaced as in `density_clock`.
@@ -229,7 +231,7 @@ def test_a_target_that_is_exceeded_says_so_in_one_line(pipe, arguments, capsys):
     assert found > 15.5
     assert capsys.readouterr().err.splitlines() == [
         f"target_psnr 15 dB was exceeded: {found:.4g} dB, since no faster plan that reaches it was found in 1 "
-        "generations (at most 1)"
+        "generations (at most 1 steer the choice)"
     ]
 
 
@@ -364,6 +366,38 @@ def test_candidates_of_a_precision_that_is_not_here_are_refused(pipe, arguments)
 
 def test_an_enabled_pipeline_is_refused_and_keeps_its_plan(pipe, arguments):
     dit_accel.enable(pipe, AccelPlan.preset("dense"))
-    with pytest.raises(ValueError, match="enabled here already"):
+    with pytest.raises(
+        ValueError, match="expected it without plan and cache, to measure it .* a plan of dit-accel"
+    ):
         calibrate(pipe, **arguments, density=0.5)
     dit_accel.disable(pipe)
+
+
+def test_a_cached_pipeline_is_refused(pipe, arguments):
+    """Its dense generations would not be dense, and layers that the cache skips would seem to lose nothing."""
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(
+        ValueError, match="without plan and cache, .* got diffusers' FirstBlockCacheConfig; disable"
+    ):
+        calibrate(pipe, **arguments, density=0.5)
+    pipe.transformer.disable_cache()
+
+
+def test_quality_is_measured_on_every_prompt(lively_wan_dir, arguments, density_clock):
+    """A search may end with a plan that it tried on one of two prompts; what is reported was generated."""
+    asked = arguments | {"prompts": ["a red circle moves left", "a blue square"], "target_psnr": 25.0}
+    plan = calibrate(WanPipeline.from_pretrained(lively_wan_dir), **asked, max_trials=1)
+    chosen = [trial for trial in plan.validated["trials"] if trial["chosen"]]
+    assert sorted(trial["prompt"] for trial in chosen) == [0, 1]
+    mean = sum(trial["psnr"] for trial in chosen) / 2
+    assert plan.validated["psnr_calibration"] == pytest.approx(mean)
+    assert plan.validated["target_met"] == (mean >= 25.0)
+
+
+def test_trials_run_as_users_will_with_the_guard(pipe, arguments, density_clock, monkeypatch):
+    plan = calibrate(pipe, **arguments, target_psnr=25.0, max_trials=1)
+    assert [trial["guarded_heads"] for trial in plan.validated["trials"]] == [0]
+    strict = functools.partialmethod(Guard.__init__, factor=1e-3, usual=0.0, floor=1e-4)
+    monkeypatch.setattr(Guard, "__init__", strict)
+    plan = calibrate(pipe, **arguments, target_psnr=25.0, max_trials=1)
+    assert plan.validated["trials"][0]["guarded_heads"] > 0

@@ -375,7 +375,7 @@ TOGETHER = {
     "lowbit": {},
     "channels": {},
     "searched": {},
-    "balanced": {"branches": "shared"},
+    "balanced": {"branches": "shared", "top_p": 0.8},
 }
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import dit_accel
 from dit_accel import AccelPlan
+from dit_accel.caching import cache_preset
 from dit_accel.cli import COMMANDS, main
 
 SCRIPT = Path(sys.executable).with_name("dit-accel")
@@ -221,10 +222,16 @@ def test_inspect(run, tmp_path):
     assert data["candidates"][0]["label"] == "window@0.30"
     assert data["candidates"][0]["heads"] == 1
     assert data["density_mean"] == pytest.approx(0.3)
+    assert (data["cache"], data["grid"], data["dense_layers"]) == (None, None, 0.0)
     assert _is_a_picture(tmp_path / "heads.png")
     _, text, _ = run("inspect", tmp_path / "plan")
     assert "every layer  window@0.30" in text
     assert "any (a preset)" in text
+    plan = AccelPlan.preset("svg", cache=cache_preset("cg-taylor"))
+    plan.save_pretrained(tmp_path / "both")
+    data = json.loads(run("inspect", tmp_path / "both", "--json")[1])
+    assert data["cache"] == plan.cache.to_dict()
+    assert data["dense_layers"] == plan.dense_layers > 0
 
 
 def test_generate_dense_and_with_a_plan(run, tiny_wan_dir, tmp_path):

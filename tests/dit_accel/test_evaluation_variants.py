@@ -135,6 +135,12 @@ def test_our_magcache_takes_a_measured_curve(name):
     assert ready.identity != variant.with_curve((1.0, 0.6)).identity
 
 
+def test_identity_depends_on_the_dense_layers():
+    plan = AccelPlan.preset("svg")
+    other = replace(plan, dense_layers=0.5)
+    assert plan_variant(plan, "plan").identity != plan_variant(other, "plan").identity
+
+
 def test_identity_depends_on_the_cache():
     plans = [AccelPlan.preset("window", density=0.3)]
     plans += [

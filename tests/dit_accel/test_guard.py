@@ -228,6 +228,18 @@ def test_a_head_errs_little_where_it_errs_as_the_others_do(tiny):
     assert limits(factor=2.0, usual=0.0, floor=0.3) == pytest.approx([0.3, 0.3, 0.6, 0.3])
 
 
+def test_a_head_of_no_number_is_caught(tiny):
+    model = tiny("wan")
+    guard = Guard(plan_of(model.transformer, torch.full((2, 2), 10.0)))
+    memory = guard.memory()
+    query, key, value = torch.randn(3, 1, 20, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    output = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+    output = torch.stack((output[:, :, 0], output[:, :, 1] * torch.nan), dim=2)
+    guard.check(query, key, value, output, 0, 1, memory, scale=None, key_mask=None)
+    assert guard.settle(memory)
+    assert memory.dense.tolist() == [[False, False], [False, True]]
+
+
 def test_a_head_that_lost_its_output_is_always_caught(tiny):
     plan = plan_of(tiny("wan").transformer, torch.tensor([[0.6, 0.5], [0.4, 1.0]]))
     query, key, value = torch.randn(3, 1, 40, 2, 16, generator=torch.Generator().manual_seed(0))
