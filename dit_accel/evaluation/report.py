@@ -67,14 +67,17 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def _processor(machine: Mapping[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['cores']} cores"
+
+
 def _caption(evaluation: Mapping[str, Any]) -> str:
     machine, settings = evaluation["machine"], evaluation["settings"]
     share = evaluation["attention_share"]
     parts = [
         f"{evaluation['model']}, {_counted(len(evaluation['prompts']), 'prompt')}, {settings['num_frames']} frames of "
         f"{settings['width']}×{settings['height']}, {settings['num_inference_steps']} steps",
-        machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores",
-        machine["dtype"],
+        f"{machine['gpu'] or _processor(machine)}, {machine['dtype']}",
         f"torch {machine['torch']}",
         f"dense: {evaluation['dense_backend']}",
     ]
