@@ -30,9 +30,9 @@ from typing import Any
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate, measure_cache
 from dit_accel.evaluation.curve import magnitude_curve
+from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.result import Evaluation
 from dit_accel.evaluation.run import evaluate
-from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.timing import package_version
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant

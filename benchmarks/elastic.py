@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.models import GenerationSettings, resolve_device
 from dit_accel.evaluation.run import evaluate
-from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.variants import DENSE, parse_variant, plan_variant
 from dit_accel.pipelines import demo, load_demo
 from dit_accel.plan import AccelPlan

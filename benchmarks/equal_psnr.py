@@ -33,9 +33,9 @@ import torch
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate, default_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
+from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 from dit_accel.evaluation.run import evaluate
-from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
 from dit_accel.plan import AccelPlan, Candidate

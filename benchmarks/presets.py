@@ -44,11 +44,12 @@ from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate
 from dit_accel.calibration.profile import profile_call
 from dit_accel.evaluation.attention_time import attention_seconds
+from dit_accel.evaluation.files import slug, write_json
 from dit_accel.evaluation.generate import generate_variant, quiet
 from dit_accel.evaluation.mask_figure import attention_panel, family_panel, save_masks
 from dit_accel.evaluation.metrics import psnr, ssim
 from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.store import GenerationStore, slug, write_json
+from dit_accel.evaluation.store import GenerationStore
 from dit_accel.evaluation.timing import dense_backend, now
 from dit_accel.evaluation.variants import DENSE, Variant, plan_variant
 from dit_accel.grid import TokenGrid

@@ -21,8 +21,8 @@ import torch
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration.schedule import range_starts
 from dit_accel.clock import Clock
+from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.run import evaluate
-from dit_accel.evaluation.store import write_json
 from dit_accel.evaluation.variants import DENSE, Variant, plan_variant
 from dit_accel.plan import AccelPlan, Candidate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["Clock"]
+
+_ROUNDED = 2.0**-8  # of progress: what bfloat16 leaves of a timestep
 
 
 class Clock:
@@ -66,7 +69,7 @@ class Clock:
         return getattr(getattr(self._pipe, "scheduler", None), "step_index", None)
 
     def progress(self) -> list[float]:
-        """Progress of every step of the running generation, see `ModelFamily.progress`.
+        """Progress of every step that the scheduler has for this generation, see `ModelFamily.progress`.
 
         Raises:
             ValueError: the pipeline has no scheduler.
@@ -78,7 +81,17 @@ class Clock:
             )
         timesteps = torch.as_tensor(self.generation())
         if self._progress is None:
-            steps = getattr(self._pipe, "num_timesteps", None) or len(timesteps)
             train = self._pipe.scheduler.config.num_train_timesteps
-            self._progress = (1.0 - timesteps[-steps:].double() / train).tolist()
+            self._progress = (1.0 - timesteps.double() / train).tolist()
         return self._progress
+
+    def unrounded(self, progress: float) -> float:
+        """That of the scheduler's step where it is the same but for rounding: pipelines hand on 16-bit timesteps."""
+        if self.generation() is None:
+            return progress
+        scheduler = self._pipe.scheduler
+        index = self.step_index()
+        index = (getattr(scheduler, "begin_index", None) or 0) if index is None else index
+        of_steps = self.progress()
+        exact = of_steps[index] if 0 <= index < len(of_steps) else math.inf
+        return exact if abs(exact - progress) <= _ROUNDED else progress

@@ -415,9 +415,12 @@ class AccelPlan:
 def config_hash_of(transformer: Any) -> str:
     """Return a sha256 of the architecture fields of a diffusers model's config.
 
-    Names and versions (fields that begin with an underscore) do not count; a tuple counts as a list.
+    Names and versions (fields that begin with an underscore) do not count, nor does how the weights are quantised; a
+    tuple counts as a list.
     """
-    fields = {name: value for name, value in dict(transformer.config).items() if not name.startswith("_")}
+    config = dict(transformer.config)
+    config.pop("quantization_config", None)
+    fields = {name: value for name, value in config.items() if not name.startswith("_")}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -245,6 +245,9 @@ def _planned(
         raise ValueError(
             f"dit-accel: layer {layer}: expected the tokens of {state.grid}, got a sequence of {tokens}"
         )
+    if torch.is_autocast_enabled(query.device.type):
+        # Norms of queries and keys may leave them in float32, which the model's own attention casts again.
+        query, key = query.to(value.dtype), key.to(value.dtype)
     key_mask = _key_mask(attn_mask, query)
     grid, branch = state.grid, state.branch
     # Without a second branch there is nobody to keep a choice for; in the first step nobody knows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -247,12 +247,15 @@ class AccelHook(ModelHook):
         self,
         state: AccelState,
         restore: Callable[[], None],
+        swapped: Mapping[str, tuple[nn.Module, type]],
         steps: StepCache | None = None,
         clock: Clock | None = None,
     ) -> None:
         super().__init__()
         self.state = state
         self.restore = restore
+        self.in_place = False  # whether the plan's processors were seen on the transformer
+        self._swapped = swapped
         self.steps = steps
         self._clock = clock
         self._generation: Tensor | None = None
@@ -292,6 +295,7 @@ class AccelHook(ModelHook):
                 f"{type(module).__name__} has a parallel config, and a plan that {kind} cannot run "
                 "on a split sequence or split heads; disable() dit-accel or use a dense plan."
             )
+        self._check_processors()
         arguments = state.family.bind(module, args, kwargs)
         grid = (
             None if state.all_dense and state.capture is None else state.family.read_grid(module, arguments)
@@ -299,6 +303,7 @@ class AccelHook(ModelHook):
         value = None if self._clock is None else self._clock.value_of(arguments["timestep"])
         progress, new = state.family.progress(arguments, value), None
         if self._clock is not None:
+            progress = progress if value is not None else self._clock.unrounded(progress)
             before, self._generation = self._generation, self._clock.generation()
             new = None if self._generation is None else self._generation is not before
         state.begin(grid, progress, self._branch(progress, bool(new)), new)
@@ -311,7 +316,7 @@ class AccelHook(ModelHook):
                 )
             assert self._clock is not None
             self.steps.check(arguments)
-            step, steps = self._place(self._clock.progress())
+            step, steps = self._place(self._clock)
             shared = self._clock.memory
             self.steps.begin(arguments["hidden_states"], step, steps, state.branch, state.memory, shared)
 
@@ -337,16 +342,32 @@ class AccelHook(ModelHook):
         self._here, self._turn = here, self._turn + 1 if again else 0
         return f"turn {self._turn}" if self._turn else ""
 
-    def _place(self, progress: Sequence[float]) -> tuple[int, int]:
+    def _check_processors(self) -> None:
+        """Refuse to go on without the processors of the plan, once they have been in place."""
+        replaced = [
+            name for name, (module, cls) in self._swapped.items() if type(module.processor) is not cls
+        ]
+        if not replaced:
+            self.in_place = True
+        elif self.in_place or len(replaced) < len(self._swapped):
+            raise RuntimeError(
+                f"dit-accel: {len(replaced)} of {len(self._swapped)} attention processors were replaced since the plan "
+                f"was enabled (by fuse_qkv_projections, load_ip_adapter or set_attn_processor), {replaced[0]} first; "
+                "call disable(pipe), then enable(pipe, plan) again"
+            )
+
+    def _place(self, clock: Clock) -> tuple[int, int]:
         """Number of the denoising step, and how many the generation has.
 
-        Two experts share one generation, so steps are counted from where this transformer came in.
+        It begins with the first step that any transformer sees: image to image leaves out those before. Two experts
+        share one generation, so steps are counted from where this transformer came in.
         """
-        state = self.state
+        state, progress = self.state, clock.progress()
         if state.forwards == 1:
             distance = [abs(p - state.progress) for p in progress]
             state.here.first_step = distance.index(min(distance))
-        return state.here.first_step + state.forwards - 1, len(progress)
+        first = clock.memory.setdefault("first step", state.here.first_step)
+        return state.here.first_step - first + state.forwards - 1, len(progress) - first
 
 
 def other_cache(transformer: nn.Module) -> str | None:

@@ -55,6 +55,7 @@ def enable(pipe: Any, plan: AccelPlan, *, backend: str = "auto", guard: bool | N
     for transformer, steps in zip(transformers, caches, strict=True):
         processors = _install(transformer, plan, backend, steps, clock, guard)
         cast(Any, transformer).set_attn_processor(processors)
+        cast(AccelHook, hook_of(transformer)).in_place = True
     return pipe
 
 
@@ -146,6 +147,12 @@ def _check(transformer: nn.Module, plan: AccelPlan, backend: str) -> None:
     if _is_compiled(transformer):
         raise ValueError("the transformer is compiled already; call enable() first and compile after it")
     family = family_of(transformer)
+    devices = {str(place) for place in getattr(transformer, "hf_device_map", {}).values()} - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise ValueError(
+            f"transformer: expected it on one device, got its layers on {', '.join(sorted(devices))}; load it without "
+            "device_map, or with enable_model_cpu_offload()"
+        )
     if hook_of(transformer):
         raise ValueError(
             "dit-accel is enabled here already; call dit_accel.disable(pipe) before enabling another plan"
@@ -225,6 +232,9 @@ def _install(
 
     if clock is not None:  # also what an expert that has not run yet knows of the generation before
         clock.on_new.append(state.reset)
-    registry.register_hook(AccelHook(state, restore, steps, clock), HOOK_NAME)
+    swapped = {
+        name: (module, classes[type(originals[f"{name}.processor"])]) for name, module in modules.items()
+    }
+    registry.register_hook(AccelHook(state, restore, swapped, steps, clock), HOOK_NAME)
     hooked_forward = transformer.forward
     return processors

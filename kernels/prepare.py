@@ -210,7 +210,7 @@ def restored(tokens: Tensor, order: Tensor | None) -> Tensor:
 def ordered_mask(mask: Tensor, order: Tensor | None) -> Tensor:
     """bool `[batch, seq]` to `[batch, heads or 1, seq]` in an order."""
     if order is None:
-        return mask[:, None]
+        return mask.contiguous()[:, None]
     shape = (len(mask), *order.shape[1:])
     return mask[:, None].expand(shape).gather(2, order.expand(shape))
 

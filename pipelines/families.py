@@ -32,6 +32,7 @@ class ModelFamily:
         block_returns: what a block returns, in order; its arguments have the same names and come first.
         modulated: the first block's modulated input, from the block and its arguments by name; what changes in it from
             step to step tells TeaCache how much the output will change.
+        modulation_has_weights: whether `modulated` reads weights of the block.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelFamily:
     noise_timestep: float
     block_returns: tuple[str, ...]
     modulated: Callable[[Any, Arguments], Tensor]
+    modulation_has_weights: bool = True
 
     def attention_modules(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Attention modules that can be swapped, by name, in forward order."""
@@ -196,6 +198,7 @@ _FAMILIES = {
             noise_timestep=1000.0,
             block_returns=("hidden_states",),
             modulated=_wan_time,
+            modulation_has_weights=False,
         ),
         ModelFamily(
             name="hunyuan_video",

@@ -6,9 +6,11 @@ after every row.
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module, util
@@ -24,14 +26,14 @@ from tqdm import tqdm
 from dit_accel.attention import attend
 from dit_accel.bench.problem import SHAPES, Shape, block_mask, index_of, tensors
 from dit_accel.bench.timing import Call, in_turns
-from dit_accel.evaluation.store import write_json
+from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.timing import machine
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex, available_precisions, block_sparse_attention, prepare_triton
-from dit_accel.kernels.block_sparse import triton_kernel
+from dit_accel.kernels.block_sparse import flex, triton_kernel
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.partition import partition
-from dit_accel.kernels.prepare import PRECISIONS, ordered
+from dit_accel.kernels.prepare import PRECISIONS, ordered, prepare
 from dit_accel.kernels.scores import antidiagonal_scores, block_mass, lowbit_scores, pooled_scores
 from dit_accel.kernels.select import select_blocks
 from dit_accel.plan import Candidate
@@ -39,7 +41,9 @@ from dit_accel.plan import Candidate
 DENSITIES = (1.0, 0.5, 0.25, 0.10, 0.05)
 BLOCKS = (128, 64)
 # Dense peaks of one H100 or H200 SXM by data sheet, TFLOP/s.
-PEAKS = {"native": 989.0, "int8": 989.0, "int8_fp8": 1979.0, "fp8": 1979.0}
+# "int8" multiplies half in INT8 and half in 16 bits.
+PEAKS = {"native": 989.0, "int8": 1319.0, "int8_fp8": 1979.0, "fp8": 1979.0}
+PEAKS["sageattention-triton"] = PEAKS["int8"]
 SDPA = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -48,6 +52,8 @@ SDPA = {
 # Relative error of a head's output against float64 that a precision may make on Gaussian inputs (SageAttention and
 # SageAttention2 report cosines of 0.9995 and 0.999, which are relative errors of 3 % and 4.5 %).
 ALLOWED = {"native": 0.01, "int8": 0.032, "int8_fp8": 0.045, "fp8": 0.06}
+# Logits of INT8 queries and keys are off by up to a hundredth of their size, of which there are some 10 here.
+ALLOWED_LSE = {"native": 2e-3, "int8": 0.1, "int8_fp8": 0.1, "fp8": 0.1}
 # What a call is checked with: nothing more, orders with a mask and a remainder, or that on blocks of varying length.
 EXTRAS = ("plain", "all", "varying")
 
@@ -88,12 +94,15 @@ def run(
     }
 
     def add(kind: str, row: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+        if "lost" in report:  # nothing runs on a device after an access to memory that is not there
+            report["left_out"].append(f"{kind}: {row}")
+            return
         try:
-            report[kind].append(row | measure())
+            report[kind].append(_as_json(row | measure()))
         except Exception as error:  # a kernel that fails is a result, too
             report[kind].append(row | {"error": f"{type(error).__name__}: {error}"[:500]})
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            if not _answers(device):
+                report["lost"] = f"{device} no longer answers after {kind}: {row}"
         write_json(output, report)
 
     cases = [(dim, precision, extra) for dim in dims for precision in PRECISIONS for extra in EXTRAS]
@@ -107,16 +116,16 @@ def run(
         add("correctness", {"kernel": name, "dim": dim}, partial(check_choosing, name, dim, device))
     for dim, name in tqdm([(dim, name) for dim in dims for name in LAYERS], desc="layers"):
         add("correctness", {"kernel": f"layer:{name}", "dim": dim}, partial(check_layer, name, dim, device))
-    longest = 0.0  # of the rows so far: the next one is not begun where it may not end in time
-    for name, shape in shapes.items():
+    longest = 0.0  # seconds per product so far: a row is not begun where it may not end in time
+    for name, shape in sorted(shapes.items(), key=lambda item: item[1].flops):
         for density in tqdm(DENSITIES, desc=name):
             begun = time.perf_counter()
-            if begun - start + longest > limit_seconds:
+            if begun - start + longest * shape.flops > limit_seconds:
                 report["left_out"].append(f"{name} at density {density:g}")
                 continue
             sizes = {"tokens": shape.tokens, "heads": shape.heads, "dim": shape.dim}
             add("rows", {"shape": name, **sizes, "asked": density}, partial(_row, shape, density, device))
-            longest = max(longest, time.perf_counter() - begun)
+            longest = (time.perf_counter() - begun) / shape.flops
     report["seconds"] = time.perf_counter() - start
     write_json(output, report)
     return report
@@ -150,11 +159,10 @@ def check(
         options["key_order"] = torch.stack([torch.randperm(seq_k, device=device) for _ in range(heads)])
         options["key_mask"] = torch.rand(batch, seq_k, device=device) < 0.8
         options["remainder"] = True
-    # Filling the pool with NaN shows an output that nobody wrote.
-    torch.full((batch, seq_q, heads, dim), torch.nan, device=device, dtype=dtype)
-    got, lse = block_sparse_attention(
-        q, k, v, index, precision=precision, backend="triton", return_lse=True, **options
-    )
+    with _new_memory_is_nan():
+        got, lse = block_sparse_attention(
+            q, k, v, index, precision=precision, backend="triton", return_lse=True, **options
+        )
     expected, expected_lse = block_sparse_attention(
         q.double(), k.double(), v.double(), index, backend="reference", return_lse=True, **options
     )
@@ -166,8 +174,38 @@ def check(
     return {
         "rel_l2": error,
         "lse_error": lse_error,
-        "ok": finite and same_dead and error <= ALLOWED[precision] and lse_error <= 0.1,
+        "ok": finite and same_dead and error <= ALLOWED[precision] and lse_error <= ALLOWED_LSE[precision],
     }
+
+
+@contextmanager
+def _new_memory_is_nan() -> Iterator[None]:
+    """An output that nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether a device still runs anything; also lets go of what a failed call held."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _mass(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
@@ -311,6 +349,14 @@ def _attend(prepare: Call, index: BlockIndex, scale: float, dtype: torch.dtype) 
     return lambda: triton_kernel.attention(prepared(), index, scale, None, dtype)
 
 
+def _flex(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Call:
+    """Compiled flex_attention alone, on a block mask and operands that are made once."""
+    scale = q.shape[-1] ** -0.5
+    plain = partial(prepare, q, k, v, precision="native", scale=scale, block_k=index.block_k)
+    operands = cache(lambda: flex.operands(plain(), index))
+    return lambda: flex.run(operands(), index, scale)
+
+
 def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -> dict[str, Call]:
     """Ours in each precision and flex on one list, beside cuDNN; at density 1 also the other dense peers and the parts.
 
@@ -327,7 +373,7 @@ def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -
         calls["native+remainder"] = partial(
             block_sparse_attention, q, k, v, index, backend="triton", remainder=True
         )
-    calls["flex"] = partial(block_sparse_attention, q, k, v, index, backend="flex")
+    calls["flex"] = _flex(q, k, v, index)
     if density < 1:
         return calls
     for name in ("sdpa-flash", "sdpa-efficient"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.hooks import HookRegistry
 from torch import Tensor, nn
 
 from dit_accel.caching.calls import block_inputs, block_outputs, like, named_arguments, with_sample
@@ -27,6 +28,9 @@ __all__ = ["Counts", "StepCache"]
 # A schedule at other step counts than its own follows the line through two computed outputs as far as this many times
 # their distance, and stays there.
 _LINE_REACH = 2
+# Names of the guidance branches: in pipelines that name them, and in those that run them one after the other.
+_NAMED, _IN_TURNS = ("cond", "uncond"), ("", "turn 1")
+_GROUP_OFFLOADING = "group_offloading"  # diffusers' name of that hook
 
 
 @dataclass
@@ -127,8 +131,14 @@ class StepCache:
         """Refuse a forward in which blocks cannot be skipped.
 
         Raises:
-            ValueError: a ControlNet adds to the blocks by their number.
+            ValueError: a ControlNet adds to the blocks by their number, or the gate needs weights that are offloaded.
         """
+        block = next(iter(self._lists[0].children()))
+        if self.config.gate == "teacache" and self.family.modulation_has_weights and _is_offloaded(block):
+            raise ValueError(
+                "cache: expected weights that stay on the device, since the gate 'teacache' reads those of the first "
+                "block before it runs, got a block that is offloaded; use another gate or enable_model_cpu_offload()"
+            )
         for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
             if self.config.target == "blocks" and arguments.get(name) is not None:
                 raise ValueError(
@@ -154,6 +164,7 @@ class StepCache:
             memory: kept for one generation, shared by its branches.
             shared: like memory, of all transformers of a pipeline.
         """
+        branch = self._known(branch)
         generation = memory.get("cache")
         if generation is None:
             shared = {} if shared is None else shared
@@ -180,6 +191,17 @@ class StepCache:
         elif GATES[self.config.gate] in ("step", "latents"):
             forward.skip = generation.gate.skip(step, steps, forward.signal)
         self._forward = forward
+
+    def _known(self, branch: str) -> str:
+        """The schedule's name of a branch: of one model some pipelines name the branches, others run them in turns."""
+        schedule = self.config.schedule
+        if schedule is None or branch in schedule.forecasts:
+            return branch
+        theirs = list(schedule.forecasts)
+        for here, there in ((_NAMED, _IN_TURNS), (_IN_TURNS, _NAMED)):
+            if branch in here and theirs == list(there[: len(theirs)]) and here.index(branch) < len(theirs):
+                return theirs[here.index(branch)]
+        return branch
 
     def abandon(self) -> None:
         """Leave a forward that raised."""
@@ -415,6 +437,17 @@ class StepCache:
             at = min(at, history.steps[-1] + _LINE_REACH * (history.steps[-1] - history.steps[0]))
         value = history.forecast(at)[0]
         return value + latents if self.config.residual else value
+
+
+def _is_offloaded(block: nn.Module) -> bool:
+    """Whether weights of a block come to the device for its forward alone."""
+    for module in block.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if isinstance(registry, HookRegistry) and registry.get_hook(_GROUP_OFFLOADING) is not None:
+            return True
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            return True
+    return False
 
 
 def _asking(hand_out: Callable[[nn.ModuleList], Iterator[Any]]) -> Callable[[nn.ModuleList], Iterator[Any]]:

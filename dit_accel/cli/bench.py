@@ -27,7 +27,7 @@ def configure(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Run what was asked for; JSON and text."""
-    from dit_accel.evaluation.store import write_json
+    from dit_accel.evaluation.files import write_json
 
     if args.compile_only:
         from dit_accel.bench import gate
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         data = gpu.run(args.output or Path("outputs/bench_gpu.json"))
         wrong = [row for row in data["correctness"] if not row.get("ok")]
         data["failures"] = [f"wrong: {row}" for row in wrong]
+        data["failures"] += [data["lost"]] if "lost" in data else []
+        data["failures"] += [f"left out: {name}" for name in data["left_out"]]
         lines = [
             f"correctness: {len(data['correctness']) - len(wrong)} of {len(data['correctness'])} cases right"
         ]

@@ -20,8 +20,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Collect the facts a bug report needs."""
     import torch
 
+    from dit_accel.evaluation.files import write_json
     from dit_accel.evaluation.models import DTYPES, resolve_device
-    from dit_accel.evaluation.store import write_json
     from dit_accel.evaluation.timing import machine, package_version
     from dit_accel.kernels import available_precisions, resolve_backend
 

@@ -22,9 +22,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Generate and write `video.mp4`, `frames/*.png` and `generation.json`."""
     from tqdm import tqdm
 
+    from dit_accel.evaluation.files import write_json
     from dit_accel.evaluation.generate import generate_variant, quiet
     from dit_accel.evaluation.media import write_frames, write_video
-    from dit_accel.evaluation.store import write_json
     from dit_accel.evaluation.variants import parse_variant
 
     variant = parse_variant("dense" if args.plan is None else f"plan:{args.plan}")

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     drawn: list[str] = []
     if args.output is not None:
         from dit_accel.cli.inspect_figures import save_figures
-        from dit_accel.evaluation.store import write_json
+        from dit_accel.evaluation.files import write_json
 
         pictures = save_figures(plan, args.output)
         data["pictures"] = pictures

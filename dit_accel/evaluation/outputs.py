@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dit_accel.evaluation.figures import Take, Takes, save_comparison, save_curve, save_heads
+from dit_accel.evaluation.files import slug
 from dit_accel.evaluation.media import write_video
 from dit_accel.evaluation.report import markdown_table
 from dit_accel.evaluation.result import Evaluation
-from dit_accel.evaluation.store import slug
 from dit_accel.evaluation.variants import Variant
 
 _COMPARED = 2  # other variants in the picture; more would be too small to look at

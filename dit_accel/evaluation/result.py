@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.generate import Generation
 from dit_accel.evaluation.metrics import latent_rel_l2, psnr, ssim
 from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.store import GenerationStore, write_json
+from dit_accel.evaluation.store import GenerationStore
 
 FORMAT_VERSION = 1
 REPORT_FILE = "evaluation.json"

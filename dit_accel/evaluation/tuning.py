@@ -18,10 +18,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dit_accel.evaluation.files import slug, write_json
 from dit_accel.evaluation.generate import generate_variant, quiet
 from dit_accel.evaluation.metrics import psnr
 from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.store import GenerationStore, slug, write_json
+from dit_accel.evaluation.store import GenerationStore
 from dit_accel.evaluation.variants import DENSE, Variant
 
 

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
-from dit_accel.kernels.backend import on_device
 from dit_accel.kernels.partition import partition
 from dit_accel.kernels.prepare import TINY
 from dit_accel.kernels.scores import pooled_scores
-from dit_accel.kernels.select import select_blocks
 from dit_accel.patterns.base import (
     SERVES,
     BlockSpace,
@@ -31,7 +29,7 @@ from dit_accel.patterns.base import (
     Selection,
     check_divisor,
     check_share,
-    until_share,
+    ranked_lists,
 )
 
 
@@ -67,29 +65,11 @@ def _arrange(
         query_order=query_order,
         key_order=key_order,
     ).float()
-    of_heads = tuple(map(space.kept, density if isinstance(density, tuple) else (density,)))
-    kept, texts = on_device(of_heads, query.device)[:, None], space.blocks - space.video_blocks
-    if top_p and space.video_blocks:
-        masses = scores[..., : space.video_blocks].topk(max(of_heads), dim=-1).values
-        whole = scores[..., : space.video_blocks].sum(-1, keepdim=True).clamp(min=TINY)
-        kept = torch.minimum(kept, until_share(masses / whole, top_p).sum(-1).to(kept.dtype))
-    forced = None
-    if texts:
-        # Rows that hold text read all, and all read the columns that do.
-        number = torch.arange(space.blocks, device=query.device)
-        forced = number >= space.video_blocks
-        kept = torch.where(forced, space.blocks, kept + texts)
-    seq = grid.total_tokens
-    index = select_blocks(
-        scores,
-        block_q=block,
-        block_k=block,
-        seq_q=seq,
-        seq_k=seq,
-        keep=kept,
-        forced=forced,
-        max_keep=space.blocks if texts else max(of_heads),
-    )
+    # Blocks with text have scores of their own here, which nothing needs.
+    scores = scores[..., : space.video_blocks, : space.video_blocks]
+    masses = scores / scores.sum(-1, keepdim=True).clamp(min=TINY) if top_p else None
+    kept = tuple(map(space.kept, density)) if isinstance(density, tuple) else space.kept(density)
+    index = ranked_lists(space, scores, kept, masses=masses, top_p=top_p)
     return Selection(index, query_order, key_order, grid, None)
 
 

@@ -9,11 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
 from dit_accel.kernels.backend import on_device
+from dit_accel.kernels.select import select_blocks
 
 Option = str | int | float
 # Values of the option `branches`: guidance branches choose each for itself, or the first one of a step for all.
@@ -91,8 +93,8 @@ class Family:
         name: as plans and presets spell it.
         choose: `choose(space, kept, **options)` of a static family returns a bool mask over the video blocks,
             `[rows, cols]`, or `[heads, rows, cols]` if `per_head`. `choose(space, kept, query, key, scale, memory=...,
-            **options)` of a dynamic one, with query and key in the order of the space, returns `[batch, heads, rows,
-            cols]`. `memory` is a dict that it may use from step to step.
+            **options)` of a dynamic one, with query and key in the order of the space, returns the lists. `memory` is a
+            dict that it may use from step to step.
         arrange: instead of `choose`, of a dynamic family that puts the tokens into orders of its own:
             `arrange(grid, density, block, query, key, scale, memory=..., **options)` gets query and key in the model's
             order and returns a Selection.
@@ -109,7 +111,7 @@ class Family:
     """
 
     name: str
-    choose: Callable[..., Tensor] = _chooses_nothing
+    choose: Callable[..., Any] = _chooses_nothing
     static: bool = True
     arrange: Callable[..., Selection] | None = None
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
@@ -248,32 +250,54 @@ def for_heads(index: BlockIndex, heads: int) -> BlockIndex:
     return replace(index, counts=counts, offsets=offsets)
 
 
-def keep_best(
-    scores: Tensor, kept: int | tuple[int, ...], *, masses: Tensor | None = None, top_p: float = 0.0
-) -> Tensor:
-    """Return a bool mask of the `kept` highest scores of each row (last axis), of every head or of each.
+def ranked_lists(
+    space: BlockSpace,
+    scores: Tensor,
+    kept: int | tuple[int, ...],
+    *,
+    masses: Tensor | None = None,
+    top_p: float = 0.0,
+    extra: Tensor | None = None,
+) -> BlockIndex:
+    """Lists of the `kept` video blocks that score highest in each row, of every head or of each; text as ever.
 
-    With `top_p` a row keeps no more than hold that share of its `masses`, which are like scores and add up to 1.
+    Args:
+        scores: `[batch, heads, rows, cols]` of the video blocks; of equal ones the lower number comes first.
+        masses: like scores, adding up to 1 in a row: it keeps no more blocks than hold `top_p` of it.
+        extra: bool like scores, blocks that a row keeps beside those.
     """
-    if isinstance(kept, int) and masses is None:
-        best = scores.topk(kept, dim=-1, sorted=False).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-    blocks = scores.topk(most_of(kept), dim=-1).indices
-    of_heads = on_device((kept,) if isinstance(kept, int) else kept, scores.device)
-    chosen = torch.arange(blocks.shape[-1], device=scores.device) < of_heads[:, None, None]
+    of_heads = (kept,) if isinstance(kept, int) else kept
+    keep = on_device(of_heads, scores.device)[:, None]
     if masses is not None:
-        chosen = chosen & until_share(masses.gather(-1, blocks), top_p)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, blocks, chosen.expand_as(blocks))
+        best = scores.topk(max(of_heads), dim=-1).indices
+        keep = torch.minimum(keep, until_share(masses.gather(-1, best), top_p).sum(-1))
+    if extra is not None:
+        keep = keep + extra.sum(-1)
+    texts, forced = space.blocks - space.video_blocks, extra
+    if texts:
+        # Rows that hold text read all, and all read the columns that do.
+        text = torch.arange(space.blocks, device=scores.device) >= space.video_blocks
+        forced = text if extra is None else F.pad(extra, (0, texts, 0, texts)) | text
+        scores = F.pad(scores, (0, texts, 0, texts))
+        keep = F.pad(
+            keep.expand(*keep.shape[:-1], space.video_blocks) + texts, (0, texts), value=space.blocks
+        )
+    seq = space.grid.total_tokens
+    return select_blocks(
+        scores.float(),
+        block_q=space.block,
+        block_k=space.block,
+        seq_q=seq,
+        seq_k=seq,
+        keep=keep,
+        forced=forced,
+        max_keep=max(of_heads) if forced is None else space.blocks,
+    )
 
 
 def until_share(masses: Tensor, top_p: float) -> Tensor:
     """Which of a row's masses, in the order in which they are kept, it keeps until they add up to a share."""
     return masses.cumsum(-1) - masses < top_p
-
-
-def most_of(kept: int | tuple[int, ...]) -> int:
-    """The largest number of blocks that a head's row keeps."""
-    return kept if isinstance(kept, int) else max(kept)
 
 
 def first_of(ranks: Tensor, kept: int) -> Tensor:

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.kernels import BlockIndex
 from dit_accel.kernels.prepare import TINY
 from dit_accel.kernels.scores import (
     STEP_LOGITS,
@@ -51,8 +52,9 @@ from dit_accel.patterns.base import (
     Option,
     check_divisor,
     check_share,
-    keep_best,
-    most_of,
+    lists_of,
+    ranked_lists,
+    with_text,
 )
 
 # score(space, kept, query, key, scale, memory, **options) -> mass [batch, heads, rows, cols] of the video blocks
@@ -70,7 +72,7 @@ def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **option
         top_p: float,
         memory: Memory,
         **given: Option,
-    ) -> Tensor:
+    ) -> BlockIndex:
         check_share(name, "top_p", top_p)
         query, key = (x[:, : space.chosen_tokens] for x in (query, key))
         guard = float(given.pop("guard", 0.0))
@@ -80,16 +82,18 @@ def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **option
             raise ValueError(
                 f"option 'easy' of family {name!r}: expected a number from 0 to 1, and 0 beside 'top_p', got {easy!r}"
             )
-        most = most_of(kept)
+        most = kept if isinstance(kept, int) else max(kept)
         mass = score(space, most, query, key, scale, memory, **given)
         if easy:
-            return _by_head(mass, most, easy)
+            return _by_head(space, mass, most, easy)
         if not guard:
-            return _best(mass, kept, top_p)
+            return _best(space, mass, kept, top_p)
         trusted_q, trusted_k = (_self_similarity(space, x) >= guard for x in (query, key))
         mass.clamp_(min=0).mul_(trusted_k[:, :, None])  # squares that were not looked into have a mass of -1
         mass /= mass.sum(-1, keepdim=True).clamp(min=TINY)
-        return _best(mass, kept, top_p) | ~trusted_k[:, :, None] | ~trusted_q[..., None]
+        untrusted = ~trusted_k[:, :, None] | ~trusted_q[..., None]
+        untrusted.diagonal(dim1=-2, dim2=-1).fill_(False)  # a row keeps its own block in any case
+        return _best(space, mass, kept, top_p, untrusted)
 
     defaults = {"order": "tile:4x4x4", "top_p": 0.0, "segment": 0, **SERVES, **options}
     return Family(
@@ -102,21 +106,18 @@ def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **option
     )
 
 
-def _best(mass: Tensor, kept: int | tuple[int, ...], top_p: float) -> Tensor:
-    """The best `kept` of each row at most, its own block first."""
+def _best(
+    space: BlockSpace, mass: Tensor, kept: int | tuple[int, ...], top_p: float, extra: Tensor | None = None
+) -> BlockIndex:
+    """The best `kept` of each row at most, its own block first, and those that are extra."""
     ranking = mass.clone() if top_p else mass
     ranking.diagonal(dim1=-2, dim2=-1).add_(2.0)
-    return keep_best(ranking, kept, masses=mass if top_p else None, top_p=top_p)
+    return ranked_lists(space, ranking, kept, masses=mass if top_p else None, top_p=top_p, extra=extra)
 
 
-def spare_blocks(kept: int, blocks: int) -> int:
-    """How many blocks an easy head leaves to a hard one, of `blocks` in all."""
-    return min(kept // 2, blocks - kept)
-
-
-def _by_head(mass: Tensor, kept: int, easy: float) -> Tensor:
+def _by_head(space: BlockSpace, mass: Tensor, kept: int, easy: float) -> BlockIndex:
     """The best `kept` of each row on average over the heads; easy heads leave half of theirs to hard ones."""
-    spare = spare_blocks(kept, mass.shape[-1])
+    spare = min(kept // 2, mass.shape[-1] - kept)
     # With the log-sum-exp of an earlier step rows do not sum to one.
     whole = mass.sum(-1).clamp(min=TINY)
     mass.diagonal(dim1=-2, dim2=-1).add_(2.0)
@@ -126,7 +127,9 @@ def _by_head(mass: Tensor, kept: int, easy: float) -> Tensor:
     pairs = (recall > easy).sum(-1, keepdim=True).clamp(max=heads // 2)
     budget = kept + spare * ((rank < pairs).int() - (rank >= heads - pairs).int())
     chosen = torch.arange(kept + spare, device=mass.device) < budget[..., None, None]
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, chosen.expand_as(blocks))
+    mask = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, chosen.expand_as(blocks))
+    longest = space.blocks if space.grid.text_tokens else kept + spare
+    return lists_of(space, with_text(space, mask), heads, longest)
 
 
 def _self_similarity(space: BlockSpace, tokens: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from dit_accel.patterns.base import (
     everything,
     for_heads,
     lists_of,
-    most_of,
     with_text,
 )
 from dit_accel.patterns.clustered import CLUSTERED
@@ -32,14 +31,7 @@ from dit_accel.patterns.dense import DENSE
 from dit_accel.patterns.hashed import HASHED
 from dit_accel.patterns.profiled import PROFILED
 from dit_accel.patterns.radial import RADIAL
-from dit_accel.patterns.scored import (
-    ANTIDIAGONAL,
-    CHANNELS,
-    LOWBIT,
-    POOLED,
-    SEARCHED,
-    spare_blocks,
-)
+from dit_accel.patterns.scored import ANTIDIAGONAL, CHANNELS, LOWBIT, POOLED, SEARCHED
 from dit_accel.patterns.sharded import SHARDED
 from dit_accel.patterns.skip import SKIP
 from dit_accel.patterns.sorted_keys import sorted_keys
@@ -217,11 +209,7 @@ def _chosen(
         places = sorted_keys(space, query, key, scale, segment)
         key = key.gather(1, places.transpose(1, 2)[..., None].expand_as(key))
         key_order, order_name = order[0][places], None
-    mask = family.choose(space, kept, query, key, scale, memory=memory, **options)
-    longest = most_of(kept)
-    longest += spare_blocks(longest, space.video_blocks) if options.get("easy") else 0
-    longest = space.blocks if grid.text_tokens or options.get("guard") else longest
-    index = lists_of(space, with_text(space, mask, family.reads_text), heads, longest)
+    index = family.choose(space, kept, query, key, scale, memory=memory, **options)
     return Selection(index, order, key_order, grid, order_name)
 
 

@@ -12,8 +12,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from dit_accel.kernels import BlockIndex
 from dit_accel.kernels.prepare import TINY
-from dit_accel.patterns.base import SERVES, BlockSpace, Family, check_share, keep_best
+from dit_accel.patterns.base import SERVES, BlockSpace, Family, check_share, ranked_lists
 from dit_accel.patterns.samples import sampled_mass, sampled_rows
 
 
@@ -30,7 +31,7 @@ def _choose(
     slashes: int,
     top_p: float,
     memory: object,
-) -> Tensor:
+) -> BlockIndex:
     """`sinks`: first blocks kept by all; `local`: blocks at each side of a row's own; `samples`: rows."""
     for name, value, least in (("sinks", sinks, 0), ("local", local, 0), ("samples", samples, 1)):
         if value < least:
@@ -55,7 +56,7 @@ def _choose(
     # The mean mass is at most 1, so these come first, the own block before all.
     ranking = score + 2.0 * ((apart <= local) | (blocks < sinks)) + 2.0 * (apart == 0)
     masses = score / score.sum(-1, keepdim=True).clamp(min=TINY) if top_p else None
-    return keep_best(ranking, kept, masses=masses, top_p=top_p)
+    return ranked_lists(space, ranking, kept, masses=masses, top_p=top_p)
 
 
 STRIPES = Family(

@@ -14,9 +14,14 @@ from dit_accel.kernels.prepare import Prepared
 
 
 def attention(prepared: Prepared, index: BlockIndex, scale: float) -> Tensor:
-    """Pad to whole blocks and run one compiled graph, dynamic in lengths and block lists; native precision."""
+    """Run one compiled graph, dynamic in lengths and block lists; native precision."""
+    return run(operands(prepared, index), index, scale).to(prepared.query.dtype)
+
+
+def operands(prepared: Prepared, index: BlockIndex) -> tuple[Tensor, ...]:
+    """What the graph is called with: query, key and value in whole blocks, lists, and which keys may be read."""
     query, key, value = prepared.query, prepared.key, prepared.value
-    batch, heads, seq_q, _ = query.shape
+    batch, heads = query.shape[:2]
     dtype = query.dtype
     if query.device.type == "cpu" and dtype != torch.float64 and not torch.cpu._is_amx_tile_supported():
         # Without AMX the generated code is 2.5 times faster in float32 than in 16 bits.
@@ -28,11 +33,12 @@ def attention(prepared: Prepared, index: BlockIndex, scale: float) -> Tensor:
     # Blocks with an invalid key are partial: only they pay for the mask.
     partial = ~valid.view(batch, heads, 1, index.cols, index.block_k).all(-1)
     blocks = index.to_mask()
-    output = _compiled()(
-        q, k, v, *_padded_lists(blocks & partial), *_padded_lists(blocks & ~partial), valid, scale,
-        index.block_q, index.block_k,
-    )  # fmt: skip
-    return output[:, :, :seq_q].to(dtype)
+    return q, k, v, *_padded_lists(blocks & partial), *_padded_lists(blocks & ~partial), valid
+
+
+def run(prepared: tuple[Tensor, ...], index: BlockIndex, scale: float) -> Tensor:
+    """The graph on its `operands`: `[batch, heads, seq_q, dim]`."""
+    return _compiled()(*prepared, scale, index.block_q, index.block_k)[:, :, : index.seq_q]
 
 
 def _run(q, k, v, partial_counts, partial, full_counts, full, valid, scale, block_q, block_k):
@@ -45,7 +51,9 @@ def _run(q, k, v, partial_counts, partial, full_counts, full, valid, scale, bloc
         mask_mod=lambda b, h, q_idx, kv_idx: valid[b, h, kv_idx],
         compute_q_blocks=False,
     )
-    return flex_attention(q, k, v, block_mask=mask, scale=scale)
+    # The compiler's own tiles need not divide our blocks.
+    tiles = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)} if q.device.type == "cuda" else None
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=tiles)
 
 
 @lru_cache(maxsize=1)

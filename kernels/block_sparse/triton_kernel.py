@@ -342,7 +342,7 @@ def launch_options(
     """
     least = 32 if key_bytes == 1 else 16
     tile_d = max(least, triton.next_power_of_2(dim))
-    if key_bytes == 4:
+    if max(key_bytes, value_bytes) == 4:
         tile_q, tile_k, warps, stages = 32, 32, 8, 2
     elif tile_d > 128:
         tile_q, tile_k, warps, stages = 64, 32, 8, 2

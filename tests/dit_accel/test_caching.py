@@ -441,7 +441,6 @@ def scheduled(table, steps=STEPS):
 def raw(pipe, prompt, negative, scale):
     """Latents of a guided generation with any guidance scale; pipelines switch guidance off at 1 and below."""
     pipe.scheduler.set_timesteps(STEPS)
-    pipe._num_timesteps = STEPS
     latents = torch.randn(1, 4, 3, 10, 14, generator=torch.Generator().manual_seed(5))
     pipe.transformer._reset_stateful_cache()
     with torch.no_grad():
@@ -689,7 +688,6 @@ class TestState:
             texts = torch.randn(2, 1, 5, 12, generator=torch.Generator().manual_seed(6))
             for _ in range(2):
                 pipe.scheduler.set_timesteps(STEPS)
-                pipe._num_timesteps = STEPS
                 now = latents
                 with torch.no_grad():
                     for timestep in pipe.scheduler.timesteps:
@@ -757,7 +755,6 @@ class TestState:
             pipe.scheduler.set_timesteps(STEPS)
             pipe.scheduler.set_begin_index(0)
             pipe.scheduler.timesteps[1:3] = pipe.scheduler.timesteps[0]
-            pipe._num_timesteps = STEPS
             with torch.no_grad():
                 for timestep in pipe.scheduler.timesteps:
                     output = pipe.transformer(hidden, timestep.expand(1), text, return_dict=False)[0]
@@ -766,6 +763,51 @@ class TestState:
             assert states(pipe)[0].forwards == STEPS
             assert report["computed_forwards"] + report["skipped_forwards"] == STEPS
             assert report["skipped_forwards"] > 0
+
+    @pytest.mark.parametrize("left_out", [0, 4])
+    def test_steps_count_from_the_first_that_is_run(self, wan_pipeline, left_out):
+        """As image to image begins later, in a pipeline that shares the transformer with the one enabled."""
+        pipe = wan_pipeline()
+        enable(pipe, cached("taylorseer", warm_up=3, max_skips=1))
+        pipe.latents(steps=6)  # of another length
+        pipe.scheduler.set_timesteps(STEPS)
+        pipe.scheduler.set_begin_index(left_out)
+        latents = torch.randn(1, 4, 3, 10, 14, generator=torch.Generator().manual_seed(5))
+        text = torch.randn(1, 5, 12, generator=torch.Generator().manual_seed(6))
+        skipped = []
+        with torch.no_grad():
+            for timestep in pipe.scheduler.timesteps[left_out:]:
+                velocity = pipe.transformer(latents, timestep.expand(1), text, return_dict=False)[0]
+                latents = pipe.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                skipped.append(stats(pipe)["skipped_forwards"])
+        steps = STEPS - left_out
+        expected = [step >= 3 and step % 2 == 1 and step < steps - 1 for step in range(steps)]
+        assert np.diff([0, *skipped]).astype(bool).tolist() == expected
+
+    @pytest.mark.parametrize("made", ["named", "in turns"])
+    def test_a_schedule_serves_pipelines_that_name_their_branches_and_others(self, wan_pipeline, made):
+        names = ("cond", "uncond") if made == "named" else ("", "turn 1")
+        table = {name: {4: (Term(names[0], 3, 1.5), Term(name, 2, -0.5))} for name in names}
+        found = []
+        for named in (True, False):
+            pipe = wan_pipeline()
+            enable(pipe, scheduled(table))
+            texts = torch.randn(2, 1, 5, 12, generator=torch.Generator().manual_seed(6))
+            now = torch.randn(1, 4, 3, 10, 14, generator=torch.Generator().manual_seed(5))
+            pipe.scheduler.set_timesteps(STEPS)
+            with torch.no_grad():
+                for timestep in pipe.scheduler.timesteps:
+                    outputs = []
+                    for branch, text in zip(("cond", "uncond"), texts, strict=True):
+                        with pipe.transformer.cache_context(branch) if named else nullcontext():
+                            outputs.append(
+                                pipe.transformer(now, timestep.expand(1), text, return_dict=False)[0]
+                            )
+                    guided = outputs[1] + 4.0 * (outputs[0] - outputs[1])
+                    now = pipe.scheduler.step(guided, timestep, now, return_dict=False)[0]
+            assert stats(pipe)["skipped_forwards"] == 2
+            found.append(now)
+        assert torch.equal(*found)
 
     def test_disable_gives_the_lists_back(self, wan_pipeline):
         pipe = wan_pipeline()
@@ -890,6 +932,24 @@ class TestRefusals:
                 ValueError, match="expected a pipeline, since the plan's cache needs its step schedule"
             ):
                 call(transformer, cached("taylorseer"))
+
+    @pytest.mark.parametrize("name", ["ltx", "wan"])
+    def test_teacache_of_an_offloaded_block(self, tiny, name):
+        """Its weights come for the block's own forward, and the gate looks at what they give before."""
+        transformer = tiny(name).transformer
+        cache = StepCache(transformer, family_of(transformer), cache_preset("teacache"))
+        cache.check({})
+        transformer.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+        )
+        StepCache(transformer, family_of(transformer), cache_preset("easycache")).check({})
+        if name == "wan":  # reads the timestep's embedding alone
+            cache.check({})
+            return
+        with pytest.raises(
+            ValueError, match="the gate 'teacache' reads those of the first block before it runs"
+        ):
+            cache.check({})
 
     def test_beside_a_cache_of_diffusers(self, wan_pipeline):
         pipe = wan_pipeline()

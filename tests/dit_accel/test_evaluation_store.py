@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from dit_accel.evaluation.files import slug, write_json
 from dit_accel.evaluation.generate import Generation
-from dit_accel.evaluation.store import GenerationStore, slug, write_json
+from dit_accel.evaluation.store import GenerationStore
 
 
 @pytest.fixture

@@ -373,6 +373,8 @@ def test_config_hash_is_of_the_architecture_alone(tmp_path: Path) -> None:
     loaded = WanTransformer3DModel.from_pretrained(tmp_path)
     assert loaded.config._name_or_path != model.config.get("_name_or_path")
     assert config_hash_of(loaded) == config_hash_of(model)
+    loaded.register_to_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert config_hash_of(loaded) == config_hash_of(model)
     assert len(config_hash_of(model)) == 64
     assert config_hash_of(WanTransformer3DModel(**sizes, num_layers=2)) != config_hash_of(model)
 

@@ -222,6 +222,23 @@ def test_the_timestep_of_a_pipeline_is_not_read(wan_pipeline, monkeypatch):
     assert seen[::2] == pipe.scheduler.timesteps.tolist()
 
 
+def test_rounded_timesteps_are_those_of_the_scheduler():
+    """FLUX hands its timesteps on in bfloat16; at 2048² and 28 steps five of them round to their neighbour's."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 28, 28).tolist(), mu=3.2)
+    clock = Clock(SimpleNamespace(scheduler=scheduler))
+    exact = (1 - scheduler.timesteps.double() / 1000).tolist()
+    rounded = [1 - float((t / 1000).to(torch.bfloat16)) for t in scheduler.timesteps]
+    assert len(set(rounded)) < 28
+    sample, found = torch.zeros(1, 2), []
+    for timestep, progress in zip(scheduler.timesteps, rounded, strict=True):
+        found.append(clock.unrounded(progress))
+        sample = scheduler.step(torch.zeros(1, 2), timestep, sample, return_dict=False)[0]
+    assert found == exact
+    assert clock.unrounded(0.5) == 0.5  # no step of the scheduler
+    assert Clock(SimpleNamespace()).unrounded(0.25) == 0.25
+
+
 def test_timesteps_of_others_are_read():
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(5)

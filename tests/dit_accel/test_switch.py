@@ -175,6 +175,44 @@ def test_disable_leaves_processors_set_since(tiny):
     assert model.transformer.blocks[0].attn1.processor is own
 
 
+@pytest.mark.parametrize("ran", [False, True])
+def test_processors_replaced_since_are_refused(tiny, ran):
+    """The plan would be off without a word; CogVideoX exchanges its processors when it fuses its projections."""
+    model = tiny("cogvideox")
+    enable(model.transformer, WINDOW)
+    if ran:
+        model.run()
+    model.transformer.fuse_qkv_projections()
+    with pytest.raises(
+        RuntimeError, match="2 of 2 attention processors were replaced since the plan was enabled .*"
+    ):
+        model.run()
+    disable(model.transformer)
+    model.run()
+
+
+def test_a_part_of_the_processors_is_refused(tiny):
+    model = tiny("wan")
+    originals = dict(model.transformer.attn_processors)
+    model.transformer.set_attn_processor(attn_processors(model.transformer, WINDOW))
+    module = model.transformer.blocks[1].attn1
+    module.set_processor(originals["blocks.1.attn1.processor"])
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 attention processors .*, blocks\.1\.attn1 first; call disable"
+    ):
+        model.run()
+
+
+def test_a_sparse_plan_runs_under_autocast(tiny):
+    """Norms of queries and keys leave them in float32 there, values are in 16 bits."""
+    model = tiny("cogvideox")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model.run()
+        enable(model.transformer, FULL)
+        found = model.run()
+    assert (found - plain).norm() / plain.norm() < 0.02
+
+
 def test_attn_processors_work_without_enable(any_tiny):
     transformer = any_tiny.transformer
     expected = any_tiny.run()
@@ -281,6 +319,17 @@ class TestRefusals:
         model = tiny("wan")
         with pytest.raises(ValueError, match="compiled already"):
             enable(torch.compile(model.transformer, backend="eager"), DENSE)
+
+    def test_several_devices(self, tiny):
+        transformer = tiny("wan").transformer
+        transformer.hf_device_map = {"blocks.0": 0, "blocks.1": 1, "proj_out": "cpu"}
+        with pytest.raises(
+            ValueError, match="expected it on one device, got its layers on 0, 1; load it without"
+        ):
+            enable(transformer, WINDOW)
+        assert hook_of(transformer) is None
+        transformer.hf_device_map = {"": 0}
+        enable(transformer, WINDOW)
 
     def test_unsupported_class(self):
         with pytest.raises(ValueError, match="expected one of the supported classes .* got Linear"):

@@ -273,6 +273,18 @@ def test_suite_writes_down_what_fails_and_goes_on(tmp_path, monkeypatch):
     assert [set(row["results"]) for row in report["rows"]] == [{"int8", *parts}, {"int8"}]
     assert all(result["p50"] > 0 for row in report["rows"] for result in row["results"].values())
     assert json.loads((tmp_path / "r.json").read_text()) == report
+    monkeypatch.setattr(gpu, "check", lambda *_: {"rel_l2": float("nan"), "ok": False})
+    monkeypatch.setattr(gpu, "_answers", lambda device: False)
+    wrong = gpu.run(tmp_path / "r.json", shapes={}, dims=(64,), device=torch.device("cpu"))
+    assert [(row["rel_l2"], row["ok"]) for row in wrong["correctness"]] == [("nan", False)] * 12
+    monkeypatch.setattr(gpu, "check", lambda *_: 1 / 0)
+    lost = gpu.run(tmp_path / "r.json", shapes=shapes, dims=(64,), device=torch.device("cpu"))
+    assert len(lost["correctness"]) == 1
+    assert lost["lost"].startswith("cpu no longer answers after correctness: ")
+    assert len(lost["left_out"]) == 11 + 2
+    assert json.loads((tmp_path / "r.json").read_text()) == lost
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "DENSITIES", (1.0, 0.3))
     late = gpu.run(tmp_path / "r.json", shapes=shapes, dims=(), device=torch.device("cpu"), limit_seconds=-1)
     assert (late["rows"], late["left_out"]) == ([], ["tiny at density 1", "tiny at density 0.3"])
 
