@@ -360,7 +360,6 @@ def _steps(report: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "demo": (("demo_evaluation.json",), markdown_table),
-    "demo_now": (("demo_two_prompts.json",), markdown_table),
     "curve": (("demo_curve.json",), markdown_table),
     "cpu": (("cpu_attention.json",), _cpu_attention),
     "gate": (("compile_gate.json",), _compile_gate),
