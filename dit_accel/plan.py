@@ -223,7 +223,6 @@ class AccelPlan:
     def preset(
         cls,
         name: str,
-        /,
         *,
         density: float | None = None,
         block: int | None = None,

@@ -118,6 +118,8 @@ def _from_plan(text: str, name: str) -> Variant:
 
 def _from_preset(text: str, name: str) -> Variant:
     family, number, options = _split(text, name)
+    if "name" in options:  # the preset's own, which stands before the colon
+        raise ValueError(f"variant {name!r}: preset {family!r} has no option 'name'")
     if family in CACHES:
         return _cached(family, number, options, name)
     fields = {key: options.pop(key) for key in list(options) if key.startswith("cache.")}
