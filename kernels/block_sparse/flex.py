@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,9 @@ def _run(q, k, v, partial_counts, partial, full_counts, full, valid, scale, bloc
         compute_q_blocks=False,
     )
     # The compiler's own tiles need not divide our blocks.
-    tiles = {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)} if q.device.type == "cuda" else None
+    tiles: Any = (
+        {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)} if q.device.type == "cuda" else None
+    )
     return flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=tiles)
 
 
