@@ -203,14 +203,19 @@ class StepCache:
                 return theirs[here.index(branch)]
         return branch
 
+    @property
+    def _running(self) -> _Forward:
+        if self._forward is None:
+            raise RuntimeError("cache: expected a forward of the transformer to be running, got none")
+        return self._forward
+
     def abandon(self) -> None:
         """Leave a forward that raised."""
         self._forward = None
 
     def end(self, output: Any) -> Any:
         """Leave the forward; returns what replaces the transformer's output, None where it stays."""
-        forward, self._forward = self._forward, None
-        assert forward is not None
+        forward, self._forward = self._running, None
         generation, counts = forward.generation, forward.generation.counts
         sample = output[0]
         counts.computed_blocks += forward.blocks
@@ -347,8 +352,7 @@ class StepCache:
 
     def _computed(self, number: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block, or stand in for it where the gate decides so on its way in."""
-        forward = self._forward
-        assert forward is not None
+        forward = self._running
         hidden, encoder = block_inputs(self.family, args, kwargs)
         looks_at = GATES[self.config.gate]
         if number == 0 and forward.decides:
@@ -377,8 +381,7 @@ class StepCache:
 
     def _jump(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stands in for all skipped blocks: their last one's output, as forecast."""
-        forward = self._forward
-        assert forward is not None
+        forward = self._running
         forward.jumped = True
         hidden, encoder = block_inputs(self.family, args, kwargs)
         if self.config.target == "output":
