@@ -39,13 +39,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dit_accel
-from dit_accel import attention, processor
+from dit_accel import attention
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate
 from dit_accel.calibration.profile import profile_call
-from dit_accel.evaluation.attention_time import attention_seconds
 from dit_accel.evaluation.files import slug, write_json
-from dit_accel.evaluation.generate import generate_variant, quiet
+from dit_accel.evaluation.generate import dense_attention, generate_variant, quiet
 from dit_accel.evaluation.mask_figure import attention_panel, family_panel, save_masks
 from dit_accel.evaluation.metrics import psnr, ssim
 from dit_accel.evaluation.models import GenerationSettings
@@ -482,7 +481,7 @@ def measure_generations(bench: Bench, names: Sequence[str]) -> None:
         generate_variant(bench.pipe, DENSE, first, once, seed=bench.seed, on_step=bar.update)
         if not share:
             bar.set_description("attention alone, dense")
-            spans = attention_seconds(bench.pipe, DENSE, first, short, seed=bench.seed, on_step=bar.update)
+            spans = dense_attention(bench.pipe, first, short, seed=bench.seed, on_step=bar.update)
             work.put("runs", "attention share", {"attention": spans[0], "transformer": spans[1]})
         dense_seconds = 0.0
         for number, (prompt, task) in enumerate(tasks):
@@ -513,10 +512,7 @@ def _sparse(
     bench: Bench, prompt: int, setting: Way, dense_seconds: float, on_step: Callable[[], object]
 ) -> dict[str, Any]:
     text, device = bench.prompts[prompt], bench.pipe._execution_device
-    with (
-        clocked(attention, "select", device) as selecting,
-        clocked(processor, "attend", device) as attending,
-    ):
+    with clocked(attention, "select", device) as selecting:
         made = generate_variant(
             bench.pipe,
             setting.variant(),
@@ -529,7 +525,7 @@ def _sparse(
     return {
         "seconds": made.seconds,
         "dense_seconds": dense_seconds,
-        "attention_seconds": sum(attending),
+        "attention_seconds": made.attention_seconds,
         "selection_seconds": sum(selecting),
         "density": made.density,
         "psnr": psnr(made.frames, dense.frames),

@@ -88,6 +88,7 @@ class Stages:
         self._candidates = candidates
         self._checkpoint = checkpoint
         self._bar = bar
+        self._label = ""
         self._attention = family_of(pipe.transformer).attention_modules(pipe.transformer)
 
     @property
@@ -232,7 +233,8 @@ class Stages:
         return stage
 
     def _generate(self, name: str, prompt: str, seed: int) -> Generation:
-        self._bar.set_description(name.replace("_", " "))
+        self._label = name.replace("_", " ")
+        self._bar.set_description(self._label)
         return generate(self._pipe, prompt, self._settings, seed=seed, on_step=self._bar.update)
 
     @contextmanager
@@ -276,3 +278,4 @@ class Stages:
             )
         values = {"plain": latency.plain, "split": latency.split, "seconds": now(query.device) - start}
         self._checkpoint.save("latency", {"candidates": latency.candidates}, values)
+        self._bar.set_description(self._label)

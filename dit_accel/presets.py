@@ -38,8 +38,9 @@ PRESETS: dict[str, Preset] = {
     # The eighth of the channels (of 128) that weighs most, calibrated by the authors, here found in each call.
     # https://arxiv.org/abs/2408.07092
     "doublesparsity": Preset("channels", 0.25, {"order": "frame"}, calibrated="the channels"),
-    # Means of 8 x 16 patches of a frame, the best quarter (Wan). https://arxiv.org/abs/2505.14708
-    "draft": Preset("pooled", 0.25, {"order": "tile:1x8x16", "parts": 1}, block=128),
+    # Means of 8 x 16 patches of a frame, the best quarter (Wan) of a head's whole map; a row keeps its own patch in any
+    # case. https://arxiv.org/abs/2505.14708
+    "draft": Preset("pooled", 0.25, {"order": "tile:1x8x16", "parts": 1, "budget": "map"}, block=128),
     # The tiles on the diagonal and a few reference frames. https://arxiv.org/abs/2502.06155
     "efficient-vdit": Preset("attention_tile", 0.3),
     # Sorted by a hash of random hyperplanes. What the authors sample from the rest is left out; `remainder=True` gives
@@ -75,8 +76,9 @@ PRESETS: dict[str, Preset] = {
     # Means until .9 of the mass, with the self-similarity guard; the authors calibrate both thresholds per head, these
     # are their defaults. https://arxiv.org/abs/2502.18137
     "sparge": Preset("pooled", 1.0, {"parts": 1, "guard": 0.1, "top_p": 0.9}),
-    # 4-bit estimates. https://arxiv.org/abs/2505.24179
-    "sale": Preset("lowbit", 0.3, {"order": "frame"}),
+    # 4-bit estimates; the authors keep the blocks with a score over a threshold, relative to the sinks and the
+    # neighbourhood and calibrated for each head, here each row keeps its best. https://arxiv.org/abs/2505.24179
+    "sale": Preset("lowbit", 0.3, {"order": "frame"}, calibrated="the threshold of each head"),
     # Bands in frame-major or space-major order, whichever serves 64 rows better; ten dense steps of 50; a sink as on
     # Wan (HunyuanVideo has none). https://arxiv.org/abs/2502.01776
     "svg": Preset(

@@ -13,6 +13,7 @@ import itertools
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -196,16 +197,16 @@ def _attention_op(
 ) -> Tensor:
     redirect = _redirects[handle]
     state = redirect.state
-    if query.shape[1] == key.shape[1]:
-        number = int(layer)
-        output = _planned(state, number, query, key, value, attn_mask, dropout_p, is_causal, scale)
-        if output is not None:
-            return output
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    if redirect.heads_first:
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return redirect.original(query, key, value, attn_mask, **options).transpose(1, 2).contiguous()
-    return redirect.original(query, key, value, attn_mask, **options, backend=backend).contiguous()
+    with nullcontext() if state.watch is None else state.watch():
+        if query.shape[1] == key.shape[1]:
+            output = _planned(state, int(layer), query, key, value, attn_mask, **options)
+            if output is not None:
+                return output
+        if redirect.heads_first:
+            query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            return redirect.original(query, key, value, attn_mask, **options).transpose(1, 2).contiguous()
+        return redirect.original(query, key, value, attn_mask, **options, backend=backend).contiguous()
 
 
 @_attention_op.register_fake

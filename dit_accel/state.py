@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -75,6 +76,7 @@ class AccelState:
         stats: counts of the generation that runs, or ran last.
         memory: what its branches of guidance share.
         capture: optional callback on every swapped attention call, before the attention is computed.
+        watch: optional context of every swapped attention call.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class AccelState:
         self.backend = backend
         self.guard = guard
         self.capture: Capture | None = None
+        self.watch: Callable[[], AbstractContextManager[None]] | None = None
         self.grid: TokenGrid | None = None
         self.progress = 0.0
         self.branch = ""

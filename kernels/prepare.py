@@ -22,6 +22,8 @@ PRECISIONS = ("native", "int8", "int8_fp8", "fp8")
 INT8_MAX = 127.0
 E4M3_MAX = 448.0
 LOG2E = math.log2(math.e)
+# Tokens: what rows of E4M3 values are a multiple of, and the longest tile of keys that attention reads.
+_ALIGNED, _LONGEST_TILE = 128, 128
 # Keeps the scales of all-zero groups positive without moving any other.
 TINY = 1e-20
 
@@ -51,7 +53,8 @@ class Prepared:
     Attributes:
         query: `[batch, heads, seq_q, dim]`, in the precision's number format.
         key: `[batch, heads, seq_k, dim]`.
-        value: `[batch, heads, seq_k, dim]`, with contiguous tokens when it is E4M3.
+        value: `[batch, heads, seq_k, dim]`; E4M3 with contiguous tokens, 0 where nobody may read and in the room that
+            `padded_tokens` adds behind each channel.
         query_scale: float32 `[batch, heads, seq_q]`, base-2 logit per unit of score (× key_scale); None in native
             precision, where it is `softmax scale · log2(e)` for all.
         key_scale: float32 `[batch, heads, ceil(seq_k / group)]`, None in native precision.
@@ -136,12 +139,12 @@ def prepare(
     value_scale = None
     if precision != "int8":
         value_scale = (v.float().abs().amax(2) / E4M3_MAX).clamp(min=TINY).contiguous()
-        v = e4m3_values(v, value_scale)
+        v = e4m3_values(v, value_scale, block_k if key_starts is None else 1)
     if means is not None:
         m8, mean_scale = quantise(means.key[..., None, :], dtype)
         mean_v = means.value.to(value.dtype)
         if value_scale is not None:
-            mean_v = e4m3_values(means.value, value_scale)
+            mean_v = e4m3_values(means.value, value_scale, 1)
         means = Means(m8[..., 0, :], mean_v, mean_scale, means.bias)
     return Prepared(
         query=q8[..., 0, :],
@@ -226,10 +229,19 @@ def quantise(groups: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return ((scaled + 0.5).floor() if dtype == torch.int8 else scaled).to(dtype), scales
 
 
-def e4m3_values(values: Tensor, scale: Tensor) -> Tensor:
-    """Scaled, with contiguous tokens: Hopper's matrix units want 8-bit values that way; rows start aligned."""
+def padded_tokens(tokens: int, block: int) -> int:
+    """Room that a channel of E4M3 values takes: its row starts aligned and ends in zeros, a tile behind the last block.
+
+    Attention reads whole tiles of them, without a mask.
+    """
+    return -(-(-(-tokens // block) * block) // _ALIGNED) * _ALIGNED + _LONGEST_TILE
+
+
+def e4m3_values(values: Tensor, scale: Tensor, block: int) -> Tensor:
+    """Scaled, with contiguous tokens: Hopper's matrix units want 8-bit values that way; zeros behind them."""
     tokens = values.shape[2]
-    scaled = F.pad(values.float() / scale[:, :, None], (0, 0, 0, -tokens % 128)).to(torch.float8_e4m3fn)
+    room = padded_tokens(tokens, block) - tokens
+    scaled = F.pad(values.float() / scale[:, :, None], (0, 0, 0, room)).to(torch.float8_e4m3fn)
     return scaled.transpose(2, 3).contiguous().transpose(2, 3)[:, :, :tokens]
 
 

@@ -18,6 +18,7 @@ from dit_accel.kernels.prepare import (
     key_group,
     ordered,
     ordered_mask,
+    padded_tokens,
     quantise,
     with_remainder,
 )
@@ -384,8 +385,7 @@ def prepare(
         v = ordered(value, key_order)
     else:
         value_scale = (largest_v.amax(2) / E4M3_MAX).clamp(min=TINY)
-        # Rows start aligned, and the tiles that attention reads past the last token exist.
-        padded = triton.cdiv(seq_k, 128) * 128
+        padded = padded_tokens(seq_k, block_k if key_starts is None else 1)
         v8 = torch.empty(batch, heads, dim, padded, dtype=torch.float8_e4m3fn, device=device)
         _quantise_values[(padded // _TILE, batch * heads)](
             value,
@@ -408,7 +408,7 @@ def prepare(
     means = None
     if remainder is not False:
         m8, mean_scale = quantise((mean_k - mean[:, :, None])[..., None, :], eight)
-        m_v = mean_v.to(value.dtype) if value_scale is None else e4m3_values(mean_v, value_scale)
+        m_v = mean_v.to(value.dtype) if value_scale is None else e4m3_values(mean_v, value_scale, 1)
         means = Means(m8[..., 0, :], m_v, mean_scale, with_remainder(counts.log2(), remainder))
     valid = None if key_mask is None else ordered_mask(key_mask, key_order)
     return Prepared(q8, k8, v, query_scale, key_scale, value_scale, lse_shift, valid, means, group)

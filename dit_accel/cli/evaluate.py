@@ -30,7 +30,7 @@ def configure(subparsers: Any) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="steps of the pass that times attention alone (default %(default)s, 0 leaves it out)",
+        help="steps of the pass that times dense attention alone (default %(default)s, 0 leaves it out)",
     )
     add_settings(parser)
     add_device(parser)

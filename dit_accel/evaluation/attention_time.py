@@ -1,64 +1,77 @@
-"""How long the swapped attention alone takes, in a short pass of its own."""
+"""How much of a generation is attention."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_accel.evaluation.generate import generate
-from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.timing import now
-from dit_accel.evaluation.variants import Variant, plan_variant
 from dit_accel.pipelines import transformers_of
-from dit_accel.plan import AccelPlan
-
-# Every swapped attention call runs inside this one op, dense or sparse, selection and reordering included.
-ATTENTION_OP = "dit_accel::attention"
 
 
-class _OpClock(TorchDispatchMode):
-    """Adds up the seconds of one op; what the op itself calls runs undisturbed."""
+class Spans:
+    """Adds up the seconds of stretches of work on a device; a GPU marks them itself, so that the host never waits."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        super().__init__()
-        self.name, self.device = name, device
-        self.seconds, self.calls = 0.0, 0
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() != self.name:
-            return func(*args, **(kwargs or {}))
-        start = now(self.device)
-        output = func(*args, **(kwargs or {}))
-        self.seconds += now(self.device) - start
-        self.calls += 1
-        return output
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Measure what is done inside."""
+        self.count += 1
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self._device)
+        first.record(stream)
+        yield
+        last.record(stream)
+        self._events.append((first, last))
+
+    def seconds(self) -> float:
+        """All stretches so far, once the device has finished them."""
+        if self._events:
+            torch.cuda.synchronize(self._device)
+        return self._seconds + sum(first.elapsed_time(last) for first, last in self._events) / 1000
 
 
-def attention_seconds(
-    pipe: Any,
-    variant: Variant,
-    prompt: str,
-    settings: GenerationSettings,
-    *,
-    seed: int,
-    on_step: Callable[[], object] | None = None,
-) -> tuple[float, float]:
-    """Seconds spent in the swapped attention and in all of the transformers during one generation.
+@contextmanager
+def attention_watched(pipe: Any) -> Iterator[Spans]:
+    """Measure every swapped attention call of an enabled pipeline, dense or sparse, with selection and reordering."""
+    from dit_accel.switch import states
 
-    `variant` is dense or has a plan. Dense attention goes through the same op as a plan's, which calls the
-    model's own function. Watching each op costs a little time: use the two as a share and a ratio only.
-    """
-    measured = variant if variant.plan is not None else plan_variant(AccelPlan.preset("dense"), "dense")
-    device = pipe._execution_device
-    starts: list[float] = []
-    spans: list[float] = []
+    spans = Spans(pipe._execution_device)
+    watched = states(pipe)
+    for state in watched:
+        state.watch = spans.one
+    try:
+        yield spans
+    finally:
+        for state in watched:
+            state.watch = None
+
+
+@contextmanager
+def transformers_watched(pipe: Any) -> Iterator[Spans]:
+    """Measure every forward of the pipeline's transformers."""
+    spans = Spans(pipe._execution_device)
+    running: list[Any] = []
 
     def entered(_module: torch.nn.Module, _args: Any) -> None:
-        starts.append(now(device))
+        running.append(spans.one())
+        running[-1].__enter__()
 
     def left(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
-        spans.append(now(device) - starts.pop())
+        running.pop().__exit__(None, None, None)
 
     hooks = [
         hook
@@ -66,11 +79,7 @@ def attention_seconds(
         for hook in (transformer.register_forward_pre_hook(entered), transformer.register_forward_hook(left))
     ]
     try:
-        with measured.apply(pipe), _OpClock(ATTENTION_OP, device) as clock:
-            generate(pipe, prompt, settings, seed=seed, on_step=on_step)
+        yield spans
     finally:
         for hook in hooks:
             hook.remove()
-    if not clock.calls:
-        raise RuntimeError(f"variant {variant.name!r}: no call of {ATTENTION_OP} was seen")
-    return clock.seconds, sum(spans)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.evaluation.attention_time import attention_watched, transformers_watched
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.peers import Watch, can_watch
 from dit_accel.evaluation.timing import now
-from dit_accel.evaluation.variants import DENSE, Variant
+from dit_accel.evaluation.variants import DENSE, Variant, plan_variant
+from dit_accel.plan import AccelPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,8 @@ class Generation:
     skipped_share: forwards of the transformer in which blocks were skipped ÷ all; None where that is unknown.
     cache_bytes: memory that a cache held between steps; None where that is unknown.
     guarded_heads: heads that the guard made dense; None where nothing was guarded.
+    attention_seconds: of these seconds, those in the swapped attention, selection and reordering included; None where
+        no head is sparse.
     """
 
     frames: Tensor
@@ -35,6 +39,7 @@ class Generation:
     skipped_share: float | None = None
     cache_bytes: int | None = None
     guarded_heads: int | None = None
+    attention_seconds: float | None = None
 
 
 def generate(
@@ -97,16 +102,17 @@ def generate_variant(
     seed: int,
     on_step: Callable[[], object] | None = None,
 ) -> Generation:
-    """`generate` with a variant applied, which is undone afterwards; adds density, skipped share and cache bytes."""
+    """`generate` with a variant applied, which is undone afterwards; adds the numbers that only a variant has."""
     with variant.apply(pipe):
         if variant is DENSE:
             made = generate(pipe, prompt, settings, seed=seed, on_step=on_step)
             return replace(made, density=1.0, skipped_share=0.0, cache_bytes=0)
         if variant.plan is None:
             return _watched(pipe, prompt, settings, seed, on_step)
-        from dit_accel.switch import stats
+        from dit_accel.switch import states, stats
 
-        made = generate(pipe, prompt, settings, seed=seed, on_step=on_step)
+        with attention_watched(pipe) as attention:
+            made = generate(pipe, prompt, settings, seed=seed, on_step=on_step)
         found = stats(pipe)
         guarded = found.get("guarded_heads")
         skipped, computed = found.get("skipped_forwards", 0.0), found.get("computed_forwards", 1.0)
@@ -116,7 +122,26 @@ def generate_variant(
             skipped_share=skipped / (skipped + computed),
             cache_bytes=int(found.get("cache_bytes", 0)),
             guarded_heads=None if guarded is None else int(guarded),
+            attention_seconds=None if all(s.all_dense for s in states(pipe)) else attention.seconds(),
         )
+
+
+def dense_attention(
+    pipe: Any,
+    prompt: str,
+    settings: GenerationSettings,
+    *,
+    seed: int,
+    on_step: Callable[[], object] | None = None,
+) -> tuple[float, float]:
+    """Seconds of a dense generation in its attention and in all of its transformers.
+
+    Dense attention goes through the same op as a plan's, which calls the model's own function.
+    """
+    dense = plan_variant(AccelPlan.preset("dense"), "dense")
+    with dense.apply(pipe), attention_watched(pipe) as attention, transformers_watched(pipe) as transformers:
+        generate(pipe, prompt, settings, seed=seed, on_step=on_step)
+    return attention.seconds(), transformers.seconds()
 
 
 def _watched(

@@ -42,6 +42,15 @@ class Run:
     skipped_share: float | None = None
     cache_bytes: int | None = None
     guarded_heads: int | None = None
+    attention_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class DenseAttention:
+    """Seconds of a dense generation in its attention, and their share of those in the transformers."""
+
+    seconds: float
+    share: float
 
 
 @dataclass(eq=False)
@@ -50,7 +59,7 @@ class Evaluation:
 
     fingerprint: changes whenever results of another process could not stand beside these.
     processes: how many processes it took; more than one means that it was killed in between.
-    attention: per variant, seconds in the swapped attention and in the transformer, of the short pass.
+    dense_attention: None where it was not measured, or where no variant has sparse attention.
     curve: of MagCache, where a variant needs it.
     """
 
@@ -64,7 +73,7 @@ class Evaluation:
     fingerprint: str
     store: GenerationStore
     processes: int = 1
-    attention: dict[str, tuple[float, float]] = field(default_factory=dict)
+    dense_attention: DenseAttention | None = None
     curve: tuple[float, ...] | None = None
     runs: list[Run] = field(default_factory=list)
 
@@ -101,6 +110,7 @@ class Evaluation:
                 skipped_share=made.skipped_share,
                 cache_bytes=made.cache_bytes,
                 guarded_heads=made.guarded_heads,
+                attention_seconds=made.attention_seconds,
             )
             self.runs.append(run)
         if prompt not in self.pictured():
@@ -114,7 +124,9 @@ class Evaluation:
         densities = [run.density for run in runs if run.density is not None]
         judged = [run.semantic for run in runs if run.semantic]
         parts = {part: fmean(verdict[part] for verdict in judged) for part in judged[0]} if judged else None
-        attention = self.attention.get(name)
+        dense = None if self.dense_attention is None else self.dense_attention.seconds
+        spent = [run.attention_seconds for run in runs if run.attention_seconds is not None]
+        attention = dense if name == "dense" else median(spent) if spent else None
         skipped = [run.skipped_share for run in runs if run.skipped_share is not None]
         held = [run.cache_bytes for run in runs if run.cache_bytes is not None]
         guarded = [run.guarded_heads for run in runs if run.guarded_heads is not None]
@@ -130,8 +142,8 @@ class Evaluation:
             "density_mean": fmean(densities) if densities else None,
             "semantic": fmean(parts.values()) if parts else None,
             "semantic_parts": parts,
-            "attention_speedup": self.attention["dense"][0] / attention[0] if attention else None,
-            "attention_seconds": attention[0] if attention else None,
+            "attention_speedup": dense / attention if dense and attention else None,
+            "attention_seconds": attention,
             "skipped_share": fmean(skipped) if skipped else None,
             "cache_bytes": max(held) if held else None,
             "guarded_heads": fmean(guarded) if guarded else None,
@@ -141,7 +153,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """`evaluation.json`: what was run on what, one summary per variant, and every single run."""
-        dense = self.attention.get("dense")
+        dense = self.dense_attention
         return {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
@@ -153,10 +165,10 @@ class Evaluation:
             "settings": self.settings.to_dict(),
             "seed": self.seed,
             "prompts": self.prompts,
-            "attention_share": dense[0] / dense[1] if dense else None,
+            "attention_share": None if dense is None else dense.share,
             "variants": [self.summary(name) for name in self.variants] if self.runs else [],
             "runs": [asdict(run) for run in self.runs],
-            "attention_seconds": self.attention,
+            "dense_attention": None if dense is None else asdict(dense),
             "magnitude_curve": self.curve,
         }
 
@@ -170,7 +182,8 @@ class Evaluation:
         if saved.get("fingerprint") == self.fingerprint:
             self.processes = saved["processes"] + 1
             self.runs = [Run(**run) for run in saved["runs"]]
-            self.attention = {name: (pair[0], pair[1]) for name, pair in saved["attention_seconds"].items()}
+            dense = saved["dense_attention"]
+            self.dense_attention = None if dense is None else DenseAttention(**dense)
             self.curve = None if saved["magnitude_curve"] is None else tuple(saved["magnitude_curve"])
         else:
             if saved.get("runs"):

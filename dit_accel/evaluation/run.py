@@ -9,11 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dit_accel.evaluation.attention_time import attention_seconds
 from dit_accel.evaluation.curve import magnitude_curve
-from dit_accel.evaluation.generate import generate_variant, quiet
+from dit_accel.evaluation.generate import dense_attention, generate_variant, quiet
 from dit_accel.evaluation.models import GenerationSettings
-from dit_accel.evaluation.result import FORMAT_VERSION, Evaluation, Scorer
+from dit_accel.evaluation.result import FORMAT_VERSION, DenseAttention, Evaluation, Scorer
 from dit_accel.evaluation.store import STORE_VERSION, GenerationStore
 from dit_accel.evaluation.timing import dense_backend, machine, pipeline_digest
 from dit_accel.evaluation.variants import Variant
@@ -39,9 +38,10 @@ def evaluate(
 
     Prompt i has the seed `seed + i` in every variant. The variants of a prompt run one after another, in an
     order that rotates from prompt to prompt; the time is that of the whole generation. Before that, each runs
-    `warmup_steps` steps once, untimed. A separate pass of `attention_steps` steps times attention alone; 0
-    leaves it out. Where a variant needs the curve of MagCache, a dense generation of the first prompt, with a
-    seed of its own, measures it before all else.
+    `warmup_steps` steps once, untimed. How much of a generation is attention is measured on the way where a
+    variant has sparse heads, for dense in a pass of `attention_steps` steps; 0 leaves the comparison out. Where
+    a variant needs the curve of MagCache, a dense generation of the first prompt, with a seed of its own,
+    measures it before all else.
 
     With `output_dir`, `evaluation.json` is written after each prompt, and an evaluation that was killed goes
     on where it was when it is started again with the same arguments. Started with others, it keeps the former
@@ -134,19 +134,10 @@ def _complete(
     generations = sum(len(rest) for rest in missing.values())
     warmed = [variant for variant in variants if any(variant in rest for rest in missing.values())]
     # A plan that only caches runs dense attention: its time would tell nothing.
-    swapped = {
-        variant.name
-        for variant in variants
-        if variant.plan and not _is_dense(variant.plan) and attention_steps
-    }
-    timed = [
-        variant
-        for variant in variants
-        if swapped and variant.name in swapped | {"dense"} and variant.name not in result.attention
-    ]
-    total = (
-        generations * settings.num_inference_steps + len(warmed) * warmup_steps + len(timed) * attention_steps
-    )
+    swapped = any(variant.plan and not _is_dense(variant.plan) for variant in variants)
+    if not swapped or result.dense_attention is not None:
+        attention_steps = 0
+    total = generations * settings.num_inference_steps + len(warmed) * warmup_steps + attention_steps
     reused = len(result.prompts) * count - generations
     if reused and progress:
         tqdm.write(f"{reused} finished generations are taken over from {folder}", file=sys.stderr)
@@ -155,12 +146,14 @@ def _complete(
             bar.set_description(f"warm-up, {variant.name}")
             short = settings.with_steps(warmup_steps)
             generate_variant(pipe, variant, result.prompts[0], short, seed=seed, on_step=bar.update)
-        for variant in timed:
-            bar.set_description(f"attention alone, {variant.name}")
+        if attention_steps:
+            bar.set_description("attention alone, dense")
             short = settings.with_steps(attention_steps)
-            result.attention[variant.name] = attention_seconds(
-                pipe, variant, result.prompts[0], short, seed=seed, on_step=bar.update
+            seconds, transformers = dense_attention(
+                pipe, result.prompts[0], short, seed=seed, on_step=bar.update
             )
+            whole = seconds * settings.num_inference_steps / attention_steps
+            result.dense_attention = DenseAttention(whole, seconds / transformers)
         for prompt in open_prompts:
             for variant in missing[prompt]:
                 bar.set_description(f"prompt {prompt + 1} of {len(result.prompts)}, {variant.name}")

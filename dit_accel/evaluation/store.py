@@ -11,7 +11,7 @@ from dit_accel.evaluation.files import slug
 from dit_accel.evaluation.generate import Generation
 
 # Changes with what a file of the store holds.
-STORE_VERSION = 3
+STORE_VERSION = 4
 
 
 class GenerationStore:
@@ -42,7 +42,7 @@ class GenerationStore:
         except SafetensorError as error:
             raise ValueError(f"{path}: expected a generation, got a broken file; delete it") from error
         seconds, *others = tensors["numbers"].tolist()
-        density, skipped, held, guarded = (None if math.isnan(number) else number for number in others)
+        density, skipped, held, guarded, attention = (None if math.isnan(n) else n for n in others)
         return Generation(
             frames=tensors["frames"],
             latents=tensors["latents"],
@@ -51,6 +51,7 @@ class GenerationStore:
             skipped_share=skipped,
             cache_bytes=None if held is None else int(held),
             guarded_heads=None if guarded is None else int(guarded),
+            attention_seconds=attention,
         )
 
     def put(self, prompt: int, variant: str, generation: Generation) -> None:
@@ -62,7 +63,10 @@ class GenerationStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         made = generation
-        numbers = (made.seconds, made.density, made.skipped_share, made.cache_bytes, made.guarded_heads)
+        numbers = (
+            *(made.seconds, made.density, made.skipped_share, made.cache_bytes, made.guarded_heads),
+            made.attention_seconds,
+        )
         tensors = {
             "frames": generation.frames,
             "latents": generation.latents.contiguous(),

@@ -258,6 +258,7 @@ def ranked_lists(
     masses: Tensor | None = None,
     top_p: float = 0.0,
     extra: Tensor | None = None,
+    whole_map: bool = False,
 ) -> BlockIndex:
     """Lists of the `kept` video blocks that score highest in each row, of every head or of each; text as ever.
 
@@ -265,9 +266,12 @@ def ranked_lists(
         scores: `[batch, heads, rows, cols]` of the video blocks; of equal ones the lower number comes first.
         masses: like scores, adding up to 1 in a row: it keeps no more blocks than hold `top_p` of it.
         extra: bool like scores, blocks that a row keeps beside those.
+        whole_map: the rows of a head compete: it keeps its `kept` · rows best, some rows more than others.
     """
     of_heads = (kept,) if isinstance(kept, int) else kept
     keep = on_device(of_heads, scores.device)[:, None]
+    if whole_map:
+        keep = _shares_of_map(scores, keep, max(of_heads))
     if masses is not None:
         best = scores.topk(max(of_heads), dim=-1).indices
         keep = torch.minimum(keep, until_share(masses.gather(-1, best), top_p).sum(-1))
@@ -291,8 +295,17 @@ def ranked_lists(
         seq_k=seq,
         keep=keep,
         forced=forced,
-        max_keep=max(of_heads) if forced is None else space.blocks,
+        max_keep=max(of_heads) if forced is None and not whole_map else space.blocks,
     )
+
+
+def _shares_of_map(scores: Tensor, kept: Tensor, most: int) -> Tensor:
+    """How many of a head's `kept` · rows best are in each row, int64 `[batch, heads, rows]`; kept: `[.., 1]`."""
+    rows, cols = scores.shape[2:]
+    best = scores.flatten(2).topk(most * rows, dim=-1).indices
+    among = torch.arange(most * rows, device=scores.device) < kept * rows
+    counts = torch.zeros(scores.shape[:3], dtype=torch.int64, device=scores.device)
+    return counts.scatter_add_(2, best // cols, among.long().expand_as(best))
 
 
 def until_share(masses: Tensor, top_p: float) -> Tensor:

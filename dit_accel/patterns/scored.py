@@ -20,7 +20,8 @@ https://arxiv.org/abs/2406.09827; BiFormer, https://arxiv.org/abs/2303.08810): f
 means, twice as many as needed, then blocks within these.
 
 As in AdaSpa every row keeps equally many blocks, so no part of the picture starves, and a row always keeps its own
-block. `top_p` > 0 lets a row stop earlier, once its blocks hold that share of the mass (XAttention, ZipVL
+block. With `budget` = "map" the rows of a head compete instead, for the best of its whole map (DraftAttention).
+`top_p` > 0 lets a row stop earlier, once its blocks hold that share of the mass (XAttention, ZipVL
 https://arxiv.org/abs/2410.08584). `segment` > 0 sorts the keys first, see `sorted_keys.py`. `reuse` = n makes a choice
 serve n steps (AdaSpa), `layers` = n as many layers (TidalDecode, https://arxiv.org/abs/2410.05076): those from a
 multiple of n on, among the heads that all have in common. `branches` = "shared" makes the first guidance branch of a
@@ -60,6 +61,9 @@ from dit_accel.patterns.base import (
 # score(space, kept, query, key, scale, memory, **options) -> mass [batch, heads, rows, cols] of the video blocks
 Score = Callable[..., Tensor]
 
+# Values of the option `budget`: every row of a head keeps equally many blocks, or the best of the head's whole map.
+_ROW, _MAP = _BUDGETS = "row", "map"
+
 
 def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **options: Option) -> Family:
     def choose(
@@ -70,10 +74,16 @@ def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **option
         scale: float,
         *,
         top_p: float,
+        budget: str,
         memory: Memory,
         **given: Option,
     ) -> BlockIndex:
         check_share(name, "top_p", top_p)
+        if budget not in _BUDGETS:
+            raise ValueError(
+                f"option 'budget' of family {name!r}: expected {' or '.join(map(repr, _BUDGETS))}, got {budget!r}"
+            )
+        whole_map = budget == _MAP
         query, key = (x[:, : space.chosen_tokens] for x in (query, key))
         guard = float(given.pop("guard", 0.0))
         check_share(name, "guard", guard)
@@ -82,20 +92,26 @@ def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **option
             raise ValueError(
                 f"option 'easy' of family {name!r}: expected a number from 0 to 1, and 0 beside 'top_p', got {easy!r}"
             )
+        if whole_map and (easy or top_p):
+            other = "easy" if easy else "top_p"
+            raise ValueError(
+                f"option 'budget' of family {name!r}: expected {_ROW!r} beside {other!r}, which has its own budgets, "
+                f"got {budget!r}"
+            )
         most = kept if isinstance(kept, int) else max(kept)
         mass = score(space, most, query, key, scale, memory, **given)
         if easy:
             return _by_head(space, mass, most, easy)
         if not guard:
-            return _best(space, mass, kept, top_p)
+            return _best(space, mass, kept, top_p, whole_map=whole_map)
         trusted_q, trusted_k = (_self_similarity(space, x) >= guard for x in (query, key))
         mass.clamp_(min=0).mul_(trusted_k[:, :, None])  # squares that were not looked into have a mass of -1
         mass /= mass.sum(-1, keepdim=True).clamp(min=TINY)
         untrusted = ~trusted_k[:, :, None] | ~trusted_q[..., None]
         untrusted.diagonal(dim1=-2, dim2=-1).fill_(False)  # a row keeps its own block in any case
-        return _best(space, mass, kept, top_p, untrusted)
+        return _best(space, mass, kept, top_p, untrusted, whole_map)
 
-    defaults = {"order": "tile:4x4x4", "top_p": 0.0, "segment": 0, **SERVES, **options}
+    defaults = {"order": "tile:4x4x4", "top_p": 0.0, "segment": 0, "budget": _ROW, **SERVES, **options}
     return Family(
         name,
         choose,
@@ -107,12 +123,18 @@ def _family(name: str, score: Score, unranked_by: tuple[str, ...] = (), **option
 
 
 def _best(
-    space: BlockSpace, mass: Tensor, kept: int | tuple[int, ...], top_p: float, extra: Tensor | None = None
+    space: BlockSpace,
+    mass: Tensor,
+    kept: int | tuple[int, ...],
+    top_p: float,
+    extra: Tensor | None = None,
+    whole_map: bool = False,
 ) -> BlockIndex:
-    """The best `kept` of each row at most, its own block first, and those that are extra."""
+    """The best `kept` of each row at most, or as many of the whole map; own blocks first, and those that are extra."""
     ranking = mass.clone() if top_p else mass
     ranking.diagonal(dim1=-2, dim2=-1).add_(2.0)
-    return ranked_lists(space, ranking, kept, masses=mass if top_p else None, top_p=top_p, extra=extra)
+    masses = mass if top_p else None
+    return ranked_lists(space, ranking, kept, masses=masses, top_p=top_p, extra=extra, whole_map=whole_map)
 
 
 def _by_head(space: BlockSpace, mass: Tensor, kept: int, easy: float) -> BlockIndex:

@@ -77,9 +77,9 @@ def select(
 ) -> Selection:
     """Choose key blocks for every head of `query`.
 
-    Each row of video blocks keeps `round(density · blocks)` blocks, at least one of them video. Blocks that
-    hold text are kept by every row and count towards that number; rows that hold text are dense and come on
-    top.
+    Each row of video blocks keeps `round(density · blocks)` blocks (with the option `budget` = "map" the rows of a head
+    do on average), at least one of them video. Blocks that hold text are kept by every row and count towards that
+    number; rows that hold text are dense and come on top.
 
     Args:
         name: a name in `FAMILIES`.

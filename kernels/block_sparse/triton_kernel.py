@@ -62,19 +62,24 @@ def _accumulate(
 
 
 @triton.jit
-def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, PAD_D: tl.constexpr):
+def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, FP8_V: tl.constexpr, PAD_D: tl.constexpr):
     """Keys [TILE_D, TILE_K] and values [TILE_K, TILE_D] of the tile at p_k, p_v; m_d masks padded head dims.
 
     The offsets inside a tile, o_k and o_v, are small and the same for all tiles; only the two pointers are 64 bits.
+    E4M3 values need no mask of keys: what may not be read is 0 (`prepare`), up to a tile past the end. Since their
+    tokens are contiguous, such a mask would have single bytes loaded, which no copy in the background does.
     """
     if MASKED:
         b_k = tl.load(p_k + o_k, mask=m_k[None, :] & m_d[:, None], other=0.0)
-        b_v = tl.load(p_v + o_v, mask=m_k[:, None] & m_d[None, :], other=0.0)
     elif PAD_D:
         b_k = tl.load(p_k + o_k, mask=m_d[:, None], other=0.0)
-        b_v = tl.load(p_v + o_v, mask=m_d[None, :], other=0.0)
     else:
         b_k = tl.load(p_k + o_k)
+    if MASKED and not FP8_V:
+        b_v = tl.load(p_v + o_v, mask=m_k[:, None] & m_d[None, :], other=0.0)
+    elif PAD_D:
+        b_v = tl.load(p_v + o_v, mask=m_d[None, :], other=0.0)
+    else:
         b_v = tl.load(p_v + o_v)
     return b_k, b_v
 
@@ -224,7 +229,7 @@ def block_sparse_forward(
         else:
             start = tl.load(p_list + i // TILES_K) * BLOCK_K + i % TILES_K * TILE_K
         p_tile_k, p_tile_v = p_k + start.to(tl.int64) * stride_ks, p_v + start.to(tl.int64) * stride_vs
-        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_d, m_d, False, PAD_D)
+        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_d, m_d, False, FP8_V, PAD_D)
         b_s = _scores(b_q, b_k, INT8)
         b_factor = b_scale
         if QUANTISED:
@@ -250,7 +255,7 @@ def block_sparse_forward(
         if HAS_VALID:
             m_k = m_k & (tl.load(p_valid + start + o_tile, mask=m_k, other=0) != 0)
         p_tile_k, p_tile_v = p_k + start.to(tl.int64) * stride_ks, p_v + start.to(tl.int64) * stride_vs
-        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_k, m_d, True, PAD_D)
+        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_k, m_d, True, FP8_V, PAD_D)
         b_s = _scores(b_q, b_k, INT8)
         b_factor = b_scale
         if QUANTISED and VARYING:
@@ -278,7 +283,7 @@ def block_sparse_forward(
             bits = tl.load(p_read + o_c // 32, mask=m_c, other=0)
             m_c = m_c & ((bits >> (o_c % 32)) & 1 == 0)
             p_tile_k, p_tile_v = p_mean_k + first * DIM, p_mean_v + first * stride_means
-            b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_mean_k, o_mean_v, m_c, m_d, True, PAD_D)
+            b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_mean_k, o_mean_v, m_c, m_d, True, FP8_V, PAD_D)
             b_s = _scores(b_q, b_k, INT8) * b_scale[:, None]
             if QUANTISED:
                 b_s = b_s * tl.load(mean_scale + o_head * cols + o_c, mask=m_c, other=0.0)[None, :]

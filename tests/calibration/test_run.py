@@ -222,6 +222,8 @@ def test_what_a_calibration_will_take_is_said_before_it_begins(pipe, arguments, 
         f"{len(default_candidates(torch.device('cpu'), torch.float32))} candidates to time; with profiling about the "
         f"time of {3 + (5 + 8) / steps:.1f} dense generations, less what an earlier run has finished\n"
     )
+    assert "latency:" in err
+    assert "dense 0:" in err[err.rindex("latency:") :]  # the bar says again what is being generated
 
 
 @pytest.mark.usefixtures("density_clock")

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-from dit_accel.evaluation.attention_time import attention_seconds
-from dit_accel.evaluation.generate import generate, generate_variant
+from dit_accel.evaluation.attention_time import attention_watched
+from dit_accel.evaluation.generate import dense_attention, generate, generate_variant
 from dit_accel.evaluation.models import (
     GenerationSettings,
     load_model,
@@ -19,6 +20,7 @@ from dit_accel.evaluation.result import Evaluation
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.timing import dense_backend
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, parse_variants
+from dit_accel.switch import stats
 
 SETTINGS = GenerationSettings(height=48, width=80, num_frames=5, num_inference_steps=2, guidance_scale=3.0)
 PROMPTS = [
@@ -140,6 +142,8 @@ def test_summaries_follow_from_the_runs(evaluation):
     assert rows["diffusers:first_block@0.1"]["density_mean"] is None
     assert rows["diffusers:first_block@0.1"]["attention_speedup"] is None
     assert rows["dense"]["attention_speedup"] == 1.0
+    assert rows["dense"]["attention_seconds"] == data["dense_attention"]["seconds"]
+    assert data["attention_share"] == data["dense_attention"]["share"]
     seconds = {name: row["attention_seconds"] for name, row in rows.items()}
     sparse = rows["preset:window@0.3:block=8"]
     assert sparse["attention_speedup"] == pytest.approx(seconds["dense"] / seconds[sparse["name"]])
@@ -281,10 +285,26 @@ def test_a_pipeline_without_transformer_is_refused():
         evaluate({}, [DENSE], PROMPTS, SETTINGS, model="none")
 
 
-def test_attention_alone_is_part_of_the_transformer(pipe):
-    for name in ("dense", "preset:pooled@0.5"):
-        attention, transformer = attention_seconds(pipe, parse_variant(name), PROMPTS[0], SETTINGS, seed=0)
-        assert 0 < attention < transformer
+def test_attention_is_part_of_the_transformer_and_that_of_a_generation(pipe):
+    attention, transformer = dense_attention(pipe, PROMPTS[0], SETTINGS, seed=0)
+    assert 0 < attention < transformer
+    made = generate_variant(pipe, parse_variant("preset:pooled@0.5"), PROMPTS[0], SETTINGS, seed=0)
+    assert 0 < made.attention_seconds < made.seconds
+    for name in ("dense", "preset:dense", "preset:dense:cache=cg-taylor"):
+        assert (
+            generate_variant(pipe, parse_variant(name), PROMPTS[0], SETTINGS, seed=0).attention_seconds
+            is None
+        )
+
+
+def test_every_attention_call_is_watched_and_no_longer(pipe):
+    with parse_variant("preset:pooled@0.5").apply(pipe):
+        with attention_watched(pipe) as spans:
+            generate(pipe, PROMPTS[0], SETTINGS, seed=0)
+        found = stats(pipe)
+        assert spans.count == found["sparse_calls"] + found["dense_calls"] > 0
+        generate(pipe, PROMPTS[0], SETTINGS, seed=0)
+    assert spans.count == found["sparse_calls"] + found["dense_calls"]
 
 
 def test_the_users_progress_bar_settings_survive(pipe):
@@ -312,11 +332,13 @@ def test_impossible_comparisons_are_refused(pipe, changes, message):
 
 def test_the_dense_backend_is_named(pipe):
     assert dense_backend(pipe.transformer).startswith("SDPA (CPU")
+    before, _ = _AttentionBackendRegistry.get_active_backend()
     pipe.transformer.set_attention_backend("_native_math")
     try:
         assert dense_backend(pipe.transformer) == "diffusers _native_math"
     finally:
         pipe.transformer.reset_attention_backend()
+        _AttentionBackendRegistry.set_active_backend(before)  # which the line above leaves as it is
 
 
 def test_settings_come_from_the_arguments_then_the_pipeline(pipe):

@@ -20,7 +20,9 @@ def made() -> Generation:
 
 @pytest.mark.parametrize("on_disk", [True, False], ids=["disk", "memory"])
 @pytest.mark.parametrize("density", [None, 0.0, 0.25])
-@pytest.mark.parametrize("skipped", [(None, None, None), (0.0, 0, 0), (0.75, 3 * 2**40 + 1, 7)])
+@pytest.mark.parametrize(
+    "skipped", [(None, None, None, None), (0.0, 0, 0, 0.0), (0.75, 3 * 2**40 + 1, 7, 4.25)]
+)
 def test_what_was_put_comes_back(on_disk, density, skipped, made, tmp_path):
     made = Generation(made.frames, made.latents, made.seconds, density, *skipped)
     store = GenerationStore(tmp_path / "deep" if on_disk else None)
@@ -31,7 +33,8 @@ def test_what_was_put_comes_back(on_disk, density, skipped, made, tmp_path):
     assert torch.equal(found.frames, made.frames)
     assert torch.equal(found.latents, made.latents)
     assert (found.seconds, found.density) == (12.5, density)
-    assert (found.skipped_share, found.cache_bytes, found.guarded_heads) == skipped
+    rest = (found.skipped_share, found.cache_bytes, found.guarded_heads, found.attention_seconds)
+    assert rest == skipped
 
 
 @pytest.mark.parametrize("on_disk", [True, False], ids=["disk", "memory"])

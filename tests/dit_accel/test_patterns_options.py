@@ -241,6 +241,63 @@ def test_the_guard_measures_the_mean_cosine_over_pairs() -> None:
     assert torch.equal(mask.index.to_mask()[0, 0].all(-1), cosines < level)
 
 
+# ---------------------------------------------------------------------------------------------------- budget of a map
+
+
+@pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 7, 9, text_tokens=20)], ids=["video", "text"])
+def test_rows_of_a_map_compete(grid: TokenGrid) -> None:
+    query, key, _ = tensors(grid)
+    key[:, :40] *= 3.0  # some columns draw most
+    options = {"density": 0.5, "block": BLOCK, "order": "frame", "parts": 1, "budget": "map"}
+    index = select("pooled", query, key, grid, **options).index
+    space = BlockSpace(grid, "frame", BLOCK, query.device)
+    rows, kept = space.video_blocks, space.kept(0.5)
+    mask = index.to_mask()
+    assert mask[:, :, :, rows:].all()  # text
+    assert mask[:, :, rows:].all()
+    video = mask[:, :, :rows, :rows]
+    assert (video.sum((2, 3)) == kept * rows).all()
+    assert video.diagonal(dim1=2, dim2=3).all()  # no row starves
+    assert video.sum(-1).unique().numel() > 1
+    # Every other pair that is kept weighs at least as much as any that is not.
+    starts = range(0, space.chosen_tokens, BLOCK)
+    q, k = (torch.stack([x[:, at : at + BLOCK].mean(1) for at in starts], 2) for x in (query, key))
+    sizes = torch.tensor([float(min(BLOCK, space.chosen_tokens - at)) for at in starts])
+    mass = (q @ k.transpose(2, 3) * 8**-0.5 + sizes.log()).softmax(-1)
+    others = video & ~torch.eye(rows, dtype=torch.bool)
+    least = mass.masked_fill(~others, torch.inf).amin((2, 3))
+    most = mass.masked_fill(video, -torch.inf).amax((2, 3))
+    assert (least >= most * (1 - 1e-4)).all()
+
+
+def test_maps_of_heads_with_densities_of_their_own() -> None:
+    query, key, _ = tensors()
+    options = {"block": BLOCK, "order": "frame", "budget": "map"}
+    together = select("pooled", query, key, GRID, density=(0.1, 0.5, 0.3), **options).index.to_mask()
+    for head, density in enumerate((0.1, 0.5, 0.3)):
+        q, k = (x[:, :, head : head + 1] for x in (query, key))
+        alone = select("pooled", q, k, GRID, density=density, **options).index.to_mask()
+        assert torch.equal(together[:, head], alone[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "pooled",
+            {"budget": "all"},
+            "option 'budget' of family 'pooled': expected 'row' or 'map', got 'all'",
+        ),
+        ("pooled", {"budget": "map", "top_p": 0.9}, "expected 'row' beside 'top_p'"),
+        ("searched", {"budget": "map", "easy": 0.8}, "expected 'row' beside 'easy'"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(name: str, options: dict, message: str) -> None:
+    query, key, _ = tensors()
+    with pytest.raises(ValueError, match=message):
+        select(name, query, key, GRID, density=0.3, block=BLOCK, **options)
+
+
 # --------------------------------------------------------------------------------------------------------- two steps
 
 
@@ -390,6 +447,7 @@ def test_choices_hardly_depend_on_the_dtype(name: str, dtype: torch.dtype) -> No
         ("pooled", {"guard": 0.1}),
         ("pooled", {"coarse": 2}),
         ("pooled", {"segment": 40}),
+        ("pooled", {"budget": "map"}),
         ("stripes", {"slashes": 1}),
     ],
 )
@@ -413,6 +471,7 @@ def test_options_take_every_dtype(name: str, options: dict, dtype: torch.dtype) 
         ("pooled", {"top_p": 0.9, "guard": 0.2}),
         ("pooled", {"coarse": 3}),
         ("pooled", {"segment": 48}),
+        ("pooled", {"budget": "map"}),
         ("antidiagonal", {}),
         ("lowbit", {}),
         ("channels", {}),

@@ -463,7 +463,7 @@ def test_names_of_both_mean_the_family_where_a_density_is_given() -> None:
     assert AccelPlan.preset("radial").candidates[-1].options == (("sink", 1),)
     assert AccelPlan.preset("radial", density=0.3).candidates[-1].options == ()
     assert AccelPlan.preset("draft", density=0.1).candidates[-1] == Candidate(
-        "pooled", 0.1, (("order", "tile:1x8x16"), ("parts", 1))
+        "pooled", 0.1, (("budget", "map"), ("order", "tile:1x8x16"), ("parts", 1))
     )
 
 
