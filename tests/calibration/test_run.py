@@ -148,7 +148,6 @@ def test_a_speedup_where_nothing_is_faster_than_dense_says_so(pipe, arguments, t
     plan = calibrate(pipe, **arguments, speedup=1.5, output_dir=tmp_path)
     assert not plan.validated["target_met"]
     assert plan.validated["density_mean"] == 1.0
-    assert plan.validated["speedup"] == pytest.approx(1.0, abs=0.5)
     assert AccelPlan.from_pretrained(tmp_path).density_mean == 1.0
     assert "speedup 1.5 was not reached" in capsys.readouterr().err
 
