@@ -72,7 +72,7 @@ def dial_of(label: str, steps: int) -> Dial:
     by_mass = options.pop("top_p", None) is not None
     settings = "".join(f":{option}={value}" for option, value in options.items())
     if by_mass:
-        return Dial(label, f"preset:{preset.family}@1.0{settings}:top_p={{}}", 0.999, 0.2)
+        return Dial(label, f"preset:{preset.family}@1.0{settings}:top_p={{}}", 0.999, 0.2, share=True)
     return Dial(label, f"preset:{preset.family}@{{}}{settings}", 0.95, 0.03)
 
 

@@ -144,16 +144,23 @@ class Calibrated:
 Way = Setting | Calibrated
 
 
-def calibrated(pipe: Any, directory: Path, density: float, folder: Path) -> Calibrated:
+def calibrated(pipe: Any, directory: Path, density: float, folder: Path, seeds: range) -> Calibrated:
     """The plan of least error at a density, from what a calibration of the same pipeline measured.
 
     Raises:
-        ValueError: the directory holds no calibration, or one of another model or machine.
+        ValueError: the directory holds no calibration, one of another model or machine, or one that has seen the noise
+            of a held-out prompt.
     """
     measured = directory / "calibration"
     if not (measured / "fingerprint.json").is_file():
         raise ValueError(f"calibration: expected a directory written by calibrate, got {directory}")
     conditions = json.loads((measured / "fingerprint.json").read_text(encoding="utf-8"))
+    first = conditions["seed"]
+    if first < seeds.stop and seeds.start < first + len(conditions["prompts"]):
+        raise ValueError(
+            f"calibration: expected seeds other than those of the held-out prompts, {seeds.start} to {seeds.stop - 1}, "
+            f"got {first}; calibrate with --seed {seeds.stop + 1000}, or give another --seed here"
+        )
     folder /= hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
     shutil.copytree(measured, folder / "calibration", dirs_exist_ok=True)
     arguments = {name: conditions[name] for name in GenerationSettings.__dataclass_fields__}
@@ -649,7 +656,8 @@ def prepared(args: argparse.Namespace, densities: list[float], density: float) -
     at = demo_work(args, FORMAT_VERSION, tuning=False)
     plan = None
     if args.calibration is not None:
-        plan = calibrated(at.pipe, args.calibration, density, at.folder / "plan")
+        seeds = range(at.seed, at.seed + len(at.prompts))
+        plan = calibrated(at.pipe, args.calibration, density, at.folder / "plan", seeds)
         Work(at.folder).put("runs", "calibrated", {"name": plan.name, "density": density})
     return Bench(
         **vars(at),

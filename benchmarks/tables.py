@@ -104,10 +104,29 @@ def _compile_gate(report: dict[str, Any]) -> str:
 
 
 def _gpu_attention(report: dict[str, Any]) -> str:
-    """One line per shape and density: milliseconds of cuDNN and everybody's speed-up over it."""
+    """One line per shape and density: milliseconds of cuDNN and everybody's speed-up over it; then whole layers."""
     names = ("native", "native+remainder", "int8", "int8_fp8", "fp8", "flex", "sageattention-triton")
+    layers = dict.fromkeys(
+        name for row in report["rows"] for name in row.get("results", {}) if name.startswith("layer:")
+    )
+    right = sum(bool(check.get("ok")) for check in report["correctness"])
+    parts = [_speedups_over_cudnn(report["rows"], names)]
+    if layers:
+        timed = [row for row in report["rows"] if layers.keys() & row.get("results", {}).keys()]
+        parts += [
+            "Whole layers of a plan: all heads of one family, tokens per block and precision, with everything that a "
+            "layer does.",
+            _speedups_over_cudnn(timed, tuple(layers)),
+        ]
+    parts.append(
+        f"{right} of {len(report['correctness'])} correctness checks passed; {_where(report['machine'])}."
+    )
+    return "\n\n".join(parts)
+
+
+def _speedups_over_cudnn(report_rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
     rows = []
-    for row in report["rows"]:
+    for row in report_rows:
         results = row.get("results", {})
         base = results.get("sdpa-cudnn")
         cells = [
@@ -115,14 +134,8 @@ def _gpu_attention(report: dict[str, Any]) -> str:
             for name in names
         ]
         rows.append([row["shape"], f"{row['asked']:.2f}", f"{base['p50']:.2f}" if base else "–", *cells])
-    right = sum(bool(check.get("ok")) for check in report["correctness"])
-    return "\n".join(
-        [
-            _rows(["shape", "density", "cuDNN ms", *(f"`{name}`" for name in names)], rows),
-            "",
-            f"{right} of {len(report['correctness'])} correctness checks passed; {_where(report['machine'])}.",
-        ]
-    )
+    shown = (f"`{name.removeprefix('layer:')}`" for name in names)
+    return _rows(["shape", "density", "cuDNN ms", *shown], rows)
 
 
 def _preset_heads(report: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from dit_accel.grid import AXIS_ORDERS
 from dit_accel.kernels import available_precisions
 from dit_accel.patterns.base import SHARED
 from dit_accel.plan import Candidate
@@ -29,6 +30,58 @@ _FAMILIES: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[float, ...]], ...
     ("pooled", (_SHARED, ("order", _TUBES)), _CHOSEN),
     ("balanced", (_SHARED,), _BALANCED),
 )
+
+
+_BUDGETS = (0.1, 0.2, 0.3, 0.5)
+
+# What the authors of a published system choose among for each head, in our terms; dense comes on top.
+_PUBLISHED: dict[str, tuple[Candidate, ...]] = {
+    # How many of the channels are looked at; which they are is found in each call.
+    "doublesparsity": tuple(
+        Candidate("channels", density, (("channels", channels), ("order", "frame")))
+        for channels in (8, 16, 32)
+        for density in _BUDGETS
+    ),
+    # Spans are shares of the sequence, so a plan serves other lengths; the authors' α, tokens that do not grow, is left
+    # out.
+    "moa": tuple(Candidate("bands", density, (("sinks", 1),)) for density in (0.05, *_BUDGETS, 0.75)),
+    "paro": tuple(
+        Candidate("bands", density, (("order", order),)) for order in AXIS_ORDERS for density in _BUDGETS
+    ),
+    "sale": tuple(Candidate("lowbit", density, (("order", "frame"),)) for density in _BUDGETS),
+    "sparse-vdit": (
+        Candidate("skip", 0.0),
+        *(
+            Candidate("bands", density, (("order", order),))
+            for order in ("frame", "space")
+            for density in _BUDGETS
+        ),
+        *(Candidate("stripes", density) for density in _BUDGETS),
+    ),
+    # Windows of more frames or of more of the picture.
+    "sta": tuple(
+        Candidate("window", density, (("aspect", aspect), ("order", "tile:6x8x8"), ("shape", "clamped")))
+        for aspect in (0.25, 0.75, 2.0)
+        for density in _BUDGETS
+    ),
+    "svoo": tuple(Candidate("clustered", density, (("iterations", 50),)) for density in _BUDGETS),
+}
+
+
+def published_candidates(system: str) -> tuple[Candidate, ...]:
+    """Dense, then what a published system chooses among for each head, in native precision and without a remainder.
+
+    For those of `dit_accel.presets` whose authors calibrate more than one number for all heads.
+
+    Raises:
+        ValueError: another system.
+    """
+    if system not in _PUBLISHED:
+        raise ValueError(
+            f"candidates: expected Candidates or a system that its authors calibrate ({', '.join(_PUBLISHED)}), got "
+            f"{system!r}"
+        )
+    return (Candidate("dense", 1.0), *_PUBLISHED[system])
 
 
 def default_candidates(

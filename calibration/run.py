@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dit_accel.calibration.caching import StepProducts
-from dit_accel.calibration.candidates import default_candidates
+from dit_accel.calibration.candidates import default_candidates, published_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
 from dit_accel.calibration.goals import Goal, the_goal
 from dit_accel.calibration.knapsack import choose_density
@@ -35,7 +35,7 @@ from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate, config_hash_of
 from dit_accel.state import check_plain
 
-_STAGES = 4  # raised when what a stage writes, or what it means, changes
+_STAGES = 5  # raised when what a stage writes, or what it means, changes
 _PROFILE_STEPS = 8  # what profiling one prompt takes, in steps of a dense generation
 # What a calibration depends on besides its arguments and the model: latencies belong to a machine.
 _MACHINE = ("cpu", "gpu", "threads", "dtype", "torch", "diffusers", "dit_accel")
@@ -57,7 +57,7 @@ def calibrate(
     speedup: float | None = None,
     downstream: bool = False,
     cache: bool = False,
-    candidates: Sequence[Candidate] | None = None,
+    candidates: Sequence[Candidate] | str | None = None,
     max_trials: int = MAX_TRIALS,
     output_dir: str | Path | None = None,
     seed: int = 0,
@@ -90,6 +90,8 @@ def calibrate(
         cache: also choose which steps to compute, and how to forecast the others, under the same goal: the plan gets a
             schedule, see `dit_accel.caching.Schedule`.
         candidates: what heads may be given, dense among them; `calibration.default_candidates(device, dtype)` if None.
+            The name of a published system that its authors calibrate stands for what they choose among, see
+            `calibration.published_candidates`.
         max_trials: most accelerated generations that may steer the choice towards a quality, at least 1.
         output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
             any moment and called again with the same arguments, it continues and ends with the same plan.
@@ -231,9 +233,11 @@ def _products(runs: Sequence[DenseRun]) -> StepProducts:
     return functools.reduce(operator.add, found)
 
 
-def _allowed(candidates: Sequence[Candidate] | None, pipe: Any) -> tuple[Candidate, ...]:
+def _allowed(candidates: Sequence[Candidate] | str | None, pipe: Any) -> tuple[Candidate, ...]:
     if candidates is None:
         return default_candidates(pipe._execution_device, pipe.transformer.dtype)
+    if isinstance(candidates, str):
+        return published_candidates(candidates)
     if not any(candidate.is_dense for candidate in candidates) or len(set(candidates)) < len(candidates):
         got = ", ".join(candidate.label for candidate in candidates) or "none"
         raise ValueError(

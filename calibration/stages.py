@@ -18,6 +18,7 @@ from dit_accel.calibration.capture import Recorder
 from dit_accel.calibration.checkpoint import Checkpoint, Stage
 from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
 from dit_accel.calibration.tables import ProfileSums
+from dit_accel.evaluation.attention_time import attention_watched
 from dit_accel.evaluation.generate import Generation, generate
 from dit_accel.evaluation.metrics import latent_rel_l2, psnr, ssim
 from dit_accel.evaluation.models import GenerationSettings
@@ -60,6 +61,7 @@ class AcceleratedRun:
     """A generation with a plan, compared with the dense one as `evaluation.metrics` does.
 
     guarded_heads: that the guard made dense.
+    attention_ms: of the swapped attention, all calls together.
     """
 
     psnr: float
@@ -67,6 +69,7 @@ class AcceleratedRun:
     latent_rel_l2: float
     seconds: float
     guarded_heads: int
+    attention_ms: float
 
 
 class Stages:
@@ -194,7 +197,7 @@ class Stages:
         """Generates with a plan and compares with the dense generation."""
         stage = self._load(name)
         if stage is None:
-            with self._enabled(plan) as all_states:
+            with self._enabled(plan) as all_states, attention_watched(self._pipe) as attention:
                 made = self._generate(name, prompt, seed)
                 guarded = sum(state.guarded_heads for state in all_states)
             values = {
@@ -203,6 +206,7 @@ class Stages:
                 "latent_rel_l2": latent_rel_l2(made.latents, dense.latents),
                 "seconds": made.seconds,
                 "guarded_heads": guarded,
+                "attention_ms": 1000 * attention.seconds(),
             }
             stage = self._checkpoint.save(name, {"choice": plan.choice}, values)
         return AcceleratedRun(**stage[1])

@@ -212,6 +212,7 @@ class Validation:
             "ssim": run.ssim,
             "latent_rel_l2": run.latent_rel_l2,
             "seconds": run.seconds,
+            "attention_ms": run.attention_ms,
             "attention_ms_expected": found.attention_ms,
             "seconds_expected": dense + (found.cost - dense_cost(self._tables)) / 1000,
             "seconds_dense": dense,

@@ -270,7 +270,7 @@ class AccelPlan:
             if published.calibrated:
                 objective["uncalibrated"] = (
                     f"its authors calibrate {published.calibrated}, here all heads are alike; "
-                    "dit_accel.calibrate chooses for each"
+                    f"dit_accel.calibrate(..., candidates={name!r}) chooses for each"
                 )
             name, options = published.family, {**published.options, **options}
             density = published.density if density is None else density

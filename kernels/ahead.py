@@ -140,7 +140,9 @@ def compile_attention(configuration: Configuration, architecture: str) -> Compil
         **dict.fromkeys(("q", "k", "mean_k"), f"*{eight_k}"),
         **dict.fromkeys(("v", "mean_v"), f"*{eight_v}"),
         **dict.fromkeys(floats, "*fp32"),
-        **dict.fromkeys(("read", "programs", "counts", "indices", "full", "part_counts", "parts"), "*i32"),
+        **dict.fromkeys(
+            ("read", "head_order", "programs", "counts", "indices", "full", "part_counts", "parts"), "*i32"
+        ),
         **dict.fromkeys(("query_order", "offsets"), "*i64"),
         "out": f"*{c.dtype}",
         "valid": "*i1",

@@ -14,7 +14,7 @@ import torch
 
 from dit_accel.kernels.block_index import BlockIndex
 
-POLICIES = ("natural", "longest_first_per_head", "longest_first")
+POLICIES = ("natural", "longest_first_per_head", "longest_heads_first", "longest_first")
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,18 @@ class Balance:
         return self.ideal / self.makespan
 
 
-def simulate(index: BlockIndex, *, slots: int = 132, start_cost: float = 2.0, policy: str) -> Balance:
+def simulate(
+    index: BlockIndex, *, slots: int = 132, start_cost: float = 2.0, policy: str = "longest_heads_first"
+) -> Balance:
     """Schedule one attention launch.
 
     Args:
         index: the block lists; every batch element and head is launched.
         slots: programs that run at once: multiprocessors × programs per multiprocessor (132 on H100 and H200).
         start_cost: what a program costs besides its list (loading queries, writing the output), in key blocks.
-        policy: "natural" launches rows as they stand, "longest_first_per_head" sorts the rows of each head (what the
-            attention kernel does), "longest_first" sorts all rows of all heads.
+        policy: "natural" launches rows as they stand, "longest_first_per_head" sorts the rows of each head,
+            "longest_heads_first" also the heads by all of their rows (what the attention kernel does), "longest_first"
+            sorts all rows of all heads.
 
     Raises:
         ValueError: an unknown policy, or less than one slot.
@@ -48,8 +51,10 @@ def simulate(index: BlockIndex, *, slots: int = 132, start_cost: float = 2.0, po
     if slots < 1:
         raise ValueError(f"slots must be at least 1, got {slots}")
     counts = index.counts
-    if policy == "longest_first_per_head":
-        counts = counts.sort(dim=-1, descending=True).values
+    if policy in ("longest_first_per_head", "longest_heads_first"):
+        counts = counts.sort(dim=-1, descending=True).values.flatten(0, 1)
+        if policy == "longest_heads_first":
+            counts = counts[counts.sum(-1).argsort(descending=True, stable=True)]
     elif policy == "longest_first":
         counts = counts.flatten().sort(descending=True).values
     costs = (counts.flatten().double() + start_cost).tolist()

@@ -25,6 +25,7 @@ from dit_accel.kernels.prepare import (
 
 # Names: o_ offsets, m_ masks, p_ pointers, b_ values held in registers.
 _TILE = 64
+_POOL_TILE = 32  # keys and values side by side: 64 tokens of 128 channels spill on sm_100
 
 
 @triton.jit
@@ -330,7 +331,7 @@ def prepare(
         *key.stride(),
         *value.stride(),
         BLOCK=block_k,
-        TILE=min(_TILE, max(16, triton.next_power_of_2(block_k))),
+        TILE=min(_POOL_TILE, max(16, triton.next_power_of_2(block_k))),
         ORDERED=key_order is not None,
         MASKED=mask is not None,
         VARYING=key_starts is not None,
@@ -387,7 +388,8 @@ def prepare(
         value_scale = (largest_v.amax(2) / E4M3_MAX).clamp(min=TINY)
         padded = padded_tokens(seq_k, block_k if key_starts is None else 1)
         v8 = torch.empty(batch, heads, dim, padded, dtype=torch.float8_e4m3fn, device=device)
-        _quantise_values[(padded // _TILE, batch * heads)](
+        tile = _TILE if tile_d <= 128 else _TILE // 2  # longer rows spill on their way through shared memory
+        _quantise_values[(padded // tile, batch * heads)](
             value,
             counts if key_order is None else key_order,
             counts if mask is None else mask,
@@ -398,7 +400,7 @@ def prepare(
             padded,
             *steps(key_order),
             *value.stride(),
-            TILE=_TILE,
+            TILE=tile,
             ORDERED=key_order is not None,
             MASKED=mask is not None,
             **constants,

@@ -28,6 +28,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_TRITON_DIM = 256
 # Logits that the torch backend holds at once, unless one row of blocks has more.
 STEP_LOGITS = 1 << 22
+STEP_LOGITS_CUDA = 1 << 26  # where launches cost more than memory
+
+
+def step_logits(device: torch.device) -> int:
+    """How many logits a device should hold at once."""
+    return STEP_LOGITS_CUDA if device.type == "cuda" else STEP_LOGITS
 
 
 @torch.no_grad()
@@ -316,7 +322,7 @@ def _mass(
         float32 mass `[batch, heads, rows, cols]` and the log-sum-exp.
     """
     batch, heads, seq_k = keys
-    step = max(1, STEP_LOGITS // (batch * heads * seq_k * block_q)) * block_q
+    step = max(1, step_logits(sizes.device) // (batch * heads * seq_k * block_q)) * block_q
     masses, found = [], []
     for first in range(0, len(sizes), step):
         s = logits(first, first + step)

@@ -67,7 +67,7 @@ class CostModel:
         every = float(math.ceil(shape.tokens / block) ** 2 * block * block * shape.heads)
         if self.slots is not None:
             half = index_of(shape, block, block, 0.5, torch.device("cpu"))
-            every /= simulate(half, slots=self.slots, policy="longest_first_per_head").efficiency
+            every /= simulate(half, slots=self.slots).efficiency
         tokens = 2 * shape.tokens * shape.heads
         none, listed = (self._of(_terms(tokens, pairs, 0.0, shape.dim), precision) for pairs in (0.0, every))
         if listed <= dense_ms:
@@ -84,7 +84,7 @@ def features(index: BlockIndex, dim: int, slots: int | None) -> tuple[float, ...
     whole = index.counts == math.ceil(index.seq_k / index.block_k)
     size = float(index.block_q * index.block_k)
     if slots is not None and bool(index.counts.any()):
-        size /= simulate(index, slots=slots, policy="longest_first_per_head").efficiency
+        size /= simulate(index, slots=slots).efficiency
     listed, kept = (size * float(index.counts[rows].sum()) for rows in (~whole, whole))
     return _terms(batch * heads * (index.seq_q + index.seq_k), listed, kept, dim)
 

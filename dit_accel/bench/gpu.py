@@ -1,19 +1,21 @@
 """Correctness, then speed of the kernels on a GPU, beside the attention that others ship.
 
-Nothing stops the suite half-way: what fails is written down as a row with its error, and the report is written anew
-after every row.
+What has to be compiled is compiled first, in several processes at once; Triton and Inductor keep it on disk. Nothing
+stops the suite half-way: everything runs in a process of its own, what fails there, dies or hangs is written down as a
+row with its error, and the report is written anew after every row.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module, util
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from dit_accel.attention import attend
-from dit_accel.bench.problem import SHAPES, Shape, block_mask, index_of, tensors
+from dit_accel.bench.gpu_checks import CHOOSING, EXTRAS, LAYERS, check, check_choosing, check_layer
+from dit_accel.bench.problem import SHAPES, Shape, index_of, tensors
 from dit_accel.bench.timing import Call, in_turns
+from dit_accel.bench.workers import TaskError, Worker, compile_ahead
 from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.timing import machine
 from dit_accel.grid import TokenGrid
-from dit_accel.kernels import BlockIndex, available_precisions, block_sparse_attention, prepare_triton
+from dit_accel.kernels import BlockIndex, block_sparse_attention, prepare_triton
 from dit_accel.kernels.block_sparse import flex, triton_kernel
-from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.partition import partition
 from dit_accel.kernels.prepare import PRECISIONS, ordered, prepare
 from dit_accel.kernels.scores import antidiagonal_scores, block_mass, lowbit_scores, pooled_scores
@@ -40,6 +43,20 @@ from dit_accel.plan import Candidate
 
 DENSITIES = (1.0, 0.5, 0.25, 0.10, 0.05)
 BLOCKS = (128, 64)
+# What a plan runs, selection included, at these densities: family, tokens per block and precision of all heads.
+WHOLE = (
+    ("pooled", 64, "native"),
+    ("pooled", 64, "int8_fp8"),
+    ("pooled", 128, "native"),
+    ("pooled", 128, "int8_fp8"),
+    ("balanced", 64, "native"),
+    ("balanced", 64, "int8_fp8"),
+)
+WHOLE_DENSITIES = (0.25, 0.10)
+STEPS = 3  # of a layer that are timed as one: in so many `balanced` builds its blocks once
+LAYER_BLOCKS = (64, 128)
+# Of the suite's time: what compiling ahead may take, and a single check or row.
+COMPILING, ONE_CHECK, ONE_ROW = 0.3, 0.2, 0.3
 # Dense peaks of one H100 or H200 SXM by data sheet, TFLOP/s.
 # "int8" multiplies half in INT8 and half in 16 bits.
 PEAKS = {"native": 989.0, "int8": 1319.0, "int8_fp8": 1979.0, "fp8": 1979.0}
@@ -49,13 +66,6 @@ SDPA = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-# Relative error of a head's output against float64 that a precision may make on Gaussian inputs (SageAttention and
-# SageAttention2 report cosines of 0.9995 and 0.999, which are relative errors of 3 % and 4.5 %).
-ALLOWED = {"native": 0.01, "int8": 0.032, "int8_fp8": 0.045, "fp8": 0.06}
-# Logits of INT8 queries and keys are off by up to a hundredth of their size, of which there are some 10 here.
-ALLOWED_LSE = {"native": 2e-3, "int8": 0.1, "int8_fp8": 0.1, "fp8": 0.1}
-# What a call is checked with: nothing more, orders with a mask and a remainder, or that on blocks of varying length.
-EXTRAS = ("plain", "all", "varying")
 
 
 def run(
@@ -93,100 +103,65 @@ def run(
         "left_out": [],
     }
 
-    def add(kind: str, row: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
-        if "lost" in report:  # nothing runs on a device after an access to memory that is not there
-            report["left_out"].append(f"{kind}: {row}")
-            return
+    worker = Worker(device) if device.type == "cuda" else None
+
+    def add(kind: str, row: dict[str, Any], measure: Callable[[], dict[str, Any]], seconds: float) -> None:
         try:
-            report[kind].append(_as_json(row | measure()))
+            found = measure() if worker is None else worker.run(measure, seconds)
+            report[kind].append(_as_json(row | found))
+        except TaskError as error:
+            report[kind].append(row | {"error": str(error)})
         except Exception as error:  # a kernel that fails is a result, too
             report[kind].append(row | {"error": f"{type(error).__name__}: {error}"[:500]})
-            if not _answers(device):
-                report["lost"] = f"{device} no longer answers after {kind}: {row}"
         write_json(output, report)
 
-    cases = [(dim, precision, extra) for dim in dims for precision in PRECISIONS for extra in EXTRAS]
-    for dim, precision, extra in tqdm(cases, desc="attention"):
-        add(
-            "correctness",
-            {"kernel": "attention", "dim": dim, "precision": precision, "extra": extra},
-            partial(check, dim, precision, extra, device),
-        )
-    for dim, name in tqdm([(dim, name) for dim in dims for name in CHOOSING], desc="choosing"):
-        add("correctness", {"kernel": name, "dim": dim}, partial(check_choosing, name, dim, device))
-    for dim, name in tqdm([(dim, name) for dim in dims for name in LAYERS], desc="layers"):
-        add("correctness", {"kernel": f"layer:{name}", "dim": dim}, partial(check_layer, name, dim, device))
-    longest = 0.0  # seconds per product so far: a row is not begun where it may not end in time
-    for name, shape in sorted(shapes.items(), key=lambda item: item[1].flops):
+    checks: list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = []
+    for dim in dims:
+        for precision in PRECISIONS:
+            for extra in EXTRAS:
+                case = {"kernel": "attention", "dim": dim, "precision": precision, "extra": extra}
+                checks.append((case, partial(check, dim, precision, extra, device)))
+        for name in CHOOSING:
+            checks.append(({"kernel": name, "dim": dim}, partial(check_choosing, name, dim, device)))
+        for name, block in product(LAYERS, LAYER_BLOCKS):
+            case = {"kernel": f"layer:{name}", "dim": dim, "block": block}
+            checks.append((case, partial(check_layer, name, dim, device, block=block)))
+    by_size = sorted(shapes.items(), key=lambda item: item[1].flops)
+    if worker is not None:
+        # Inductor would move Triton's cache when it first compiles something.
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+        # One shape of each head dim compiles nearly all that the others need.
+        smallest = {shape.dim: shape for _, shape in reversed(by_size)}.values()
+        tasks = [
+            partial(call_once, shape, density, name, device)
+            for shape, density in product(smallest, (1.0, WHOLE_DENSITIES[0]))
+            for name in names_of_calls(shape, density)
+        ]
+        tasks += [measure for _, measure in checks]
+        with suppress(Exception):
+            compile_ahead(tasks, device, limit_seconds * COMPILING)
+        report["compile_seconds"] = time.perf_counter() - start
+    for case, measure in tqdm(checks, desc="correctness"):
+        add("correctness", case, measure, limit_seconds * ONE_CHECK)
+    rates: dict[
+        float, float
+    ] = {}  # seconds per product, by density: a row is not begun where it may not end in time
+    for name, shape in by_size:
         for density in tqdm(DENSITIES, desc=name):
             begun = time.perf_counter()
-            if begun - start + longest * shape.flops > limit_seconds:
+            expected = rates.get(density, max(rates.values(), default=0.0)) * shape.flops
+            if begun - start + expected > limit_seconds:
                 report["left_out"].append(f"{name} at density {density:g}")
                 continue
             sizes = {"tokens": shape.tokens, "heads": shape.heads, "dim": shape.dim}
-            add("rows", {"shape": name, **sizes, "asked": density}, partial(_row, shape, density, device))
-            longest = (time.perf_counter() - begun) / shape.flops
+            row = {"shape": name, **sizes, "asked": density}
+            add("rows", row, partial(_row, shape, density, device), limit_seconds * ONE_ROW)
+            rates[density] = (time.perf_counter() - begun) / shape.flops
+    if worker is not None:
+        worker.stop()
     report["seconds"] = time.perf_counter() - start
     write_json(output, report)
     return report
-
-
-def check(
-    dim: int,
-    precision: str,
-    extra: str,
-    device: torch.device,
-    seq_q: int = 1_333,
-    seq_k: int = 2_117,
-    dtype: torch.dtype = torch.bfloat16,
-) -> dict[str, Any]:
-    """Errors of the compiled kernel against float64, on odd lengths; `ok` if they stay within ALLOWED."""
-    torch.manual_seed(0)
-    batch, heads = 2, 3
-    q, k, v = (torch.randn(batch, n, heads, dim, device=device).to(dtype) for n in (seq_q, seq_k, seq_k))
-    k = k + 2 * torch.randn(1, 1, heads, dim, device=device).to(dtype)
-    mask = block_mask(heads, -(-seq_q // 128), -(-seq_k // 64), 0.3, device)
-    mask[:, 0, 1] = False
-    starts: list[Tensor | None] = [None, None]
-    if extra == "varying":
-        for place, (seq, blocks) in enumerate(((seq_q, mask.shape[2]), (seq_k, mask.shape[3]))):
-            cuts = torch.randint(seq + 1, (1, heads, blocks - 1), device=device).sort(-1).values
-            starts[place] = F.pad(F.pad(cuts, (1, 0)), (0, 1), value=seq).to(torch.int32)
-    index = BlockIndex.from_mask(mask, 128, 64, seq_q, seq_k, *starts)
-    options: dict[str, Any] = {}
-    if extra != "plain":
-        options["query_order"] = torch.stack([torch.randperm(seq_q, device=device) for _ in range(heads)])
-        options["key_order"] = torch.stack([torch.randperm(seq_k, device=device) for _ in range(heads)])
-        options["key_mask"] = torch.rand(batch, seq_k, device=device) < 0.8
-        options["remainder"] = True
-    with _new_memory_is_nan():
-        got, lse = block_sparse_attention(
-            q, k, v, index, precision=precision, backend="triton", return_lse=True, **options
-        )
-    expected, expected_lse = block_sparse_attention(
-        q.double(), k.double(), v.double(), index, backend="reference", return_lse=True, **options
-    )
-    error = float((got - expected).norm() / expected.norm())
-    alive = expected_lse > -torch.inf
-    lse_error = float((lse - expected_lse)[alive].abs().max())
-    same_dead = bool(torch.equal(alive, lse > -torch.inf))
-    finite = bool(got.isfinite().all())
-    return {
-        "rel_l2": error,
-        "lse_error": lse_error,
-        "ok": finite and same_dead and error <= ALLOWED[precision] and lse_error <= ALLOWED_LSE[precision],
-    }
-
-
-@contextmanager
-def _new_memory_is_nan() -> Iterator[None]:
-    """An output that nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def _as_json(value: Any) -> Any:
@@ -194,141 +169,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _as_json(part) for key, part in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _answers(device: torch.device) -> bool:
-    """Whether a device still runs anything; also lets go of what a failed call held."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.cuda.empty_cache()
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _mass(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
-    if name == "block_mass":
-        return block_mass(q, k, block_q=128, block_k=64, backend=backend)[0]
-    if name == "antidiagonal_scores":
-        return antidiagonal_scores(q, k, block=128, backend=backend)
-    return lowbit_scores(q, k, block_q=128, block_k=64, backend=backend)
-
-
-def _kept(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
-    scores = pooled_scores(q, k, block_q=128, block_k=64)
-    rule: dict[str, Any] = {"keep": 7} if name == "select_blocks:top-k" else {"top_p": 0.8}
-    sizes: dict[str, Any] = {"block_q": 128, "block_k": 64, "seq_q": q.shape[1], "seq_k": k.shape[1]}
-    return select_blocks(scores, **sizes, **rule, backend=backend).to_mask().float()
-
-
-def _inertia(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
-    return kmeans(k, 20, iterations=2, backend=backend).inertia
-
-
-# Kernels around attention, and how far they may be from their definition: float32 sums over 2,117 keys of weights that
-# add up to 1, rounding edges of 4 bits, exact choices, and sums of squares.
-CHOOSING: dict[str, tuple[Callable[[str, str, Tensor, Tensor], Tensor], float]] = {
-    "block_mass": (_mass, 1e-3),
-    "antidiagonal_scores": (_mass, 1e-3),
-    "lowbit_scores": (_mass, 2e-2),
-    "select_blocks:top-k": (_kept, 0.0),
-    "select_blocks:top-p": (_kept, 0.0),
-    "kmeans": (_inertia, 1e-2),
-}
-
-
-def check_choosing(
-    name: str,
-    dim: int,
-    device: torch.device,
-    seq_q: int = 1_333,
-    seq_k: int = 2_117,
-    dtype: torch.dtype = torch.bfloat16,
-) -> dict[str, Any]:
-    """Error of a compiled kernel relative to its definition in torch, on odd lengths."""
-    torch.manual_seed(0)
-    q, k = (torch.randn(2, n, 3, dim, device=device).to(dtype) for n in (seq_q, seq_k))
-    result, allowed = CHOOSING[name]
-    got, expected = (result(name, backend, q, k) for backend in ("triton", "torch"))
-    error = float((got - expected).norm() / expected.norm())
-    return {"rel_l2": error, "ok": bool(got.isfinite().all()) and error <= allowed}
-
-
-# Layers whose heads differ in family and precision. Densities differ too, so that every head is chosen for by itself.
-LAYERS: dict[str, tuple[Candidate, ...]] = {
-    "static": (
-        Candidate("dense", 1.0),
-        Candidate("window", 0.3, precision="int8"),
-        Candidate("window", 0.4, remainder=True),
-        Candidate("bands", 0.3, (("order", "space"),), "int8_fp8", remainder=True),
-        Candidate("skip", 0.0, remainder=True),
-        Candidate("dense", 1.0, precision="fp8"),
-    ),
-    "dynamic": (
-        Candidate("pooled", 0.3, remainder=True),
-        Candidate("pooled", 0.4, precision="int8"),
-        Candidate("hashed", 0.3, precision="int8_fp8", remainder=True),
-        Candidate("balanced", 0.3, precision="int8", remainder=True),
-        Candidate("clustered", 0.4, remainder=True),
-        Candidate("clustered", 0.5, precision="int8"),
-        Candidate("antidiagonal", 0.3, precision="fp8"),
-        Candidate("window", 0.3),
-    ),
-}
-
-
-_LAYER_GRID = TokenGrid(9, 13, 17, text_tokens=77)
-
-
-def check_layer(
-    name: str,
-    dim: int,
-    device: torch.device,
-    grid: TokenGrid = _LAYER_GRID,
-    dtype: torch.dtype = torch.bfloat16,
-) -> dict[str, Any]:
-    """Errors of a whole layer, head by head, against the reference in native precision on the same lists.
-
-    `ok` if they stay within ALLOWED and the host waits for the device nowhere, once the layer has run before.
-    """
-    torch.manual_seed(0)
-    candidates = LAYERS[name]
-    here = PRECISIONS if device.type == "cpu" else available_precisions(device, dtype)
-    candidates = tuple(c if c.precision in here else replace(c, precision="native") for c in candidates)
-    size = (2, grid.total_tokens, len(candidates), dim)
-    q, k, v = (torch.randn(size, device=device).to(dtype) for _ in range(3))
-    row = range(len(candidates))
-
-    def layer(backend: str, ways: Sequence[Candidate], kept: Sequence[dict[Any, Any]]) -> Tensor:
-        return attend(q, k, v, grid, ways, row, layer=0, cache=kept[0], launches=kept[1], backend=backend)[0]
-
-    kept: Sequence[dict[Any, Any]] = {}, {}
-    got = layer("triton", candidates, kept).double()
-    native = [replace(c, precision="native") for c in candidates]
-    expected = layer("reference", native, ({}, {})).double()
-    of_heads = [x.movedim(2, 0).flatten(1).norm(dim=1) for x in (got - expected, expected)]
-    errors = (of_heads[0] / of_heads[1]).tolist()
-    waits = _waits(device, lambda: layer("triton", candidates, kept))
-    right = all(error <= ALLOWED[c.precision] for error, c in zip(errors, candidates, strict=True))
-    return {"rel_l2": max(errors), "waits": waits, "ok": right and waits is None}
-
-
-def _waits(device: torch.device, call: Call) -> str | None:
-    """Where the host waits for the device during a call, None if nowhere."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {error}"[:300]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return None
 
 
 def _sdpa(kind: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -412,10 +252,65 @@ def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -
     return calls
 
 
+def _calls_of_row(
+    shape: Shape, index: BlockIndex, operands: tuple[Tensor, Tensor, Tensor], density: float
+) -> dict[str, Call]:
+    return _calls(*operands, index, density) | _layers(*operands, shape.grid, density)
+
+
+def names_of_calls(shape: Shape, density: float) -> list[str]:
+    """What a row times."""
+    short = replace(shape, tokens=256)
+    here = torch.device("cpu")
+    operands = tensors(short, here, torch.bfloat16)
+    return list(_calls_of_row(short, index_of(short, *BLOCKS, density, here), operands, density))
+
+
+def call_once(shape: Shape, density: float, name: str, device: torch.device) -> None:
+    """One call of a row."""
+    operands = tensors(shape, device, torch.bfloat16)
+    _calls_of_row(shape, index_of(shape, *BLOCKS, density, device), operands, density)[name]()
+
+
+def _thrice(call: Call) -> Any:
+    """What a layer does in three steps, of which one may prepare for the others; the last one's result."""
+    for _ in range(STEPS - 1):
+        call()
+    return call()
+
+
+def _layers(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid | None, density: float) -> dict[str, Call]:
+    """Whole layers of a plan, from the model's queries to its output; none without a grid."""
+    if grid is None or density not in WHOLE_DENSITIES:
+        return {}
+    calls: dict[str, Call] = {}
+    for family, block, precision in WHOLE:
+        way = Candidate(family, density, precision=precision)
+        once = partial(
+            attend, q, k, v, grid, (way,), [0] * q.shape[2],
+            block=block, layer=0, cache={}, launches={}, backend="triton",
+        )  # fmt: skip
+        calls[f"layer:{family}:{block}:{precision}"] = partial(_thrice, once)
+    return calls
+
+
+def _distances(calls: Mapping[str, Call]) -> dict[str, float]:
+    """How far our outputs are from cuDNN's, where both attend to everything: some things go wrong at full size only."""
+    if "sdpa-cudnn" not in calls:
+        return {}
+    exact = calls["sdpa-cudnn"]().transpose(1, 2)
+    found = {}
+    for name in PRECISIONS:
+        if name in calls:
+            off = calls[name]() - exact
+            found[name] = float(off.float().norm() / exact.float().norm())
+    return found
+
+
 def _row(shape: Shape, density: float, device: torch.device) -> dict[str, Any]:
-    q, k, v = tensors(shape, device, torch.bfloat16)
+    operands = tensors(shape, device, torch.bfloat16)
     index = index_of(shape, *BLOCKS, density, device)
-    calls = _calls(q, k, v, index, density)
+    calls = _calls_of_row(shape, index, operands, density)
     errors = {}
     working = {}
     for name, call in calls.items():
@@ -427,6 +322,10 @@ def _row(shape: Shape, density: float, device: torch.device) -> dict[str, Any]:
         except Exception as error:  # a peer that cannot run this shape is left out and named
             errors[name] = f"{type(error).__name__}: {error}"[:300]
     times = in_turns(working, device, rounds=9, seconds=0.7)
+    for name in times:
+        if name.startswith("layer:"):
+            times[name] = {key: ms / STEPS for key, ms in times[name].items()}
+    far = _distances(working) if density == 1.0 else {}
     got = index.density
     base = times.get("sdpa-cudnn")
     results: dict[str, dict[str, Any]] = {}
@@ -434,12 +333,14 @@ def _row(shape: Shape, density: float, device: torch.device) -> dict[str, Any]:
         if name in ("order", "select", "partition") or name.startswith(("prepare:", "attend:", "score:")):
             results[name] = {**taken, "share_of_cudnn": taken["p50"] / base["p50"] if base else None}
             continue
-        kept = got if name in (*PRECISIONS, "native+remainder", "flex") else 1.0
-        rate = kept * shape.flops / (taken["p50"] * 1e9)
+        ours = name.startswith("layer:") or name in (*PRECISIONS, "native+remainder", "flex")
+        rate = (got if ours else 1.0) * shape.flops / (taken["p50"] * 1e9)
         results[name] = {
             **taken,
             "tflops": rate,
-            "share_of_peak": rate / PEAKS.get(name, PEAKS["native"]),
+            "share_of_peak": rate / PEAKS.get(name.rpartition(":")[2], PEAKS["native"]),
             "speedup_over_cudnn": base["p50"] / taken["p50"] if base else None,
         }
+        if name in far:
+            results[name]["rel_l2_to_cudnn"] = far[name]
     return {"density": got, "results": results, "failed": errors}

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention layer: tokens (text included), heads and head dim."""
+    """One attention layer: tokens (text included), heads and head dim; where it is a model's, the grid they lie on."""
 
     tokens: int
     heads: int
     dim: int
+    grid: TokenGrid | None = None
 
     @property
     def flops(self) -> float:
@@ -24,14 +26,19 @@ class Shape:
         return 4.0 * self.tokens**2 * self.heads * self.dim
 
 
+def of_model(grid: TokenGrid, heads: int, dim: int) -> Shape:
+    """The layer of a model."""
+    return Shape(grid.total_tokens, heads, dim, grid)
+
+
 # As the models' own default resolutions give them.
 SHAPES = {
-    "wan2.1-1.3b-480p": Shape(32_760, 12, 128),
-    "wan2.1-14b-720p": Shape(75_600, 40, 128),
-    "hunyuanvideo-720p": Shape(118_800 + 256, 24, 128),
-    "cogvideox1.5": Shape(45_106, 48, 64),
-    "flux-1024": Shape(4_608, 24, 128),
-    "flux-2048": Shape(16_896, 24, 128),
+    "wan2.1-1.3b-480p": of_model(TokenGrid(21, 30, 52), 12, 128),
+    "wan2.1-14b-720p": of_model(TokenGrid(21, 45, 80), 40, 128),
+    "hunyuanvideo-720p": of_model(TokenGrid(33, 45, 80, text_tokens=256), 24, 128),
+    "cogvideox1.5": of_model(TokenGrid(11, 48, 85, text_tokens=226, text_first=True), 48, 64),
+    "flux-1024": of_model(TokenGrid(1, 64, 64, text_tokens=512, text_first=True), 24, 128),
+    "flux-2048": of_model(TokenGrid(1, 128, 128, text_tokens=512, text_first=True), 24, 128),
 }
 
 

@@ -27,6 +27,8 @@ def configure(subparsers: Any) -> None:
                       help="relative L2 distance of the final latents to keep instead")  # fmt: skip
     goal.add_argument("--speedup", type=float, metavar="X", help="speed-up over dense to reach instead")
     goal.add_argument("--density", type=float, metavar="D", help="mean density to reach instead, in (0, 1]")
+    parser.add_argument("--candidates", metavar="SYSTEM",
+                        help="choose among what a published system does, sta or svoo for instance")  # fmt: skip
     parser.add_argument("--cache", action="store_true",
                         help="also choose which steps to compute and forecast the others")  # fmt: skip
     parser.add_argument("--downstream", action="store_true",
@@ -60,6 +62,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **goal,
         downstream=args.downstream,
         cache=args.cache,
+        candidates=args.candidates,
         output_dir=args.output,
         seed=args.seed,
         held_out_prompts=held_out,

@@ -30,19 +30,28 @@ from dit_accel.evaluation.variants import DENSE, Variant
 class Dial:
     """A kind of variant with one number: `{}` in the variant's name, from `low`, which saves least, to `high`.
 
-    Whole numbers make the dial whole; others are searched on a logarithmic scale. `high` may lie below `low`, as that
-    of a density does.
+    Whole numbers make the dial whole; others are searched on a logarithmic scale, of a `share` what it leaves to 1.
+    `high` may lie below `low`, as that of a density does.
     """
 
     label: str
     template: str
     low: float
     high: float
+    share: bool = False
 
     @property
     def whole(self) -> bool:
         """Whether the dial has whole numbers only."""
         return isinstance(self.low, int)
+
+    def middle(self, low: float, high: float) -> float:
+        """Between two places, with no more digits than a name needs."""
+        if self.whole:
+            return (low + high) // 2
+        if self.share:
+            return round(1.0 - float(f"{((1.0 - low) * (1.0 - high)) ** 0.5:.3g}"), 6)
+        return float(f"{(low * high) ** 0.5:.3g}")
 
     def name(self, value: float) -> str:
         """The variant at a place of the dial."""
@@ -100,7 +109,7 @@ def tune(
     for _ in range(dial.probes(most)):
         if sign * low > sign * high:
             break
-        middle = (low + high) // 2 if dial.whole else float(f"{(low * high) ** 0.5:.3g}")
+        middle = dial.middle(low, high)
         if any(probe.value == middle for probe in (*known, *found)):
             break  # the crossing is known to the digits that a name has
         found.append(measure(middle))

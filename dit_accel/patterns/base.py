@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
 from dit_accel.kernels.backend import on_device
+from dit_accel.kernels.scores import pooled_scores
 from dit_accel.kernels.select import select_blocks
 
 Option = str | int | float
@@ -147,7 +148,7 @@ class Family:
 
     def check_density(self, density: float) -> None:
         """Raise ValueError for a density the family cannot have."""
-        if isinstance(density, bool | str) or not 0.0 <= density <= 1.0:
+        if isinstance(density, bool) or not isinstance(density, int | float) or not 0.0 <= density <= 1.0:
             raise ValueError(f"density: expected a number from 0 to 1, got {density!r}")
         if self.density is not None and density != self.density:
             raise ValueError(f"family {self.name!r} has density {self.density} only, got {density!r}")
@@ -259,6 +260,7 @@ def ranked_lists(
     top_p: float = 0.0,
     extra: Tensor | None = None,
     whole_map: bool = False,
+    budget: Tensor | None = None,
 ) -> BlockIndex:
     """Lists of the `kept` video blocks that score highest in each row, of every head or of each; text as ever.
 
@@ -267,9 +269,10 @@ def ranked_lists(
         masses: like scores, adding up to 1 in a row: it keeps no more blocks than hold `top_p` of it.
         extra: bool like scores, blocks that a row keeps beside those.
         whole_map: the rows of a head compete: it keeps its `kept` · rows best, some rows more than others.
+        budget: integer `[batch, heads]`, how many the rows of each head keep of these.
     """
     of_heads = (kept,) if isinstance(kept, int) else kept
-    keep = on_device(of_heads, scores.device)[:, None]
+    keep = (on_device(of_heads, scores.device) if budget is None else budget)[..., None]
     if whole_map:
         keep = _shares_of_map(scores, keep, max(of_heads))
     if masses is not None:
@@ -306,6 +309,24 @@ def _shares_of_map(scores: Tensor, kept: Tensor, most: int) -> Tensor:
     among = torch.arange(most * rows, device=scores.device) < kept * rows
     counts = torch.zeros(scores.shape[:3], dtype=torch.int64, device=scores.device)
     return counts.scatter_add_(2, best // cols, among.long().expand_as(best))
+
+
+def in_order(tokens: Tensor, order: Tensor) -> Tensor:
+    """Put `[batch, seq, heads, dim]` into an order `[1 or batch, 1 or heads, seq]` of each head."""
+    return tokens.gather(1, order.transpose(1, 2)[..., None].expand_as(tokens))
+
+
+def lists_until(
+    space: BlockSpace, mask: Tensor, kept: int, query: Tensor, key: Tensor, scale: float, top_p: float
+) -> BlockIndex:
+    """Lists of a mask `[rows, cols]` of the video blocks, `kept` in each row, which stops once its best hold `top_p`.
+
+    That is a share of the row's mass, as the means of blocks estimate it; query and key are `[batch, seq, heads, dim]`
+    in the order of each head.
+    """
+    query, key = (x[:, : space.chosen_tokens] for x in (query, key))
+    masses = pooled_scores(query, key, block_q=space.block, block_k=space.block, scale=scale)
+    return ranked_lists(space, torch.where(mask, masses, -1.0), kept, masses=masses, top_p=top_p)
 
 
 def until_share(masses: Tensor, top_p: float) -> Tensor:

@@ -175,20 +175,30 @@ def _balanced(call: _Call) -> Cost:
     return chosen + Cost(divided, call.reads(2 * 2 * tokens))
 
 
+def _until_share(call: _Call) -> Cost:
+    """Means of all tokens in their order, for `top_p`."""
+    if not call.options["top_p"]:
+        return Cost(0, 0)
+    copied = call.reads(2 * 2 * call.space.grid.total_tokens)
+    return Cost(call.space.video_blocks**2 * call.dim, copied + call.reads(2 * call.tokens) + call.scores)
+
+
 def _hashed(call: _Call) -> Cost:
     tokens, planes = call.space.grid.video_tokens, call.options["planes"]
     # Once for the mean that is taken off, once for the sides of the planes; a hash is an int64.
-    return Cost(2 * tokens * call.dim * planes, call.reads(4 * tokens) + 2 * tokens * 8)
+    sort = Cost(2 * tokens * call.dim * planes, call.reads(4 * tokens) + 2 * tokens * 8)
+    return sort + _until_share(call)
 
 
 def _profiled(call: _Call) -> Cost:
     tried = len(order_names(call.options["orders"]))
     if tried == 1:
-        return Cost(0, 0)
+        return _until_share(call)
     rows, seq = min(call.options["samples"], call.tokens), call.space.grid.total_tokens
     # Scores, the full output and one output for each order.
     products = rows * seq * call.dim * (2 + tried)
-    return Cost(products, call.reads(rows + 2 * seq) + (1 + tried) * rows * seq * _FLOAT)
+    compared = Cost(products, call.reads(rows + 2 * seq) + (1 + tried) * rows * seq * _FLOAT)
+    return compared + _until_share(call)
 
 
 _COSTS: dict[str, Callable[[_Call], Cost]] = {

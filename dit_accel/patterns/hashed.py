@@ -3,7 +3,8 @@
 HyperAttention (https://arxiv.org/abs/2310.05869) with the angular hash of random hyperplanes: bit i says on which side
 of plane i a vector lies. In the order of a Gray code neighbours differ in one bit, that is, lie in cells that touch.
 Queries and keys are sorted apart, each after their mean was taken off, so that planes through the origin divide them.
-Within the sorted sequences attention is a band of blocks. Text is not hashed.
+Within the sorted sequences attention is a band of blocks. `top_p` > 0 lets a row stop earlier, once the best of its
+band hold that share of its mass, as the means of blocks estimate it. Text is not hashed.
 """
 
 import functools
@@ -14,7 +15,18 @@ from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
-from dit_accel.patterns.base import SERVES, BlockSpace, Family, Memory, Selection, for_heads, lists_of
+from dit_accel.patterns.base import (
+    SERVES,
+    BlockSpace,
+    Family,
+    Memory,
+    Selection,
+    check_share,
+    for_heads,
+    in_order,
+    lists_of,
+    lists_until,
+)
 
 
 def _arrange(
@@ -28,8 +40,10 @@ def _arrange(
     memory: Memory,
     planes: int,
     seed: int,
+    top_p: float,
 ) -> Selection:
     """`planes`: bits of the hash, up to 30; `seed`: of the random planes."""
+    check_share("hashed", "top_p", top_p)
     if not 1 <= planes <= 30:
         raise ValueError(f"option 'planes' of family 'hashed': expected 1 to 30, got {planes!r}")
     space = BlockSpace(grid, "frame", block, query.device)
@@ -37,12 +51,17 @@ def _arrange(
     query_order, key_order = (
         _sorted_by_hash(grid, x[:, grid.video_slice].float(), normals) for x in (query, key)
     )
-    return Selection(for_heads(_band(space, density), query.shape[2]), query_order, key_order, grid, None)
+    mask, lists = _band(space, density)
+    index = for_heads(lists, query.shape[2])
+    if top_p and space.video_blocks:
+        query, key = in_order(query, query_order), in_order(key, key_order)
+        index = lists_until(space, mask, space.kept(density), query, key, scale, top_p)
+    return Selection(index, query_order, key_order, grid, None)
 
 
 @functools.lru_cache(maxsize=128)
-def _band(space: BlockSpace, density: float) -> BlockIndex:
-    """Lists of one head."""
+def _band(space: BlockSpace, density: float) -> tuple[Tensor, BlockIndex]:
+    """Mask of the video blocks, and lists of one head."""
     with torch.inference_mode(False):
         kept = space.kept(density)
         rows = torch.arange(space.blocks, device=space.device)
@@ -50,7 +69,8 @@ def _band(space: BlockSpace, density: float) -> BlockIndex:
         mask = (rows >= first) & (rows < first + kept)
         mask[space.video_blocks :] = True
         mask[:, space.video_blocks :] = True
-        return lists_of(space, mask[None, None], 1)
+        video = slice(space.video_blocks)
+        return mask[video, video], lists_of(space, mask[None, None], 1)
 
 
 # A copy to the device would have the host wait.
@@ -76,5 +96,5 @@ HASHED = Family(
     "hashed",
     static=False,
     arrange=_arrange,
-    options=MappingProxyType({"planes": 12, "seed": 0, **SERVES}),
+    options=MappingProxyType({"planes": 12, "seed": 0, "top_p": 0.0, **SERVES}),
 )

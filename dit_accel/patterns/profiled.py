@@ -5,7 +5,8 @@ of each order; the order with the smallest squared error of their output is the 
 are frame-major (their spatial heads) and space-major (temporal heads); on Wan every row also reads as many keys at the
 beginning of that order as a frame has (`sink` = 1), here out of the same budget. With the six axis orders it is the
 choice that PAROAttention (https://arxiv.org/abs/2506.16054) makes per head, from the call itself where the authors
-calibrate.
+calibrate. `top_p` > 0 lets a row stop earlier, once the best of its band hold that share of its mass, as the means of
+blocks estimate it.
 """
 
 import functools
@@ -23,9 +24,12 @@ from dit_accel.patterns.base import (
     Family,
     Memory,
     Selection,
+    check_share,
     everything,
     for_heads,
+    in_order,
     lists_of,
+    lists_until,
     with_text,
 )
 from dit_accel.patterns.samples import sampled_rows
@@ -45,20 +49,30 @@ def _arrange(
     orders: str,
     samples: int,
     sink: int,
+    top_p: float,
 ) -> Selection:
     """`orders`: their names with a plus between; `samples`: rows; `sink`: frames' worth of first keys, in any order."""
     if sink < 0:
         raise ValueError(f"option 'sink' of family 'profiled': expected at least 0, got {sink!r}")
     if samples < 1:
         raise ValueError(f"option 'samples' of family 'profiled': expected at least 1, got {samples!r}")
+    check_share("profiled", "top_p", top_p)
     names = order_names(orders)
     device, heads = query.device, query.shape[2]
     space = BlockSpace(grid, names[0], block, device)
     mask, lists = _band(space, density, -(-sink * grid.height * grid.width // block))
     index = for_heads(lists, heads)
     places = torch.stack([grid.order(name, device) for name in names])
+
+    def cut(index: BlockIndex, order: Tensor) -> BlockIndex:
+        if not top_p or not space.video_blocks:
+            return index
+        video = slice(space.video_blocks)
+        q, k = in_order(query, order), in_order(key, order)
+        return lists_until(space, mask[video, video], space.kept(density), q, k, scale, top_p)
+
     if len(names) == 1 or not space.video_blocks:
-        return Selection(index, places[:1], places[:1], grid, names[0])
+        return Selection(cut(index, places[None, :1]), places[:1], places[:1], grid, names[0])
 
     rows = places[0, sampled_rows(space, samples)]
     queries, keys, values = (x.transpose(1, 2) for x in (query.index_select(1, rows), key, value))
@@ -76,7 +90,7 @@ def _arrange(
         errors.append((output - full).square().mean((2, 3)))
     choice = torch.stack(errors, dim=-1).argmin(-1)
     order = places[choice]
-    return Selection(index, order, order, grid, None)
+    return Selection(cut(index, order), order, order, grid, None)
 
 
 # Blocks are numbered in the order they are in, so that one band serves all orders.
@@ -106,5 +120,5 @@ PROFILED = Family(
     static=False,
     arrange=_arrange,
     reads_values=True,
-    options=MappingProxyType({"orders": "fhw+hwf", "samples": 64, "sink": 0, **SERVES}),
+    options=MappingProxyType({"orders": "fhw+hwf", "samples": 64, "sink": 0, "top_p": 0.0, **SERVES}),
 )

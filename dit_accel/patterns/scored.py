@@ -9,7 +9,8 @@
 - `channels`: DoubleSparsity (https://arxiv.org/abs/2408.07092), all tokens with the few channels that weigh most in
   their scores, found per head from the call itself where the authors calibrate them.
 - `searched`: AdaSpa (https://arxiv.org/abs/2502.21079), the exact mass of every block. It costs as much as the scores
-  of dense attention and pays through `reuse`; from the second search on the first one's log-sum-exp saves a pass.
+  of dense attention and pays through `reuse`; from the second search on the first one's log-sum-exp saves a pass, and
+  the blocks of a row are compared by their shares of its mass.
   `easy` = r > 0 is its budget by head: of the heads that run together, those that hold more than r of the mass, at most
   half of all, leave half of their blocks to as many that hold least.
 
@@ -39,11 +40,11 @@ from torch import Tensor
 from dit_accel.kernels import BlockIndex
 from dit_accel.kernels.prepare import TINY
 from dit_accel.kernels.scores import (
-    STEP_LOGITS,
     antidiagonal_scores,
     block_mass,
     lowbit_scores,
     pooled_scores,
+    step_logits,
 )
 from dit_accel.patterns.base import (
     SERVES,
@@ -53,9 +54,7 @@ from dit_accel.patterns.base import (
     Option,
     check_divisor,
     check_share,
-    lists_of,
     ranked_lists,
-    with_text,
 )
 
 # score(space, kept, query, key, scale, memory, **options) -> mass [batch, heads, rows, cols] of the video blocks
@@ -140,18 +139,12 @@ def _best(
 def _by_head(space: BlockSpace, mass: Tensor, kept: int, easy: float) -> BlockIndex:
     """The best `kept` of each row on average over the heads; easy heads leave half of theirs to hard ones."""
     spare = min(kept // 2, mass.shape[-1] - kept)
-    # With the log-sum-exp of an earlier step rows do not sum to one.
-    whole = mass.sum(-1).clamp(min=TINY)
     mass.diagonal(dim1=-2, dim2=-1).add_(2.0)
-    best, blocks = mass.topk(kept + spare, dim=-1)
-    recall = ((best[..., :kept].sum(-1) - 2.0) / whole).mean(-1)
+    recall = (mass.topk(kept, dim=-1).values.sum(-1) - 2.0).mean(-1)
     rank, heads = recall.argsort(-1).argsort(-1), recall.shape[-1]
     pairs = (recall > easy).sum(-1, keepdim=True).clamp(max=heads // 2)
     budget = kept + spare * ((rank < pairs).int() - (rank >= heads - pairs).int())
-    chosen = torch.arange(kept + spare, device=mass.device) < budget[..., None, None]
-    mask = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, blocks, chosen.expand_as(blocks))
-    longest = space.blocks if space.grid.text_tokens else kept + spare
-    return lists_of(space, with_text(space, mask), heads, longest)
+    return ranked_lists(space, mass, kept + spare, budget=budget)
 
 
 def _self_similarity(space: BlockSpace, tokens: Tensor) -> Tensor:
@@ -200,7 +193,7 @@ def _coarse_then_fine(
     shares = weights / weights.sum(-1, keepdim=True).clamp(min=1)
     batch, heads, _, runs, dim = k.shape
     mass = query.new_full((batch, heads, rows, coarse, rows * coarse), -1.0, dtype=torch.float32)
-    step = max(1, STEP_LOGITS // (batch * heads * looked_at * runs * max(runs, dim)))
+    step = max(1, step_logits(k.device) // (batch * heads * looked_at * runs * max(runs, dim)))
     for first in range(0, rows, step):
         near = best[:, :, first : first + step]
         taken = near.flatten(2)[..., None, None].expand(-1, -1, -1, runs, dim)
@@ -254,6 +247,9 @@ def _searched(
     mass, memory["lse"] = block_mass(
         query, key, block_q=space.block, block_k=space.block, lse=before, scale=scale
     )
+    if before is not None:
+        # By the log-sum-exp of another step a row does not add up to 1.
+        mass /= mass.sum(-1, keepdim=True).clamp(min=TINY)
     return mass
 
 

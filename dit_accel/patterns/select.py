@@ -23,6 +23,7 @@ from dit_accel.patterns.base import (
     Selection,
     everything,
     for_heads,
+    in_order,
     lists_of,
     with_text,
 )
@@ -113,6 +114,12 @@ def select(
                 f"{argument}: expected [batch, {grid.total_tokens}, heads, dim] for {grid}, "
                 f"got {tuple(tensor.shape)}"
             )
+    if key.shape != query.shape:
+        raise ValueError(f"key: expected {tuple(query.shape)} like query, got {tuple(key.shape)}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != key.shape[:2]):
+        raise ValueError(
+            f"key_mask: expected bool {tuple(key.shape[:2])}, got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
     if block < 1:
         raise ValueError(f"block: expected at least 1 token, got {block!r}")
     numbers = tuple(range(query.shape[2])) if heads is None else tuple(heads)
@@ -164,7 +171,7 @@ def _densities(
     family: Family, options: dict[str, Option], density: float | Sequence[float], heads: int
 ) -> float | tuple[float, ...]:
     """One number, or one for each head where they differ."""
-    if isinstance(density, int | float | str):
+    if not isinstance(density, Sequence) or isinstance(density, str):
         family.check_density(density)
         return density
     for one in density:
@@ -207,7 +214,7 @@ def _chosen(
     order_name: str | None = space.order_name
     if segment:
         places = sorted_keys(space, query, key, scale, segment)
-        key = key.gather(1, places.transpose(1, 2)[..., None].expand_as(key))
+        key = in_order(key, places)
         key_order, order_name = order[0][places], None
     index = family.choose(space, kept, query, key, scale, memory=memory, **options)
     return Selection(index, order, key_order, grid, order_name)

@@ -53,9 +53,10 @@ def _run(q, k, v, partial_counts, partial, full_counts, full, valid, scale, bloc
         compute_q_blocks=False,
     )
     # The compiler's own tiles need not divide our blocks.
-    tiles: Any = (
-        {"BLOCK_M": min(block_q, 128), "BLOCK_N": min(block_k, 64)} if q.device.type == "cuda" else None
-    )
+    # Comparisons, since `min` of a symbolic size is no size that the compiler would take.
+    tiles: Any = None
+    if q.device.type == "cuda":
+        tiles = {"BLOCK_M": block_q if block_q < 128 else 128, "BLOCK_N": block_k if block_k < 64 else 64}
     return flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=tiles)
 
 

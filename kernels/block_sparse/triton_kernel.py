@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_index import BlockIndex
-from dit_accel.kernels.block_sparse.schedule import key_tiles, programs
+from dit_accel.kernels.block_sparse.schedule import heads_by_work, key_tiles, programs
 from dit_accel.kernels.prepare import LOG2E, Prepared
 
 LOG2_448 = tl.constexpr(math.log2(448.0))
@@ -109,6 +109,7 @@ def block_sparse_forward(
     mean_bias,  # float32 [batch or 1, heads or 1, cols]
     read,  # int32 [batch or 1, heads, rows, words], bit c % 32 of word c // 32: block c is in the row's list
     query_order,  # int64 [batch or 1, heads or 1, seq_q], read with ORDERED
+    head_order,  # int32 [batch * heads]: batch element * heads + head, in the order of launch
     programs,  # int32 [batch or 1, heads, programs_of_head, 3]: row, first query, query behind the row
     counts,  # int32 [batch or 1, heads, rows], of full tiles with VARYING
     offsets,  # int64 [batch or 1, heads, rows]
@@ -175,8 +176,9 @@ def block_sparse_forward(
     # Without a key mask only the last block of a list can be short, so only its tiles need a mask.
     MASK_ALL: tl.constexpr = HAS_VALID or (BLOCK_K % TILE_K != 0 and not VARYING)
 
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    o_head = tl.load(head_order + tl.program_id(1)).to(tl.int64)
+    batch = o_head // heads
+    head = o_head % heads
     p_lists = batch * stride_index + head * rows
     p_program = programs + (batch * stride_programs + head * programs_of_head + tl.program_id(0)) * 3
     row = tl.load(p_program)
@@ -189,7 +191,6 @@ def block_sparse_forward(
     o_d = tl.arange(0, TILE_D)
     m_d = o_d < DIM
     o_tile = tl.arange(0, TILE_K)
-    o_head = batch * heads + head
 
     p_k = k + batch * stride_kb + head * stride_kh
     p_v = v + batch * stride_vb + head * stride_vh
@@ -443,6 +444,7 @@ def attention(
         given(None if means is None else means.bias),
         read,
         given(order),
+        heads_by_work(work, batch),
         launched,
         counts if tiles is None else tiles.full_counts,
         offsets,

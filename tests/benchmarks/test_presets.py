@@ -234,9 +234,11 @@ def test_a_killed_comparison_goes_on_where_it_was(killed, capsys):
 def test_a_plan_of_ours_stands_among_them(tmp_path, capsys):
     pipe = load_demo(torch.bfloat16, "cpu")
     sizes = {"height": 48, "width": 64, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 5.0}
-    presets.calibrate(
-        pipe, ["a red circle moves left"], **sizes, density=0.9, output_dir=tmp_path / "plan", progress=False
-    )
+    for folder, seed in (("plan", 1000), ("seen", 1)):
+        presets.calibrate(
+            pipe, ["a red circle moves left"], **sizes, density=0.9, seed=seed, output_dir=tmp_path / folder,
+            progress=False,
+        )  # fmt: skip
     before = (tmp_path / "plan" / "accel_config.json").read_bytes()
     arguments = [
         *TINY, "--steps", "2", "--only", "natten", "--stage", "generations", "--density", "0.6",
@@ -251,6 +253,11 @@ def test_a_plan_of_ours_stands_among_them(tmp_path, capsys):
     assert ours["psnr_mean"] > 10
     assert (tmp_path / "plan" / "accel_config.json").read_bytes() == before
     capsys.readouterr()
+    seen = [str(tmp_path / "seen") if a == str(tmp_path / "plan") else a for a in arguments]
+    with pytest.raises(SystemExit):
+        presets.main([*seen, "--prompts", "2"])
+    told = capsys.readouterr().err
+    assert "expected seeds other than those of the held-out prompts, 0 to 1, got 1; calibrate with" in told
     presets.main(arguments)
     assert "generation 1" not in capsys.readouterr().err
 

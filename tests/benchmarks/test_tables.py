@@ -65,6 +65,7 @@ def test_gpu_table_shows_what_failed_as_a_dash() -> None:
                 "results": {
                     "sdpa-cudnn": {"p50": 8.0, "speedup_over_cudnn": 1.0},
                     "int8": {"speedup_over_cudnn": 4.0},
+                    "layer:pooled:64:int8": {"speedup_over_cudnn": 3.5},
                 },
             },
             {"shape": "flux", "asked": 0.1, "error": "out of memory"},
@@ -73,7 +74,15 @@ def test_gpu_table_shows_what_failed_as_a_dash() -> None:
     lines = tables.TABLES["gpu"][1](report).splitlines()
     assert lines[2] == "| wan | 0.25 | 8.00 | – | – | 4.00× | – | – | – | – |"
     assert lines[3] == "| flux | 0.10 | – | – | – | – | – | – | – | – |"
+    assert lines[-5:-2] == [
+        "| shape | density | cuDNN ms | `pooled:64:int8` |",
+        "| --- | ---: | ---: | ---: |",
+        "| wan | 0.25 | 8.00 | 3.50× |",
+    ]
     assert lines[-1].startswith("1 of 2 correctness checks passed; GPU, bfloat16")
+    for row in report["rows"]:
+        row.get("results", {}).pop("layer:pooled:64:int8", None)
+    assert "Whole layers" not in tables.TABLES["gpu"][1](report)
 
 
 def test_gate_table_shows_the_worst_of_each_precision() -> None:

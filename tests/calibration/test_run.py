@@ -173,6 +173,7 @@ def test_what_the_calibration_saw_is_recorded(uninterrupted, arguments):
     total, chosen = sum(part["error"] for part in parts), plan.validated["trials"][-1]
     assert total == pytest.approx(chosen["error_expected"])
     assert sum(part["attention_ms"] for part in parts) == pytest.approx(chosen["attention_ms_expected"])
+    assert all(0 < trial["attention_ms"] < 1000 * trial["seconds"] for trial in plan.validated["trials"])
     expected = [p["quality_expected"] for p in plan.validated["frontier"] if "quality_expected" in p]
     assert expected == sorted(expected)
     assert len(expected) > 5

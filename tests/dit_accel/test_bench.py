@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
+from functools import partial
 
 import pytest
 import torch
 
-from dit_accel.bench import cpu, gate
+from dit_accel.bench import cpu, gate, gpu
 from dit_accel.bench.problem import SHAPES, Shape, block_mask, index_of
 from dit_accel.bench.timing import in_turns, quantile
+from dit_accel.bench.workers import TaskError, Worker, compile_ahead
 from dit_accel.cli import main
 from dit_accel.kernels.ahead import SHARED_LIMITS, Compiled, Configuration
+
+CPU = torch.device("cpu")
 
 
 def test_shipped_configurations_leave_out_what_a_chip_lacks():
@@ -76,6 +82,56 @@ def spilling(configuration, architecture):
 def test_failures_are_one_line(arguments, message, capsys):
     assert main(["bench", *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_compiling_ahead_outlives_what_fails_and_ends_in_time(tmp_path):
+    files = [tmp_path / name for name in "ab"]
+    tasks = [partial(files[0].write_text, "x"), partial(int, "no number"), partial(files[1].write_text, "x")]
+    assert compile_ahead(tasks, CPU, 120.0) == 3
+    assert all(file.is_file() for file in files)
+    assert compile_ahead([partial(time.sleep, 600.0)], CPU, 0.1) == 0
+
+
+def test_a_worker_that_dies_or_hangs_makes_way_for_a_new_one():
+    worker = Worker(CPU)
+    try:
+        first = worker.run(os.getpid, 120.0)
+        assert first != os.getpid()
+        with pytest.raises(TaskError, match="ValueError: invalid literal for int"):
+            worker.run(partial(int, "no number"), 120.0)
+        assert worker.run(os.getpid, 120.0) == first
+        with pytest.raises(TaskError, match="its process died"):
+            worker.run(partial(os._exit, 3), 120.0)
+        second = worker.run(os.getpid, 120.0)
+        assert second != first
+        with pytest.raises(TaskError, match="did not end within 0 s"):
+            worker.run(partial(time.sleep, 600.0), 0.2)
+        assert worker.run(os.getpid, 120.0) not in (first, second)
+    finally:
+        worker.stop()
+
+
+def test_every_call_of_a_row_has_a_name_before_it_is_made():
+    for shape in (SHAPES["flux-1024"], SHAPES["cogvideox1.5"]):
+        dense, sparse = (gpu.names_of_calls(shape, density) for density in (1.0, 0.25))
+        assert {"native", "int8_fp8", "prepare:fp8", "select", "partition", "flex"} <= set(dense)
+        layers = {"layer:" + ":".join(map(str, way)) for way in gpu.WHOLE}
+        assert layers == {name for name in sparse if name.startswith("layer:")}
+        assert not layers & set(dense)
+
+
+def test_models_shapes_are_those_of_their_grids():
+    for shape in SHAPES.values():
+        assert shape.tokens == shape.grid.total_tokens
+    tokens = {name: shape.tokens for name, shape in SHAPES.items()}
+    assert tokens == {
+        "wan2.1-1.3b-480p": 32_760,
+        "wan2.1-14b-720p": 75_600,
+        "hunyuanvideo-720p": 118_800 + 256,
+        "cogvideox1.5": 45_106,
+        "flux-1024": 4_608,
+        "flux-2048": 16_896,
+    }
 
 
 def test_cpu_suite_measures_every_density():

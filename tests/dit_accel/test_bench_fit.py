@@ -64,7 +64,7 @@ def test_coefficients_are_never_negative():
 
 def test_lists_that_load_a_gpu_unevenly_cost_more():
     index = mixed_index(Shape(1_500, 4, 64), CPU)
-    efficiency = simulate(index, slots=96, policy="longest_first_per_head").efficiency
+    efficiency = simulate(index, slots=96).efficiency
     assert efficiency < 0.95
     even, uneven = features(index, 64, None), features(index, 64, 96)
     assert uneven[:3] == even[:3]

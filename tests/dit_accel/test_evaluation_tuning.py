@@ -53,6 +53,21 @@ class TestTune:
         assert 0.25 <= found.chosen.value < 0.27
         assert all(0.03 <= value <= 0.9 for value in seen)
 
+    @pytest.mark.parametrize("crossing", [0.99, 0.9, 0.4])
+    def test_what_shares_leave_is_searched_evenly(self, crossing):
+        dial = Dial("x", "preset:pooled@1.0:top_p={}", 0.999, 0.2, share=True)
+        seen = []
+
+        def measure(value):
+            seen.append(value)
+            return Probe(value, 30.0 if value >= crossing else 20.0, 1 - value)
+
+        found = tune(dial, 30.0, 6, measure)
+        assert found.reached
+        assert 1 - crossing >= 1 - found.chosen.value > 0.8 * (1 - crossing)
+        assert seen[0] == 0.9717
+        assert all(0.2 < value < 0.999 for value in seen)
+
     @pytest.mark.parametrize("crossing", range(1, 9))
     def test_whole_dials_are_searched_exactly(self, crossing):
         dial = Dial("x", "preset:taylorseer:max_skips={}", 1, 7)

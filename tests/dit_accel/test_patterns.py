@@ -279,6 +279,21 @@ def test_a_second_search_reads_the_keys_once_with_the_first_one_s_sums(monkeypat
     assert torch.equal(*masks)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.6}, {"easy": 0.2}], ids=str)
+def test_a_second_search_of_other_tokens_compares_shares_of_a_row(options: dict) -> None:
+    """The log-sum-exp is that of smaller scores, so that sums by it are above 1."""
+    grid, memory = TokenGrid(5, 7, 9), {}
+    query, key = tokens(grid)
+    arguments = {"density": 0.3, "block": BLOCK, **options}
+    select("searched", 0.2 * query, key, grid, state=memory, **arguments)
+    later = select("searched", query, key, grid, state=memory, **arguments).index.to_mask()
+    alone = select("searched", query, key, grid, **arguments).index.to_mask()
+    assert later.diagonal(dim1=2, dim2=3).all()
+    # Within a block of rows those that differ most from the step before weigh most, so the choice is not the same.
+    assert float((later & alone).sum() / alone.sum()) > 0.4
+    assert float(later.sum()) == pytest.approx(float(alone.sum()), rel=0.2)
+
+
 def test_radial_reads_narrower_neighbourhoods_of_frames_further_away() -> None:
     grid = TokenGrid(9, 8, 16)  # frames of eight blocks of 16: a block is one row of the picture
     mask = chosen("radial", grid, 0.35).index.to_mask()[0, 0]

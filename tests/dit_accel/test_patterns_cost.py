@@ -78,6 +78,9 @@ MEASURED = [
     pytest.param("pooled", {"coarse": 4}, False, 1, id="pooled-coarse-parts"),
     pytest.param("profiled", {"orders": "fhw+fwh+hwf"}, False, 1, id="profiled-three"),
     pytest.param("profiled", {"orders": "whf"}, False, 1, id="profiled-one"),
+    pytest.param("profiled", {"orders": "fhw+hwf", "top_p": 0.9}, False, 1, id="profiled-until"),
+    pytest.param("profiled", {"orders": "whf", "top_p": 0.9}, False, 1, id="profiled-one-until"),
+    pytest.param("hashed", {"top_p": 0.9}, False, 1, id="hashed-until"),
     pytest.param("clustered", {"query_clusters": 4}, True, 1, id="clustered-later"),
     pytest.param("balanced", {}, True, 1, id="balanced-later"),
     # On a CPU one product serves both passes of the first search.

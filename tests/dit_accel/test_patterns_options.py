@@ -298,6 +298,56 @@ def test_a_budget_that_cannot_be_is_refused(name: str, options: dict, message: s
         select(name, query, key, GRID, density=0.3, block=BLOCK, **options)
 
 
+# -------------------------------------------------------------------------------------------------- bands until a share
+
+
+@pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 7, 9, text_tokens=20)], ids=["video", "text"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("hashed", {"planes": 6}), ("profiled", {"samples": 20}), ("profiled", {"orders": "hwf"})],
+)
+def test_bands_stop_at_a_share_of_the_mass(name: str, options: dict, grid: TokenGrid) -> None:
+    query, key, value = tensors(grid)
+    query *= 8.0
+    arguments = {"density": 0.6, "block": BLOCK, "value": value, **options}
+    whole = select(name, query, key, grid, **arguments)
+    part = select(name, query, key, grid, top_p=0.5, **arguments)
+    assert torch.equal(part.query_order, whole.query_order)
+    assert torch.equal(part.key_order, whole.key_order)
+    rows = BlockSpace(grid, "frame", BLOCK, query.device).video_blocks
+    band, kept = (found.index.to_mask().expand(2, 3, -1, -1) for found in (whole, part))
+    assert not (kept & ~band).any()
+    assert kept[:, :, :, rows:].all()
+    assert kept[:, :, rows:].all()
+    band, kept = band[:, :, :rows, :rows], kept[:, :, :rows, :rows]
+    assert kept.sum() < band.sum()
+    # By the definition, row by row: means of blocks, the best of the band until half of the row's mass.
+    orders = [
+        o.expand(2, 3, -1) if o.ndim == 3 else o.expand(2, -1, -1).expand(2, 3, -1)
+        for o in (part.query_order, part.key_order)
+    ]
+    sizes = [min(BLOCK, grid.video_tokens - at) for at in range(0, rows * BLOCK, BLOCK)]
+    for b in range(2):
+        for h in range(3):
+            q, k = (
+                x[b, order[b, h], h].split(BLOCK)[:rows]
+                for x, order in zip((query, key), orders, strict=True)
+            )
+            q, k = (
+                torch.stack([x[:size].mean(0) for x, size in zip(parts, sizes, strict=True)])
+                for parts in (q, k)
+            )
+            mass = (q @ k.T * 8**-0.5 + torch.tensor(sizes).log()).softmax(-1)
+            for row in range(rows):
+                wanted, held = [], 0.0
+                for col in mass[row].masked_fill(~band[b, h, row], -1.0).argsort(descending=True).tolist():
+                    if held >= 0.5 or not band[b, h, row, col]:
+                        break
+                    wanted.append(col)
+                    held += float(mass[row, col])
+                assert kept[b, h, row].nonzero()[:, 0].tolist() == sorted(wanted)
+
+
 # --------------------------------------------------------------------------------------------------------- two steps
 
 
@@ -476,11 +526,15 @@ def test_options_take_every_dtype(name: str, options: dict, dtype: torch.dtype) 
         ("lowbit", {}),
         ("channels", {}),
         ("searched", {}),
+        ("searched", {"easy": 0.3}),
         ("clustered", {"iterations": 1}),
+        ("clustered", {"iterations": 1, "top_p": 0.9, "least": 0.1}),
         ("balanced", {}),
         ("balanced", {"top_p": 0.9}),
         ("hashed", {}),
+        ("hashed", {"top_p": 0.9}),
         ("profiled", {}),
+        ("profiled", {"top_p": 0.9}),
     ],
 )
 def test_nothing_waits_for_numbers_of_the_device(name: str, options: dict, grid: TokenGrid) -> None:

@@ -261,9 +261,9 @@ def test_even_attention_is_held_as_far_as_the_density_goes(name: str, grid: Toke
     cols = -(-grid.total_tokens // BLOCK)
     # Clusters are kept whole, so that they have to be small.
     options = {"key_clusters": 300, "iterations": 2} if name == "clustered" else {}
-    for density in (0.25, -(-0.97 * cols // 1) / cols):
+    for density in (0.25, min(1.0, (-(-0.97 * cols // 1) + 1) / cols)):  # the last block is a short one
         found = select(name, query, key, grid, density=density, block=BLOCK, value=key, **options)
         shares = found.mask()[:, :, grid.video_slice].float().mean(-1)
         assert shares.mean() == pytest.approx(density, abs=1.0 / cols)
         if density > 0.9:
-            assert shares.mean() >= 0.97 - 1.0 / cols
+            assert shares.mean() >= 0.97

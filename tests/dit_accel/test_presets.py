@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from dit_accel.calibration import published_candidates
 from dit_accel.grid import AXIS_ORDERS, TokenGrid
 from dit_accel.patterns import Selection, select
 from dit_accel.plan import AccelPlan
@@ -531,7 +532,15 @@ def test_what_authors_calibrate_is_said():
     assert {name for name, preset in PRESETS.items() if preset.calibrated} == named
     for name in PRESETS:
         said = AccelPlan.preset(name).objective.get("uncalibrated", "")
-        assert (name in named) == said.endswith("dit_accel.calibrate chooses for each")
+        assert (name in named) == said.endswith(
+            f"dit_accel.calibrate(..., candidates={name!r}) chooses for each"
+        )
+        if name in named:
+            dense, *others = published_candidates(name)
+            assert dense.is_dense
+            assert PRESETS[name].family in {c.family for c in others} | {"profiled"}
+            assert len(set(others)) == len(others) > 3
+            assert all((c.precision, c.remainder) == ("native", 0.0) for c in others)
     assert (
         "calibrate the window of each head" in AccelPlan.preset("sta", density=0.2).objective["uncalibrated"]
     )

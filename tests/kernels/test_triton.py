@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from dit_accel.kernels.ahead import SHARED_LIMITS, Configuration, compile_attention
+from dit_accel.kernels import prepare_triton
+from dit_accel.kernels.ahead import SHARED_LIMITS, Configuration, _tool, compile_attention
+from dit_accel.kernels.block_sparse import schedule, triton_kernel
 
 HERE = Path(__file__).parent
 
@@ -24,7 +29,7 @@ def test_interpreted():
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^94 passed", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^105 passed", result.stdout, re.MULTILINE), result.stdout
 
 
 BF16_64 = Configuration(64, 64, 64)
@@ -90,6 +95,80 @@ def test_compiles(architecture, configuration, tmp_path, monkeypatch):
     assert not compiled.stack, compiled
     assert not compiled.local, compiled
     assert compiled.shared <= SHARED_LIMITS[architecture], compiled
+
+
+ORDER = {"order": "*i64", "mask": "*i1", "mean": "*fp32", "scales": "*fp32"}
+SIZES = {"DIM": 128, "TILE_D": 128, "TILE": 64, "ORDERED": True}
+RANGE = {"INT8": True, "LARGEST": 127.0, "SMALLEST": 1e-20}
+TOKENS = {"k": "*bf16", "v": "*bf16", "q": "*bf16"}
+AROUND = [
+    pytest.param(
+        "_pool",
+        {"starts": "*i32", **dict.fromkeys(("mean_k", "mean_v", "largest_v", "counts"), "*fp32")},
+        {"BLOCK": 64, "TILE": 32, "MASKED": True, "VARYING": varying},
+        id=f"pool{'-varying' * varying}",
+    )
+    for varying in (False, True)
+] + [
+    pytest.param(
+        "_quantise_keys",
+        {"out": eight},
+        {"GROUP": 64, "MASKED": True, "PER_TOKEN": each, **RANGE, "INT8": eight == "*i8"},
+        id=f"keys-{eight[1:]}{'-each' * each}",
+    )
+    for eight, each in (("*i8", False), ("*i8", True), ("*fp8e4nv", False))
+] + [
+    pytest.param(
+        "_quantise_queries",
+        {"out": eight, "shift": "*fp32", "scale": "fp32"},
+        {"LOG2E_": 1.4426950408889634, **RANGE, "INT8": eight == "*i8"},
+        id=f"queries-{eight[1:]}",
+    )
+    for eight in ("*i8", "*fp8e4nv")
+] + [
+    pytest.param("_quantise_values", {"out": "*fp8e4nv"}, {"MASKED": True}, id="values"),
+    pytest.param(
+        "_cut",
+        {"offsets": "*i64", **dict.fromkeys(
+            ("counts", "indices", "starts", "full_counts", "full", "part_counts", "parts"), "*i32"
+        )},
+        {"TILE": 64, "ALIGN": 16, "CHUNK": 64},
+        id="cut",
+    ),
+    pytest.param(
+        "_mark_read",
+        {"offsets": "*i64", **dict.fromkeys(("read", "counts", "indices"), "*i32")},
+        {"TILE": 64},
+        id="mark-read",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "dim"), [("sm_90", 256), ("sm_100", 128)])
+@pytest.mark.parametrize(("name", "pointers", "constants"), AROUND)
+def test_what_runs_around_attention_compiles(
+    name, pointers, constants, architecture, dim, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = next(getattr(m, name) for m in (prepare_triton, schedule, triton_kernel) if hasattr(m, name))
+    types = ORDER | TOKENS | pointers
+    sizes = SIZES | {"DIM": dim, "TILE_D": dim}
+    if name == "_quantise_values" and dim > 128:
+        sizes["TILE"] = 32  # as the launcher has it
+    constants = {key: value for key, value in (sizes | constants).items() if key in kernel.arg_names}
+    signature, attributes = {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        signature[argument] = "constexpr" if argument in constants else types.get(argument, "i32")
+        if signature[argument].startswith("*"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", int(architecture[3:]), 32)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True})
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    usage = _tool("cuobjdump", "-res-usage", str(file))
+    for resource in ("STACK", "LOCAL"):
+        assert re.search(rf"{resource}:(\d+)", usage)[1] == "0", usage
 
 
 def test_precisions_that_a_chip_does_not_multiply_are_refused():
