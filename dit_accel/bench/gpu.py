@@ -132,7 +132,7 @@ def run(
         os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
         # One shape of each head dim compiles nearly all that the others need.
         smallest = {shape.dim: shape for _, shape in reversed(by_size)}.values()
-        tasks = [
+        tasks: list[Callable[[], object]] = [
             partial(call_once, shape, density, name, device)
             for shape, density in product(smallest, (1.0, WHOLE_DENSITIES[0]))
             for name in names_of_calls(shape, density)
