@@ -19,6 +19,7 @@ from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 
 TOLERANCE_DB = 0.5  # a plan may exceed the target by this much before a faster one is looked for
 _AIM_DB = TOLERANCE_DB / 2
+QUOTED_DB = 0.05  # less is met: 29.95 dB is told as 30.0
 _LARGEST_MOVE = 1.0  # decades of error beyond the points measured so far
 
 # What is believed before the first generation, as (mean, standard deviation).
@@ -113,7 +114,7 @@ def search(
 
     Prompts take turns while the error is moved; a plan that should be right is then measured on the others
     too. Ends when a plan measured on every prompt lies in [target, target + TOLERANCE_DB], or after
-    `max_trials` generations.
+    `max_trials` generations. What misses the target by less than `QUOTED_DB` meets it.
 
     Args:
         measure: `measure(pick, prompt)` generates and returns the quality in dB.
@@ -141,11 +142,20 @@ def search(
         quality = measure(picks[name], prompt)
         trials.append(Trial(name, prompt, math.log10(error), quality, leaves_out_steps(picks[name])))
         values = _measured(trials, name)
-        if len(values) == prompts and target <= fmean(values.values()) <= target + TOLERANCE_DB:
+        if len(values) == prompts and _in_band(fmean(values.values()), target):
             break
     name = _best(trials, prompts, target)
     quality = _expected(trials, name, prompts, target)
-    return Outcome(picks[name], quality, quality >= target, tuple(trials))
+    return Outcome(picks[name], quality, meets(quality, target), tuple(trials))
+
+
+def meets(quality: float, target: float) -> bool:
+    """Whether a quality is at least the target, to the digits that it is told with; both in dB."""
+    return quality >= target - QUOTED_DB
+
+
+def _in_band(quality: float, target: float) -> bool:
+    return meets(quality, target) and quality <= target + TOLERANCE_DB
 
 
 def leaves_out_steps(found: Pick) -> bool:
@@ -164,12 +174,12 @@ def _next(offers: Sequence[Offer], trials: Sequence[Trial], prompts: int, target
 
 
 def _best(trials: Sequence[Trial], prompts: int, target: float) -> str:
-    """The fastest plan that was measured to meet the target, else is expected to, else the most faithful."""
-    good = [trial for trial in trials if _expected(trials, trial.plan, prompts, target) >= target]
+    """The fastest plan that was measured to meet the target, else is expected to, else the one that comes nearest."""
+    good = [trial for trial in trials if meets(_expected(trials, trial.plan, prompts, target), target)]
     measured = [trial for trial in good if len(_measured(trials, trial.plan)) == prompts]
     if measured or good:
         return max(measured or good, key=lambda trial: trial.log_error).plan
-    return min(trials, key=lambda trial: trial.log_error).plan
+    return max(trials, key=lambda trial: _expected(trials, trial.plan, prompts, target)).plan
 
 
 def _measured(trials: Sequence[Trial], plan: str) -> dict[int, float]:
@@ -189,6 +199,6 @@ def _unfinished(trials: Sequence[Trial], prompts: int, target: float) -> tuple[s
     """A (plan, prompt) worth completing: measured on some prompts, expected to land in the band on all."""
     for plan in dict.fromkeys(trial.plan for trial in reversed(trials)):
         missing = sorted(set(range(prompts)) - set(_measured(trials, plan)))
-        if missing and target <= _expected(trials, plan, prompts, target) <= target + TOLERANCE_DB:
+        if missing and _in_band(_expected(trials, plan, prompts, target), target):
             return plan, missing[0]
     return None

@@ -13,7 +13,7 @@ import torch
 from dit_accel.calibration.goals import QUALITIES, Goal
 from dit_accel.calibration.knapsack import dense_cost, range_cost, range_error
 from dit_accel.calibration.offers import Offer, Pick, frontier, pick_for_cost
-from dit_accel.calibration.search import Line, Outcome, Trial, search
+from dit_accel.calibration.search import Line, Outcome, Trial, meets, search
 from dit_accel.calibration.stages import AcceleratedRun, DenseRun, Stages
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 from dit_accel.plan import AccelPlan
@@ -191,7 +191,7 @@ class Validation:
             run = of_prompt[0].run if of_prompt else self._accelerated(found, number)
             levels.append(quality.decibel(getattr(run, quality.metric)))
         self._stages.skip(len(self._prompts) - 1 - (len(self._tried) - made))
-        self._met = fmean(levels) >= quality.decibel(self._goal.value)
+        self._met = meets(fmean(levels), quality.decibel(self._goal.value))
         return {f"{quality.metric}_calibration": quality.value(fmean(levels))}
 
     def _sure_of(self, made: Sequence[AcceleratedRun]) -> dict[str, float | None]:

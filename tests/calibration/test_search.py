@@ -81,6 +81,25 @@ def test_unreachable_target_gives_the_most_faithful_plan_tried():
     assert found.quality < 40
 
 
+def test_where_none_meets_the_target_the_one_that_came_nearest_is_taken():
+    values = iter([27.5, 27.0])
+    tried = []
+
+    def measure(one: Pick, prompt: int) -> float:
+        tried.append(one.name)
+        return next(values)
+
+    found = search([Offer(None, tables())], 1, 28.0, measure, max_trials=2)
+    assert (found.met, found.quality, found.pick.name) == (False, 27.5, tried[0])
+
+
+@pytest.mark.parametrize(("quality", "trials"), [(27.96, 1), (27.94, 2)])
+def test_a_target_missed_by_less_than_is_told_is_met(quality, trials):
+    values = iter([quality, 20.0])
+    found = search([Offer(None, tables())], 1, 28.0, lambda *_: next(values), max_trials=2)
+    assert (found.met, len(found.trials), found.quality) == (trials == 1, trials, quality)
+
+
 def test_dense_is_the_answer_when_nothing_else_is_worth_it():
     t = tables()
     slow = Tables(t.error, t.cost + 100 * t.calls[:, None], t.plain_cost, t.density, t.calls, t.dense)
