@@ -30,13 +30,13 @@ class GuardMemory:
     """What the guard found in one generation.
 
     pending: verdicts not yet read, by layer; dense: the heads it made dense; last: by guidance branch and layer, the
-    forward that was checked last.
+    forward that was checked last and the range of the plan that it was in.
     """
 
     pending: dict[int, Tensor]
     dense: Tensor  # bool [layers, heads]
     checks: int = 0
-    last: dict[tuple[str, int], int] = field(default_factory=dict)
+    last: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
 
 
 class Guard:
@@ -52,7 +52,8 @@ class Guard:
         plan: a calibrated plan, with `rel_l2` and a dense candidate.
         factor, usual, floor: see above, without unit.
         rows: query rows that are compared, per head; of a sequence of n tokens they cost rows ÷ n of dense attention.
-        every: denoising steps, at least, from one check to the next; a cache may skip those in between.
+        every: denoising steps, at least, from one check to the next; a cache may skip those in between. The first step
+            of each range of the plan, where heads change their patterns, is checked in any case.
 
     Raises:
         ValueError: a plan that was not calibrated.
@@ -91,11 +92,15 @@ class Guard:
         """For a new generation."""
         return GuardMemory({}, torch.zeros(self._shape, dtype=torch.bool))
 
-    def due(self, memory: GuardMemory, branch: str, layer: int, forward: int) -> bool:
-        """Whether a layer is checked in the forward with this number in its branch; then it counts as checked."""
-        if forward - memory.last.get((branch, layer), -self.every) < self.every:
+    def due(self, memory: GuardMemory, branch: str, layer: int, forward: int, number: int) -> bool:
+        """Whether a layer is checked in the forward with this number in its branch; then it counts as checked.
+
+        number: of the plan's range.
+        """
+        before = memory.last.get((branch, layer))
+        if before is not None and forward - before[0] < self.every and number == before[1]:
             return False
-        memory.last[branch, layer] = forward
+        memory.last[branch, layer] = forward, number
         return True
 
     def row(self, row: Tensor, layer: int, memory: GuardMemory) -> Tensor:

@@ -192,8 +192,8 @@ def test_heads_that_err_later_go_dense_from_the_next_step_on(wan_pipeline):
         return {}
 
     pipe.latents(steps=10, callback_on_step_end=look)
-    # Checked at steps 1, 5 and 9; the range begins before the last of these, whose verdicts the other branch reads.
-    assert found == [0] * 8 + [2, 2]
+    # Checked at steps 1, 5 and 8, where the range begins; the other branch reads the verdicts of the first.
+    assert found == [0] * 7 + [2, 2, 2]
     assert stats(pipe)["guarded_heads"] == 2
 
 
@@ -201,9 +201,21 @@ def test_a_check_waits_for_a_step_that_is_computed(tiny):
     guard = Guard(plan_of(tiny("wan").transformer, torch.ones(2, 2)), every=4)
     memory = guard.memory()
     computed = [1, 2, 3, 4, 6, 8, 10, 11, 12, 13, 14]
-    assert [step for step in computed if guard.due(memory, "cond", 0, step)] == [1, 6, 10, 14]
-    assert guard.due(memory, "uncond", 0, 2)
-    assert guard.due(memory, "cond", 1, 14)
+    assert [step for step in computed if guard.due(memory, "cond", 0, step, 0)] == [1, 6, 10, 14]
+    assert guard.due(memory, "uncond", 0, 2, 0)
+    assert guard.due(memory, "cond", 1, 14, 0)
+
+
+def test_every_range_is_checked_where_it_begins(tiny):
+    guard = Guard(plan_of(tiny("wan").transformer, torch.ones(2, 2)), every=4)
+    memory = guard.memory()
+    ranges = {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2, 8: 2, 9: 2, 10: 2}
+    assert [step for step, number in ranges.items() if guard.due(memory, "cond", 0, step, number)] == [
+        1,
+        3,
+        6,
+        10,
+    ]
 
 
 @pytest.mark.parametrize("change", [{"rel_l2": None}, {"candidates": (SPARSE, SPARSE)}])
