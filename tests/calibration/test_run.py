@@ -16,9 +16,11 @@ from diffusers import FirstBlockCacheConfig, WanPipeline
 
 import dit_accel
 from dit_accel import AccelPlan
-from dit_accel.calibration import calibrate, default_candidates, stages
+from dit_accel.calibration import calibrate, default_candidates, published_candidates, stages
 from dit_accel.calibration.cost import Latency
 from dit_accel.calibration.validate import lower_bound
+from dit_accel.evaluation.generate import generate
+from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.guard import Guard
 from dit_accel.plan import Candidate
 
@@ -62,6 +64,20 @@ def measured_once(lively_wan_dir, arguments, density_clock, tmp_path_factory):
     directory = tmp_path_factory.mktemp("calibrated") / "plan"
     calibrate(WanPipeline.from_pretrained(lively_wan_dir), **arguments, density=0.5, output_dir=directory)
     return directory
+
+
+@pytest.mark.parametrize("system", ["sparse-vdit", "svoo"])
+@pytest.mark.usefixtures("density_clock")
+def test_a_published_system_is_calibrated_by_its_name(pipe, arguments, system):
+    plan = calibrate(pipe, **arguments, density=0.6, candidates=system)
+    assert plan.candidates == published_candidates(system)
+    assert 0.3 < plan.density_mean < 0.8
+    dit_accel.enable(pipe, plan)
+    generate(pipe, "a blue square", GenerationSettings(144, 176, 5, 3, 4.0), seed=1)
+    assert dit_accel.stats(pipe)["sparse_calls"] > 0
+    dit_accel.disable(pipe)
+    with pytest.raises(ValueError, match="or a system that its authors calibrate .*, got 'nonsense'"):
+        calibrate(pipe, **arguments, density=0.6, candidates="nonsense")
 
 
 def test_density_plan_runs_at_its_density(pipe, arguments, tmp_path):
