@@ -600,8 +600,10 @@ def _semantic(runs: list[dict[str, Any]]) -> float:
 
 def draw_masks(bench: Bench, path: Path) -> None:
     """Draw what every family keeps of one head in the middle of denoising: the one where they differ most in recall."""
-    families = [family.name for family in FAMILIES.values() if family.density is None]
-    candidates = [Candidate(name, bench.density) for name in families]
+    families = list(FAMILIES)
+    densities = [bench.density if f.density is None else f.density for f in FAMILIES.values()]
+    candidates = [Candidate(*pair) for pair in zip(families, densities, strict=True)]
+    choosing = [number for number, f in enumerate(FAMILIES.values()) if f.density is None]
     calls: list[tuple[Tensor, Tensor, Tensor, TokenGrid]] = []
     recalls: list[Tensor] = []  # [heads, families] of each layer
 
@@ -612,12 +614,14 @@ def draw_masks(bench: Bench, path: Path) -> None:
             recalls.append(found.mass / found.rows)
 
     watch(bench, 0, bench.settings.with_steps(PICTURE_STEPS), use)
-    spread = torch.stack(recalls).std(2)  # [layers, heads]
+    spread = torch.stack(recalls)[..., choosing].std(2)  # [layers, heads]
     layer, head = divmod(int(spread.argmax()), spread.shape[1])
     query, key, value, grid = calls[layer]
     panels = [attention_panel(query[0, :, head], key[0, :, head], grid)]
-    for name, recall in zip(families, recalls[layer][head].tolist(), strict=True):
-        selection = select(name, query, key, grid, density=bench.density, value=value)
+    for (name, density), recall in zip(
+        zip(families, densities, strict=True), recalls[layer][head].tolist(), strict=True
+    ):
+        selection = select(name, query, key, grid, density=density, value=value)
         panels.append(family_panel(name, selection, head, recall))
     title = (
         f"What each family keeps of one head at density {bench.density:g}: layer {layer}, head {head} of the demo "
