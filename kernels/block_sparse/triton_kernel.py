@@ -176,9 +176,10 @@ def block_sparse_forward(
     # Without a key mask only the last block of a list can be short, so only its tiles need a mask.
     MASK_ALL: tl.constexpr = HAS_VALID or (BLOCK_K % TILE_K != 0 and not VARYING)
 
-    o_head = tl.load(head_order + tl.program_id(1)).to(tl.int64)
-    batch = o_head // heads
-    head = o_head % heads
+    number = tl.load(head_order + tl.program_id(1))
+    batch = (number // heads).to(tl.int64)
+    head = (number % heads).to(tl.int64)
+    o_head = batch * heads + head
     p_lists = batch * stride_index + head * rows
     p_program = programs + (batch * stride_programs + head * programs_of_head + tl.program_id(0)) * 3
     row = tl.load(p_program)
