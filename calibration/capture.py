@@ -23,12 +23,27 @@ _GOLDEN = 0.6180339887498949  # its multiples fill [0, 1) evenly, so calls sampl
 Once = Callable[[AccelState, int, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
+_CONDITIONAL, _UNCONDITIONAL = "cond", "uncond"
+
+
+def _branches(state: AccelState, query: Tensor) -> list[tuple[str, slice]]:
+    """The guidance branches of the running forward, and where they are in its batch."""
+    if not state.paired:
+        return [(state.branch, slice(None))]
+    half = query.shape[0] // 2
+    return [(_CONDITIONAL, slice(half, None)), (_UNCONDITIONAL, slice(half))]
+
+
 class Recorder:
     """Profiles what the attention calls of a pipeline's transformers see during one dense generation.
+
+    Where one batch holds both guidance branches each half is profiled as a branch, the conditional one first, which is
+    how attention serves them.
 
     Attributes:
         sums: profiles by guidance branch.
         progress: of every denoising step so far.
+        forwards: of a step, at most.
     """
 
     def __init__(
@@ -45,6 +60,7 @@ class Recorder:
     ) -> None:
         self.sums: dict[str, ProfileSums] = {}
         self.progress: list[float] = []
+        self.forwards = 1
         self._seconds = 0.0
         self._candidates = candidates
         self._sampled = sampled
@@ -100,6 +116,7 @@ class Recorder:
                 earlier.chosen = None
         if state.branch not in self._branches:
             self._branches.append(state.branch)
+            self.forwards = max(self.forwards, len(self._branches))
         return self._sampled.get(len(self.progress) - 1)
 
     def _call(
@@ -117,7 +134,9 @@ class Recorder:
             self._once(state, self._branches_before, query, key, value, key_mask)
             self._once = None
         if span is None:
-            self._observe(state, layer, query, key, value, key_mask)
+            for branch, part in _branches(state, query):
+                mask = None if key_mask is None else key_mask[part]
+                self._observe(state, branch, layer, query[part], key[part], value[part], mask)
         elif not self._probing:
             self._profile(state, layer, query, key, value, key_mask, None)
         self._seconds += now(query.device) - start
@@ -132,17 +151,31 @@ class Recorder:
         key_mask: Tensor | None,
         gradient: Tensor | None,
     ) -> None:
+        for branch, part in _branches(state, query):
+            mask = None if key_mask is None else key_mask[part]
+            along = None if gradient is None else gradient[part]
+            self._profile_branch(state, branch, layer, query[part], key[part], value[part], mask, along)
+
+    def _profile_branch(
+        self,
+        state: AccelState,
+        branch: str,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        gradient: Tensor | None,
+    ) -> None:
         if state.grid is None:
             raise RuntimeError(
                 "the token grid is unknown during profiling; set AccelState.capture before generating"
             )
-        if state.branch not in self.sums:
+        if branch not in self.sums:
             spans = max(self._sampled.values()) + 1
-            self.sums[state.branch] = ProfileSums.zeros(
-                spans, self._layers, query.shape[2], len(self._candidates)
-            )
+            self.sums[branch] = ProfileSums.zeros(spans, self._layers, query.shape[2], len(self._candidates))
         # In the first step a run does not know either whether another branch will come.
-        earlier = self._earlier_of(state, layer) if state.several_branches else None
+        earlier = self._earlier_of(state, layer) if state.several_branches or state.paired else None
         with torch.no_grad():
             call = profile_call(
                 query,
@@ -157,17 +190,18 @@ class Recorder:
                 key_mask=key_mask,
                 gradient=gradient,
                 earlier=earlier,
-                branch=state.branch,
+                branch=branch,
             )
         first = self._errors.get(layer)
         if first is None:
             self._errors[layer] = call.errors
-        self.sums[state.branch].add_call(self._sampled[len(self.progress) - 1], layer, call, gradient, first)
-        self._observe(state, layer, query, key, value, key_mask)
+        self.sums[branch].add_call(self._sampled[len(self.progress) - 1], layer, call, gradient, first)
+        self._observe(state, branch, layer, query, key, value, key_mask)
 
     def _observe(
         self,
         state: AccelState,
+        branch: str,
         layer: int,
         query: Tensor,
         key: Tensor,
@@ -184,9 +218,11 @@ class Recorder:
                 value,
                 state.grid,
                 self._candidates,
-                branch=state.branch,
-                # Branches that share a choice begin to in the second step.
-                first=state.several_branches and state.branch == self._branches[0],
+                branch=branch,
+                # Branches with forwards of their own begin to share a choice in the second step.
+                first=branch == _CONDITIONAL
+                if state.paired
+                else state.several_branches and branch == self._branches[0],
                 block=state.plan.block,
                 key_mask=key_mask,
             )

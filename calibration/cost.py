@@ -50,6 +50,7 @@ def measure_latency(
     key_mask: Tensor | None = None,
     backend: str = "auto",
     branches: int = 1,
+    paired: bool = False,
     on_call: Callable[[], object] | None = None,
 ) -> Latency:
     """Times one attention call of `[batch, seq, heads, dim]` with all heads on each candidate, selection
@@ -64,6 +65,7 @@ def measure_latency(
     Args:
         original: the attention that an all-dense layer runs.
         branches: of guidance that run one after the other in a step.
+        paired: see `attend`.
         on_call: called after each timed candidate, `latency_calls(candidates)` times in all.
     """
     heads = query.shape[2]
@@ -90,6 +92,7 @@ def measure_latency(
             layer=0,
             branch=str(branch),
             step=step,
+            paired=paired,
             cache=kept["patterns"],
             launches=kept["launches"],
         )

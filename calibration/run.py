@@ -35,7 +35,7 @@ from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, Candidate, config_hash_of
 from dit_accel.state import check_plain
 
-_STAGES = 5  # raised when what a stage writes, or what it means, changes
+_STAGES = 6  # raised when what a stage writes, or what it means, changes
 _PROFILE_STEPS = 8  # what profiling one prompt takes, in steps of a dense generation
 # What a calibration depends on besides its arguments and the model: latencies belong to a machine.
 _MACHINE = ("cpu", "gpu", "threads", "dtype", "torch", "diffusers", "dit_accel")
@@ -179,6 +179,7 @@ def calibrate(
             bounds=spans,
             progress=runs[0].progress,
             guidance_scale=guidance_scale,
+            forwards=runs[0].forwards,
             downstream=downstream,
         )
         ranges = find_ranges(profile.tables)

@@ -42,6 +42,7 @@ class DenseRun:
     forward_ms: of one forward of the transformer.
     products: of its steps; None where the branches of guidance change from step to step.
     sums: by guidance branch.
+    forwards: of a step; one where a batch holds both branches.
     progress: of each step.
     """
 
@@ -52,6 +53,7 @@ class DenseRun:
     forward_ms: float
     products: StepProducts | None
     sums: dict[str, ProfileSums]
+    forwards: int
     progress: list[float]
     grid: TokenGrid
 
@@ -147,6 +149,7 @@ class Stages:
                 "forward_ms": steps_of.forward_ms,
                 "step_branches": [] if products is None else list(products.branches),
                 "branches": list(recorder.sums),
+                "forwards": recorder.forwards,
                 "progress": recorder.progress,
                 "grid": asdict(grid),
             }
@@ -168,6 +171,7 @@ class Stages:
             values["forward_ms"],
             products,
             sums,
+            values["forwards"],
             values["progress"],
             TokenGrid(**values["grid"]),
         )
@@ -278,6 +282,7 @@ class Stages:
                 block=state.plan.block,
                 key_mask=key_mask,
                 branches=branches,
+                paired=state.paired,
                 on_call=lambda: self._bar.update(share),
             )
         values = {"plain": latency.plain, "split": latency.split, "seconds": now(query.device) - start}

@@ -225,6 +225,7 @@ def build_profile(
     bounds: Sequence[int],
     progress: Sequence[float],
     guidance_scale: float,
+    forwards: int | None = None,
     downstream: bool = True,
 ) -> Profile:
     """Combines branches, spans of steps, which are the ranges here, and latencies.
@@ -238,6 +239,7 @@ def build_profile(
             count alike.
         launch: see `Tables`.
         bounds, progress: see `schedule`.
+        forwards: of a step, to which the latency belongs; as many as branches if None.
         downstream: errors are the measured relative squared changes of the prediction. Otherwise a head's error enters
             relative to the norm of its whole layer's output, which the layer's projection receives, and all layers
             count alike.
@@ -269,7 +271,7 @@ def build_profile(
         relative -= _cancelled(own, alike, guidance_scale)
     both = functools.reduce(operator.add, sums.values())
     lengths = torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=torch.float64)
-    calls = lengths * len(branches)
+    calls = lengths * (len(branches) if forwards is None else forwards)
     in_span = torch.tensor(span_weights(bounds, progress), dtype=torch.float64)
     error = in_span.view(-1, 1, 1, 1) * relative
     error[..., dense] = 0.0  # not even rounding: nothing is more faithful than dense

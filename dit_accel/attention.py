@@ -33,6 +33,7 @@ def attend(
     layer: int | None = None,
     branch: str = "",
     step: int | None = None,
+    paired: bool = False,
     cache: MutableMapping[Any, Any] | None = None,
     launches: MutableMapping[Any, Any] | None = None,
 ) -> tuple[Tensor, float | Tensor]:
@@ -50,6 +51,8 @@ def attend(
         layer: number of the layer, which tells apart what is kept.
         branch: of guidance, which does so too.
         step: number of the denoising step, None if it is unknown.
+        paired: whether the batch holds two guidance branches, the unconditional one first. Where branches share a
+            choice, the conditional one makes it.
         cache: keeps what dynamic families remember from step to step; its owner says for how long. Without a layer
             nothing is remembered.
         launches: keeps the lists of a layer's launches whose families are all static, until the layer has another row.
@@ -85,7 +88,20 @@ def attend(
         if launch is None:
             memories = None if layer is None else cache
             launch = _prepare(
-                q, k, v, grid, of_members, members, block, scale, key_mask, layer or 0, branch, step, memories
+                q,
+                k,
+                v,
+                grid,
+                of_members,
+                members,
+                block,
+                scale,
+                key_mask,
+                layer or 0,
+                branch,
+                step,
+                paired,
+                memories,
             )
             if static:
                 kept[tuple(members)] = launch
@@ -155,6 +171,7 @@ def _prepare(
     layer: int,
     branch: str,
     step: int | None,
+    paired: bool,
     memories: MutableMapping[Any, Any] | None,
 ) -> _Launch:
     """Select for every group of heads and merge the groups.
@@ -175,12 +192,17 @@ def _prepare(
             v = value.index_select(2, at) if family.reads_values else value[:, :, some]
         options: dict[str, Any] = dict(candidate.options)
         in_layer = [numbers[member] for member in members]
+        shared, mask = options.get("branches") == SHARED, key_mask
+        one_for_both = shared and paired
+        if one_for_both:
+            conditional = slice(query.shape[0] // 2, None)
+            q, k, v = (x[conditional] for x in (q, k, v))
+            mask = None if key_mask is None else key_mask[conditional]
         memory = None
         if memories is not None:
             # Those that share a choice share a memory, layers that of the first of them.
             owner = layer - layer % max(options.get("layers", 1), 1), query.shape[0]
-            shared = step is not None and options.get("branches") == SHARED
-            own_branch = None if shared else branch
+            own_branch = None if shared and step is not None else branch
             name = _name([candidates[member] for member in members], in_layer)
             memory = memories.setdefault((grid, block, owner, own_branch), {}).setdefault(name, {})
         selection = select(
@@ -192,14 +214,14 @@ def _prepare(
             block=block,
             scale=scale,
             value=v,
-            key_mask=key_mask,
+            key_mask=mask,
             state=memory,
             heads=in_layer,
             layer=layer,
             step=step,
             **options,
         )
-        chosen.append((selection, members))
+        chosen.append((selection.repeated(2) if one_for_both else selection, members))
     index = chosen[0][0].index
     if len(chosen) > 1:
         index = BlockIndex.merge_heads([(selection.index, members) for selection, members in chosen], heads)

@@ -270,6 +270,7 @@ def _planned(
             layer=layer,
             branch=branch,
             step=step,
+            paired=state.paired,
             cache=cache,
             launches=launches,
         )

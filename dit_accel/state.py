@@ -23,6 +23,8 @@ from dit_accel.plan import AccelPlan
 logger = logging.getLogger("dit_accel")
 
 HOOK_NAME = "dit_accel"
+# `cache_context` of pipelines that run both guidance branches in one batch, also of those calls without guidance.
+_ONE_BATCH = "cond_uncond"
 _MOST_TURNS = 3  # forwards of one step beyond its first; more of them are other generations
 
 # capture(layer_index, query, key, value, key_mask): tensors `[batch, seq, heads, dim]` after normalisation
@@ -71,6 +73,7 @@ class AccelState:
             branches, and "turn 1" and so on for those that follow in the same step.
         step: number of the denoising step, as far as the transformer saw them.
         several_branches: whether a step of this generation has run more than one guidance branch.
+        paired: whether the batch of the running forward holds two guidance branches, the unconditional one first.
         running: whether a forward is under way.
         guard: checks the plan's heads while they run; None leaves them alone.
         stats: counts of the generation that runs, or ran last.
@@ -98,6 +101,7 @@ class AccelState:
         self.progress = 0.0
         self.branch = ""
         self.step = 0
+        self.paired = False
         self.running = False
         self.stats = Stats()
         self.memory: dict[str, Any] = {}
@@ -158,12 +162,19 @@ class AccelState:
             )
 
     def begin(
-        self, grid: TokenGrid | None, progress: float, branch: str = "", new: bool | None = None
+        self,
+        grid: TokenGrid | None,
+        progress: float,
+        branch: str = "",
+        new: bool | None = None,
+        *,
+        paired: bool = False,
     ) -> None:
         """Enter a forward. A generation that ended, failed or was interrupted is forgotten.
 
         Args:
             new: whether another generation began since the last forward; None if nobody knows.
+            paired: see there.
         """
         if self.running or self._finished or new or self._starts_over(progress, branch, new is None):
             self.reset()
@@ -172,7 +183,7 @@ class AccelState:
             self.several_branches |= len(self._in_step) > 1
             self._in_step.clear()
         self._in_step.add(branch)
-        self.grid, self.progress, self.branch = grid, progress, branch
+        self.grid, self.progress, self.branch, self.paired = grid, progress, branch, paired
         self._compare(grid)
         position = self._branches.setdefault(branch, BranchState(progress, progress))
         position.progress = progress
@@ -309,7 +320,8 @@ class AccelHook(ModelHook):
             progress = progress if value is not None else self._clock.unrounded(progress)
             before, self._generation = self._generation, self._clock.generation()
             new = None if self._generation is None else self._generation is not before
-        state.begin(grid, progress, self._branch(progress, bool(new)), new)
+        paired = self.tracker.branch == _ONE_BATCH and self._clock is not None and self._clock.guided()
+        state.begin(grid, progress, self._branch(progress, bool(new)), new, paired=paired)
         if self.steps is not None:
             other = other_cache(module)
             if other is not None:

@@ -74,6 +74,13 @@ def multiplies_e4m3(architecture: str) -> bool:
     return _MULTIPLIES[architecture][2] is not None
 
 
+def chip_named(architecture: str) -> triton_kernel.Chip:
+    """What tile sizes depend on, for a chip of SHARED_LIMITS."""
+    floats = _MULTIPLIES[architecture][0]
+    lanes = 32 if architecture.startswith("sm_") else 64
+    return triton_kernel.Chip(SHARED_LIMITS[architecture], lanes, floats in ("HGMMA", "UTCHMMA"))
+
+
 def intended(architecture: str, precision: str) -> tuple[str, ...]:
     """Beginnings of the names of the matrix instructions that attention in a precision is meant to use.
 
@@ -113,8 +120,9 @@ def compile_attention(configuration: Configuration, architecture: str) -> Compil
         c.block_k,
         sizes.get(eight_k, 2),
         sizes.get(eight_v, 2),
-        SHARED_LIMITS[architecture],
-        c.varying,
+        chip_named(architecture),
+        varying=c.varying,
+        remainder=c.remainder,
     )
     build = {"enable_fp_fusion": True, **{name: options.pop(name) for name in ("num_warps", "num_stages")}}
     constants = {

@@ -10,11 +10,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTXPipeline,
     LTXVideoTransformer3DModel,
     WanPipeline,
     WanTransformer3DModel,
@@ -23,7 +33,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 FAMILIES = ("wan", "hunyuan_video", "cogvideox", "ltx", "flux")
 HEADS, DIM, CHANNELS, TEXT_DIM = 2, 16, 4, 12
@@ -264,15 +284,10 @@ def tiny_wan_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     directory = tmp_path_factory.mktemp("tiny-wan")
     torch.manual_seed(0)
-    words = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "moves", "left", "up", "over")
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
     pipe = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
+        tokenizer=_tokenizer(),
         text_encoder=UMT5EncoderModel(
-            UMT5Config(vocab_size=len(words), d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+            UMT5Config(vocab_size=len(WORDS), d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         ),
         vae=AutoencoderKLWan(
             base_dim=4,
@@ -288,3 +303,115 @@ def tiny_wan_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pipe.save_pretrained(directory)
     return directory
+
+
+WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "moves", "left", "up", "over")
+
+
+def _tokenizer(longest: int = 1024) -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=longest, **special)
+
+
+def _t5() -> T5EncoderModel:
+    sizes = {"d_model": TEXT_DIM, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(WORDS), **sizes))
+
+
+def _clip() -> CLIPTextModel:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=len(WORDS), eos_token_id=1, **sizes))
+
+
+def _hunyuan_video_pipeline(transformer: nn.Module) -> DiffusionPipeline:
+    sizes = {
+        "hidden_size": TEXT_DIM,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+    }
+    return HunyuanVideoPipeline(
+        text_encoder=LlamaModel(LlamaConfig(vocab_size=len(WORDS), pad_token_id=0, **sizes)),
+        tokenizer=_tokenizer(),
+        transformer=transformer,
+        vae=AutoencoderKLHunyuanVideo(
+            latent_channels=CHANNELS, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=_clip(),
+        tokenizer_2=_tokenizer(77),
+    )
+
+
+def _cogvideox_pipeline(transformer: nn.Module) -> DiffusionPipeline:
+    return CogVideoXPipeline(
+        tokenizer=_tokenizer(),
+        text_encoder=_t5(),
+        vae=AutoencoderKLCogVideoX(
+            latent_channels=CHANNELS, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+        ),
+        transformer=transformer,
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+
+
+def _ltx_pipeline(transformer: nn.Module) -> DiffusionPipeline:
+    return LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=CHANNELS,
+            block_out_channels=(4, 4, 4, 4),
+            decoder_block_out_channels=(4, 4, 4, 4),
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            patch_size=1,
+        ),
+        text_encoder=_t5(),
+        tokenizer=_tokenizer(128),
+        transformer=transformer,
+    )
+
+
+def _flux_pipeline(transformer: nn.Module) -> DiffusionPipeline:
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(
+            block_out_channels=(4,),
+            latent_channels=1,
+            norm_num_groups=2,
+            shift_factor=0.1,
+            scaling_factor=1.5,
+        ),
+        text_encoder=_clip(),
+        tokenizer=_tokenizer(77),
+        text_encoder_2=_t5(),
+        tokenizer_2=_tokenizer(512),
+        transformer=transformer,
+    )
+
+
+_PIPELINES = {
+    "hunyuan_video": _hunyuan_video_pipeline,
+    "cogvideox": _cogvideox_pipeline,
+    "ltx": _ltx_pipeline,
+    "flux": _flux_pipeline,
+}
+
+
+@pytest.fixture
+def whole_pipeline(tiny: Callable[..., Tiny]) -> Callable[[str], DiffusionPipeline]:
+    """Builder of an untrained pipeline with everything from tokenizer to VAE: `whole_pipeline("ltx")`."""
+
+    def build(name: str) -> DiffusionPipeline:
+        pipe = _PIPELINES[name](tiny(name).transformer)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.eval()  # as `from_pretrained` leaves them
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return build

@@ -188,6 +188,22 @@ class Selection:
         """Kept query-key pairs divided by all pairs, text included."""
         return self.index.density
 
+    def repeated(self, times: int) -> Selection:
+        """The same choice for a batch of so many batches like its own."""
+
+        def again(x: Tensor | None) -> Tensor | None:
+            shared = x is None or x.ndim < 3 or len(x) == 1
+            return x if shared else x.repeat(times, *(1,) * (x.ndim - 1))  # type: ignore[union-attr]
+
+        index = self.index
+        fields = ("counts", "offsets", "query_starts", "key_starts")
+        return replace(
+            self,
+            index=replace(index, **{name: again(getattr(index, name)) for name in fields}),
+            query_order=again(self.query_order),
+            key_order=again(self.key_order),
+        )
+
     def mask(self) -> Tensor:
         """Return the kept pairs in the model's order, bool `[batch or 1, heads, seq, seq]`."""
         mask = self.index.token_mask()

@@ -13,6 +13,7 @@ whose block it has read: the same softmax step, with log2(tokens) added to the l
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -161,6 +162,7 @@ def block_sparse_forward(
     TILE_D: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    TILE_MEANS: tl.constexpr,
     HAS_VALID: tl.constexpr,
     QUANTISED: tl.constexpr,
     INT8: tl.constexpr,
@@ -273,13 +275,11 @@ def block_sparse_forward(
         p_bias = mean_bias + batch * stride_bias_b + head * stride_bias_h
         p_mean_k = mean_k + o_head * cols * DIM
         p_mean_v = mean_v + o_head * stride_meanh
-        # Long rows of output, or partial sums beside it, leave registers for half a tile of scores here.
-        MEANS: tl.constexpr = 32 if TILE_K > 32 and (FP8_V or (TILE_D > 64 and not QUANTISED)) else TILE_K
-        o_mean = tl.arange(0, MEANS)
+        o_mean = tl.arange(0, TILE_MEANS)
         o_mean_k = o_mean[None, :] * DIM + o_d[:, None]
         o_mean_v = o_mean[:, None] * stride_means + o_d[None, :] * stride_meand
         b_one = tl.full([TILE_Q], 1.0, tl.float32)
-        for first in range(0, cols, MEANS):
+        for first in range(0, cols, TILE_MEANS):
             o_c = first + o_mean
             m_c = o_c < cols
             bits = tl.load(p_read + o_c // 32, mask=m_c, other=0)
@@ -290,7 +290,7 @@ def block_sparse_forward(
             if QUANTISED:
                 b_s = b_s * tl.load(mean_scale + o_head * cols + o_c, mask=m_c, other=0.0)[None, :]
             b_s = b_s + tl.load(p_bias + o_c, mask=m_c, other=-float("inf"))[None, :]
-            b_acc, b_max, b_sum = _accumulate(b_s, b_one, b_v, b_acc, b_max, b_sum, True, FP8_V, MEANS)
+            b_acc, b_max, b_sum = _accumulate(b_s, b_one, b_v, b_acc, b_max, b_sum, True, FP8_V, TILE_MEANS)
 
     # A query without keys has b_max = -inf and b_sum = 0: output 0, lse -inf.
     b_total = tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -328,24 +328,45 @@ def _mark_read(read, counts, offsets, indices, words, TILE: tl.constexpr):
         tl.atomic_or(read + row * words + block // 32, 1 << (block % 32), mask=m_list)
 
 
+@dataclass(frozen=True)
+class Chip:
+    """What tile sizes depend on.
+
+    Attributes:
+        shared: bytes of shared memory that a program may use.
+        lanes: threads of a warp.
+        from_shared: whether matrix products read their operands from shared memory, as on Hopper and on Blackwell's
+            data center chips; elsewhere these take registers too.
+    """
+
+    shared: int
+    lanes: int = 32
+    from_shared: bool = True
+
+
+HOPPER = Chip(227 << 10)
+
+
 def launch_options(
     dim: int,
     block_q: int,
     block_k: int,
     key_bytes: int,
     value_bytes: int,
-    shared_limit: int,
+    chip: Chip,
+    *,
     varying: bool = False,
+    remainder: bool = False,
 ) -> dict[str, int]:
-    """Tile sizes, warps and stages: the largest that compile for sm_90 without spilling and fit the shared memory.
+    """Tile sizes, warps and stages: the largest that compile without spilling and fit the shared memory.
 
     32-bit inputs run on the plain FMA units, one thread's share of the tile must stay small. 8-bit products need 32
     head dims and, where values are 8-bit too, 32 keys.
 
     Args:
         key_bytes, value_bytes: per element.
-        shared_limit: bytes of shared memory that a program may use.
         varying: whether blocks of keys vary in length.
+        remainder: whether means stand for the blocks that are left out.
     """
     least = 32 if key_bytes == 1 else 16
     tile_d = max(least, triton.next_power_of_2(dim))
@@ -360,16 +381,25 @@ def launch_options(
     if value_bytes == 1 and tile_d == 128:
         # Beside partial sums of FP8 products a third stage, or a scale per key, finds no registers.
         tile_k, stages = (32, 3) if varying else (tile_k, 2)
+    if tile_d == 128 and not chip.from_shared and (varying or (remainder and key_bytes > 1)):
+        # Nor does what these loops hold beside both operands and a long row of output.
+        tile_k = 32
     tile_q = min(tile_q, max(16, triton.next_power_of_2(block_q)))
     tile_k = min(tile_k, max(least, triton.next_power_of_2(block_k)))
+    # Long rows of output, or partial sums beside it, leave registers for half a tile of scores of means, or less.
+    tile_means = min(tile_k, 32) if value_bytes == 1 or (tile_d > 64 and key_bytes > 1) else tile_k
+    if tile_d == 128 and not chip.from_shared and key_bytes < value_bytes:
+        tile_means = 16
     stage = tile_k * tile_d * (key_bytes + value_bytes)
-    while stages > 1 and tile_q * tile_d * key_bytes + stages * stage > shared_limit:
+    while stages > 1 and tile_q * tile_d * key_bytes + stages * stage > chip.shared:
         stages -= 1
     return {
         "TILE_D": tile_d,
         "TILE_Q": tile_q,
         "TILE_K": tile_k,
-        "num_warps": warps,
+        "TILE_MEANS": tile_means,
+        # As many threads, or half as many where they fill a warp of twice the size: these have more registers each.
+        "num_warps": max(4, warps * 32 // chip.lanes),
         "num_stages": stages,
     }
 
@@ -377,9 +407,18 @@ def launch_options(
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a program may use; of Hopper where there is no GPU to ask."""
     if device.type != "cuda":
-        return 227 << 10
+        return HOPPER.shared
     number = torch.cuda.current_device() if device.index is None else device.index
     return triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"]
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip of a device; Hopper where there is no GPU to ask."""
+    if device.type != "cuda":
+        return HOPPER
+    properties = torch.cuda.get_device_properties(device)
+    from_shared = torch.version.hip is None and properties.major in (9, 10)
+    return Chip(shared_limit(device), properties.warp_size, from_shared)
 
 
 def attention(
@@ -403,7 +442,15 @@ def attention(
     lse = torch.empty(batch, heads, seq_q, dtype=torch.float32, device=device)
     sizes = p.key.element_size(), p.value.element_size()
     varying = index.key_starts is not None
-    options = launch_options(dim, index.block_q, index.block_k, *sizes, shared_limit(device), varying)
+    options = launch_options(
+        dim,
+        index.block_q,
+        index.block_k,
+        *sizes,
+        chip_of(device),
+        varying=varying,
+        remainder=means is not None,
+    )
     counts, offsets = index.counts.contiguous(), index.offsets.contiguous()
     unused = counts
     tiles = None

@@ -9,6 +9,7 @@ import dit_accel
 from dit_accel import AccelPlan
 from dit_accel.calibration import capture
 from dit_accel.calibration.capture import Recorder
+from dit_accel.grid import TokenGrid
 from dit_accel.guard import Guard
 from dit_accel.plan import Candidate
 from dit_accel.switch import states
@@ -72,6 +73,34 @@ def test_errors_of_a_branch_are_compared_with_the_first_of_the_same_step(tiny):
     # Both branches get the same inputs here, so they err alike in every step; dense attention does not err.
     found = recorder.sums["uncond"].alike
     torch.testing.assert_close(found, torch.ones_like(found), rtol=1e-6, atol=0)
+
+
+def test_halves_of_a_batch_are_profiled_as_the_branches_that_they_are(tiny):
+    way = Candidate("pooled", 0.4, (("branches", "shared"),))
+    ways = (Candidate("dense", 1.0), way, Candidate("balanced", 0.4))
+    grid = TokenGrid(3, 8, 9)
+    query, key, value = torch.randn(
+        3, 2, grid.total_tokens, 2, 16, generator=torch.Generator().manual_seed(0)
+    )
+    halves = {"cond": slice(1, None), "uncond": slice(1)}
+    found = {}
+    for paired in (True, False):
+        model = tiny("wan", layers=1)
+        recorder = Recorder(ways, {1: 0}, 1, 3, downstream=False)
+        with listening(model.transformer, recorder):
+            (state,) = states(model.transformer)
+            for progress in (0.1, 0.2):
+                for name, part in {"cond_uncond": slice(None)}.items() if paired else halves.items():
+                    state.begin(grid, progress, name, paired=paired)
+                    state.capture(0, query[part], key[part], value[part], None)
+                    state.end()
+        assert recorder.forwards == (1 if paired else 2)
+        assert list(recorder.sums) == ["cond", "uncond"]
+        found[paired] = recorder.sums
+    for branch in halves:
+        for name, expected in found[False][branch].tensors().items():
+            assert torch.equal(found[True][branch].tensors()[name], expected), name
+    assert found[True]["uncond"].alike.item() != 0
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -196,3 +196,13 @@ def test_a_call_is_compared_with_that_of_the_first_branch():
     found.add_call(0, 2, call, first=first[..., :10, :])
     assert found.alike[0, 2] == 0
     assert found.effect[0].sum() == found.gradient[0].sum() == 0
+
+
+def test_calls_are_those_of_the_forwards_that_were_timed():
+    """A batch that holds both branches makes one call of them."""
+    runs = [{"cond": sums(0), "uncond": sums(1)}]
+    each, one = built(runs), built(runs, forwards=1)
+    assert torch.equal(one.tables.calls * 2, each.tables.calls)
+    assert torch.equal(one.tables.cost * 2, each.tables.cost)
+    assert torch.equal(one.tables.plain_cost * 2, each.tables.plain_cost)
+    assert torch.equal(one.tables.error, each.tables.error)

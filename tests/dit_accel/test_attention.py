@@ -340,6 +340,41 @@ def test_a_shared_choice_is_used_as_it_was_made() -> None:
     torch.testing.assert_close(alone, expected, rtol=0, atol=64 * torch.finfo(torch.float64).eps)
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("family", ["pooled", "balanced", "clustered", "profiled"])
+def test_both_branches_of_one_batch_read_what_the_conditional_one_chose(family, samples) -> None:
+    grid = TokenGrid(5, 7, 9, text_tokens=6)
+    tensors = inputs(grid, batch=2 * samples)
+    mask = torch.arange(grid.total_tokens) < grid.total_tokens - torch.arange(2 * samples)[:, None]
+    unconditional, conditional = (
+        [x[part] for x in tensors] for part in (slice(samples), slice(samples, None))
+    )
+    ways = (
+        Candidate(family, 0.3, (("branches", "shared"),)),
+        Candidate("window", 0.3),
+        Candidate(family, 0.3),
+    )
+    row = [0, 1, 2]
+    output, density = attend(
+        *tensors, grid, ways, row, block=BLOCK, layer=0, cache={}, paired=True, key_mask=mask
+    )
+    shared = {"block": BLOCK, "layer": 0, "step": 3, "cache": {}}
+    second, second_density = attend(
+        *conditional, grid, ways, row, branch="cond", key_mask=mask[samples:], **shared
+    )
+    first, first_density = attend(
+        *unconditional, grid, ways, row, branch="uncond", key_mask=mask[:samples], **shared
+    )
+    atol = 64 * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(output, torch.cat((first, second)), rtol=0, atol=atol)
+    assert density == pytest.approx((first_density + second_density) / 2)
+    # What each chooses for itself does not know of the other.
+    alone, _ = attend(*tensors, grid, ways, [2, 1, 2], block=BLOCK, key_mask=mask)
+    paired, _ = attend(*tensors, grid, ways, [2, 1, 2], block=BLOCK, key_mask=mask, paired=True)
+    assert torch.equal(alone, paired)
+    assert not torch.equal(alone[:samples, :, 0], output[:samples, :, 0])
+
+
 def test_launches_never_hold_a_dynamic_choice() -> None:
     grid, launches = TokenGrid(5, 7, 9), {}
     query, key, value = inputs(grid)

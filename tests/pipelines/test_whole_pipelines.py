@@ -1,0 +1,103 @@
+"""Pipelines of every supported family but Wan, from prompt to frames: dense, sparse, calibrated, with skipped steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel import AccelPlan
+from dit_accel.evaluation.generate import generate, generate_variant
+from dit_accel.evaluation.metrics import latent_rel_l2, psnr
+from dit_accel.evaluation.models import GenerationSettings
+from dit_accel.evaluation.variants import plan_variant
+from dit_accel.plan import Candidate
+from dit_accel.switch import states
+
+CANDIDATES = (Candidate("dense", 1.0), Candidate("window", 0.4), Candidate("pooled", 0.4, remainder=True))
+SIZES = {
+    "hunyuan_video": (128, 160, 9),
+    "cogvideox": (128, 160, 9),
+    "ltx": (64, 96, 9),
+    "flux": (40, 56, 1),
+}
+PROMPT = "a red circle moves left"
+
+
+def settings(name: str, steps: int = 4) -> GenerationSettings:
+    height, width, frames = SIZES[name]
+    return GenerationSettings(height, width, frames, steps, 4.0)
+
+
+@pytest.fixture(params=SIZES)
+def name(request) -> str:
+    return request.param
+
+
+def test_dense_plans_change_nothing(whole_pipeline, name):
+    pipe = whole_pipeline(name)
+    plain = generate(pipe, PROMPT, settings(name), seed=0)
+    dit_accel.enable(pipe, AccelPlan.preset("dense"))
+    planned = generate(pipe, PROMPT, settings(name), seed=0)
+    dit_accel.disable(pipe)
+    assert torch.equal(plain.frames, planned.frames)
+    assert torch.equal(plain.latents, planned.latents)
+    assert plain.frames.shape == (SIZES[name][2], *SIZES[name][:2], 3)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_branches_in_one_batch_are_known(whole_pipeline, name, guidance):
+    pipe = whole_pipeline(name)
+    dit_accel.enable(pipe, AccelPlan.preset("dense"))
+    (state,) = states(pipe)
+    seen = []
+    state.capture = lambda layer, query, *_: seen.append((state.paired, query.shape[0]))
+    generate(pipe, PROMPT, replace(settings(name), guidance_scale=guidance), seed=0)
+    pairs = name in ("cogvideox", "ltx") and guidance > 1
+    assert set(seen) == {(pairs, 2 if pairs else 1)}
+
+
+@pytest.mark.parametrize("preset", ["window", "pooled", "balanced"])
+def test_sparse_plans_run_and_say_what_they_kept(whole_pipeline, name, preset):
+    pipe = whole_pipeline(name)
+    dense = generate(pipe, PROMPT, settings(name), seed=0)
+    plan = AccelPlan.preset(preset, density=0.5, block=16)
+    made = generate_variant(pipe, plan_variant(plan, preset), PROMPT, settings(name), seed=0)
+    assert 0.4 < made.density < 1.0
+    assert made.frames.isfinite().all()
+    assert not torch.equal(made.latents, dense.latents)
+    assert psnr(made.frames, dense.frames) > 10
+
+
+def test_calibrated_plans_give_what_was_asked_for(whole_pipeline, name, tmp_path):
+    pipe = whole_pipeline(name)
+    dense = generate(pipe, PROMPT, settings(name), seed=0)
+    arguments = settings(name).to_dict() | {
+        "candidates": CANDIDATES,
+        "output_dir": tmp_path,
+        "progress": False,
+    }
+    plan = dit_accel.calibrate(pipe, [PROMPT], density=0.95, **arguments)
+    # Another goal takes what was measured, and no generation.
+    sparser = dit_accel.calibrate(pipe, [PROMPT], density=0.05, **arguments)
+    assert (sparser.rel_l2.mean() > plan.rel_l2.mean()).item()
+    errors = []
+    for one in (plan, sparser):
+        made = generate_variant(pipe, plan_variant(one, "plan"), PROMPT, settings(name), seed=0)
+        assert made.density == pytest.approx(one.validated["density_mean"], abs=0.05)
+        errors.append(latent_rel_l2(made.latents, dense.latents))
+    assert 0 <= errors[0] < errors[1]
+
+
+def test_steps_are_left_out_as_far_as_the_goal_allows(whole_pipeline, name, tmp_path):
+    pipe, goal = whole_pipeline(name), 0.25
+    arguments = settings(name, 12).to_dict() | {"candidates": CANDIDATES[:1], "progress": False}
+    plan = dit_accel.calibrate(
+        pipe, [PROMPT], target_latent_rel_l2=goal, cache=True, output_dir=tmp_path, **arguments
+    )
+    dense = generate(pipe, PROMPT, settings(name, 12), seed=0)
+    made = generate_variant(pipe, plan_variant(plan, "plan"), PROMPT, settings(name, 12), seed=0)
+    assert made.skipped_share > 0
+    assert 0 < latent_rel_l2(made.latents, dense.latents) <= goal
