@@ -388,7 +388,7 @@ def launch_options(
     tile_k = min(tile_k, max(least, triton.next_power_of_2(block_k)))
     # Long rows of output, or partial sums beside it, leave registers for half a tile of scores of means, or less.
     tile_means = min(tile_k, 32) if value_bytes == 1 or (tile_d > 64 and key_bytes > 1) else tile_k
-    if tile_d == 128 and not chip.from_shared and key_bytes < value_bytes:
+    if tile_d == 128 and not chip.from_shared and key_bytes < value_bytes and not varying:
         tile_means = 16
     stage = tile_k * tile_d * (key_bytes + value_bytes)
     while stages > 1 and tile_q * tile_d * key_bytes + stages * stage > chip.shared:

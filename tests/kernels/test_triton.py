@@ -52,6 +52,11 @@ GATE = [
     ("sm_80", BF16_128),
     ("sm_86", Configuration(128, 128, 64, precision="int8")),
     ("sm_89", Configuration(128, 128, 64, precision="int8_fp8")),
+    # What used to spill where products take their operands from registers, or a warp has 64 lanes.
+    ("sm_80", Configuration(128, 128, 64, **EVERYTHING)),
+    ("sm_89", Configuration(128, 64, 64, precision="int8", **EVERYTHING)),
+    ("sm_120", Configuration(128, 128, 64, precision="int8", varying=True, **EVERYTHING)),
+    ("gfx942", Configuration(64, 128, 64, **EVERYTHING)),
     ("sm_100", BF16_128),
     ("sm_100", Configuration(128, 128, 64, precision="fp8")),
     ("sm_120", Configuration(128, 128, 64, precision="int8_fp8")),
