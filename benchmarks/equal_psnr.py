@@ -77,24 +77,20 @@ def dial_of(label: str, steps: int) -> Dial:
 
 
 def best_presets(report: dict[str, Any], count: int) -> list[str]:
-    """Labels of the systems in `presets.json` that none surpasses in both PSNR and speed-up, then the next of these.
+    """Labels of the systems in `presets.json` nearest to dense, of those that are faster than it.
 
     A system appears once, without or with the means of what it leaves out, and two that are one appear as one.
     """
-    left: list[tuple[float, float, str]] = []
+    ways: list[tuple[float, str]] = []
     for row in report["generations"]["rows"]:
         name = row["preset"]
-        if name in PRESETS and row["remainder"] >= PRESETS[name].remainder:
+        if name in PRESETS and row["remainder"] >= PRESETS[name].remainder and row["speedup"] > 1:
             added = row["remainder"] and not PRESETS[name].remainder
-            left.append((row["psnr_mean"], row["speedup"], f"{name}{MEANS}" if added else name))
+            ways.append((row["psnr_mean"], f"{name}{MEANS}" if added else name))
     chosen: dict[str, str] = {}  # labels by the dial, which tells systems that are one
-    while left and len(chosen) < count:
-        front = [way for way in left if not any(o[0] > way[0] and o[1] > way[1] for o in left)]
-        for _, _, label in sorted(front, reverse=True):
-            names = {other.removesuffix(MEANS) for other in chosen.values()}
-            if label.removesuffix(MEANS) not in names:
-                chosen.setdefault(dial_of(label, PUBLISHED_STEPS).template, label)
-        left = [way for way in left if way not in front]
+    for _, label in sorted(ways, reverse=True):
+        if label.removesuffix(MEANS) not in {other.removesuffix(MEANS) for other in chosen.values()}:
+            chosen.setdefault(dial_of(label, PUBLISHED_STEPS).template, label)
     return list(chosen.values())[:count]
 
 
@@ -146,10 +142,14 @@ ABLATION = {
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Bench(DemoWork):
-    """What to bring to the same PSNR, and where the result goes."""
+    """What to bring to the same PSNR, and where the result goes.
+
+    beyond: further targets, of plans alone.
+    """
 
     targets: list[float]
     probes: int
+    beyond: list[float]
     dials: Sequence[Dial]
     calibrators: dict[str, Calibrator]
     output: Path
@@ -171,7 +171,8 @@ class Bench(DemoWork):
             same = (allowed, calibrator.downstream, calibrator.measured_cost)
             if same not in done:
                 done.add(same)
-                found[label] = {target: self._plan(calibrator, allowed, target) for target in self.targets}
+                targets = dict.fromkeys((*self.targets, *self.beyond))
+                found[label] = {target: self._plan(calibrator, allowed, target) for target in targets}
         return found
 
     def _allowed(self, calibrator: Calibrator) -> tuple[Candidate, ...]:
@@ -310,10 +311,11 @@ def prepared(args: argparse.Namespace) -> Bench:
     """
     if args.probes < 1:
         raise ValueError(f"probes: expected a number from 1, got {args.probes}")
-    if len(set(args.targets)) != len(args.targets) or not all(0 < t < PSNR_CEILING_DB for t in args.targets):
-        raise ValueError(
-            f"targets: expected each once, above 0 and below {PSNR_CEILING_DB:g} dB, got {args.targets}"
-        )
+    for name, targets in (("targets", args.targets), ("beyond", args.beyond)):
+        if len(set(targets)) != len(targets) or not all(0 < t < PSNR_CEILING_DB for t in targets):
+            raise ValueError(
+                f"{name}: expected each once, above 0 and below {PSNR_CEILING_DB:g} dB, got {targets}"
+            )
     if args.count < 1:
         raise ValueError(f"count: expected a number from 1, got {args.count}")
     dials: list[Dial] = []
@@ -328,6 +330,7 @@ def prepared(args: argparse.Namespace) -> Bench:
         **vars(at),
         targets=args.targets,
         probes=args.probes,
+        beyond=args.beyond,
         dials=dials,
         calibrators=PLAN if args.group == "presets" else ABLATION,
         output=output,
@@ -357,6 +360,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--group", choices=("presets", "ablation"), default="presets")
     parser.add_argument("--targets", type=float, nargs="+", default=[28.0, 32.0, 36.0], metavar="DB")
+    parser.add_argument(
+        "--beyond",
+        type=float,
+        nargs="*",
+        default=[],
+        metavar="DB",
+        help="further targets of plans: a plan tuned on one prompt may be less faithful on others",
+    )
     parser.add_argument(
         "--only", metavar="NAMES", help=f"these systems, comma-separated; NAME{MEANS} adds means"
     )

@@ -191,15 +191,21 @@ class Selection:
     def repeated(self, times: int) -> Selection:
         """The same choice for a batch of so many batches like its own."""
 
-        def again(x: Tensor | None) -> Tensor | None:
-            shared = x is None or x.ndim < 3 or len(x) == 1
-            return x if shared else x.repeat(times, *(1,) * (x.ndim - 1))  # type: ignore[union-attr]
+        def again(x: Tensor) -> Tensor:
+            return x if x.ndim < 3 or len(x) == 1 else x.repeat(times, *(1,) * (x.ndim - 1))
 
         index = self.index
-        fields = ("counts", "offsets", "query_starts", "key_starts")
+        starts = (index.query_starts, index.key_starts)
+        query_starts, key_starts = (None if x is None else again(x) for x in starts)
         return replace(
             self,
-            index=replace(index, **{name: again(getattr(index, name)) for name in fields}),
+            index=replace(
+                index,
+                counts=again(index.counts),
+                offsets=again(index.offsets),
+                query_starts=query_starts,
+                key_starts=key_starts,
+            ),
             query_order=again(self.query_order),
             key_order=again(self.key_order),
         )
