@@ -40,15 +40,26 @@ class StepProducts:
         steps: of denoising.
         gram: float64 `[(branches + 1) * steps] * 2`: the outputs of each branch by step, then the latents by step, each
             product divided by the number of values.
+        conditional: float64 `[steps]`, mean square of the conditional output where one forward makes both branches:
+            the outputs are then those that guidance makes of them. None elsewhere.
     """
 
     branches: tuple[str, ...]
     steps: int
     gram: Tensor
+    conditional: Tensor | None = None
 
     def combination(self, guidance_scale: float) -> tuple[float, ...]:
         """Of each branch the factor in the guided output: `b1 + guidance_scale * (b0 - b1)`, or the only one's."""
         return (guidance_scale, 1.0 - guidance_scale) if len(self.branches) == 2 else (1.0,)
+
+    def unit(self, guidance_scale: float) -> Tensor:
+        """Mean square of the guided output, by step, if each branch erred by its own size in a way of its own."""
+        if self.conditional is not None:
+            return (guidance_scale**2 + (guidance_scale - 1) ** 2) * self.conditional
+        return (
+            sum(factor**2 for factor in self.combination(guidance_scale)) * self.gram.diagonal()[: self.steps]
+        )
 
     def __add__(self, other: StepProducts) -> StepProducts:
         if (self.branches, self.steps) != (other.branches, other.steps):
@@ -56,7 +67,10 @@ class StepProducts:
                 f"products: expected generations alike, got branches {self.branches} and {other.branches}, "
                 f"{self.steps} and {other.steps} steps"
             )
-        return StepProducts(self.branches, self.steps, self.gram + other.gram)
+        conditional = None
+        if self.conditional is not None and other.conditional is not None:
+            conditional = self.conditional + other.conditional
+        return StepProducts(self.branches, self.steps, self.gram + other.gram, conditional)
 
 
 class StepRecorder:
@@ -66,6 +80,8 @@ class StepRecorder:
         transformers: the pipeline's, with the function that names the guidance branch of the running forward.
         seed: of the sampled places.
         spent: seconds so far that forwards took for other things than themselves.
+        paired: whether the batch of the running forward holds both guidance branches, the unconditional one first.
+        guidance_scale: of the guided output, which is kept of such a forward.
     """
 
     def __init__(
@@ -73,8 +89,13 @@ class StepRecorder:
         transformers: Mapping[nn.Module, Callable[[], str]],
         seed: int = 0,
         spent: Callable[[], float] = float,
+        paired: Callable[[], bool] = bool,
+        guidance_scale: float = 1.0,
     ) -> None:
         self._spent = spent
+        self._paired = paired
+        self._guidance_scale = guidance_scale
+        self._conditional: list[float] = []
         self._seed = seed
         self._places: Tensor | None = None
         self._outputs: list[Tensor] = []
@@ -112,6 +133,11 @@ class StepRecorder:
         sample = output[0].detach()
         self._seconds.append(now(sample.device) - self._spent() - self._start)
         latents = like(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], sample).detach()
+        if self._paired():
+            half, scale = sample.shape[0] // 2, self._guidance_scale
+            self._conditional.append(float(sample[half:].float().square().mean()))
+            sample = scale * sample[half:].float() + (1 - scale) * sample[:half].float()
+            latents = latents[half:]
         if self._places is None:
             generator = torch.Generator().manual_seed(self._seed)
             places = torch.randperm(sample.numel(), generator=generator)[:SAMPLED_VALUES]
@@ -129,7 +155,10 @@ class StepRecorder:
             output for number in range(len(branches)) for output in self._outputs[number :: len(branches)]
         ]
         values = torch.stack([*rows, *self._latents[:: len(branches)]]).double()
-        return StepProducts(branches, steps, values @ values.T / values.shape[1])
+        conditional = None
+        if len(self._conditional) == steps:
+            conditional = torch.tensor(self._conditional, dtype=torch.float64)
+        return StepProducts(branches, steps, values @ values.T / values.shape[1], conditional)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dit_accel.caching.calls import block_inputs, block_outputs, named_arguments
 from dit_accel.caching.gates import polynomial_fit, relative_l1
+from dit_accel.clock import Clock
 from dit_accel.evaluation.generate import generate, quiet
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.pipelines import family_of, transformers_of
@@ -69,7 +70,7 @@ def measure_cache(
             f"pipe: expected one transformer, got {type(pipe).__name__} with two experts, each of which has a curve of "
             "its own; use a cache that needs none"
         )
-    watch = _Watch(pipe.transformer)
+    watch = _Watch(pipe.transformer, Clock(pipe))
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
     try:
         with quiet(pipe):
@@ -83,7 +84,8 @@ def measure_cache(
 class _Watch:
     """Sees the first block's input and the last block's output of the first forward of every step."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: nn.Module, clock: Clock) -> None:
+        self._clock = clock
         self._family = family_of(transformer)
         blocks = [block for name, _ in self._family.blocks for block in getattr(transformer, name)]
         self._handles = [
@@ -91,7 +93,7 @@ class _Watch:
             blocks[0].register_forward_pre_hook(self._enter, with_kwargs=True),
             blocks[-1].register_forward_hook(self._leave),
         ]
-        self._timestep: float | None = None
+        self._here: tuple[int | None, float] | None = None
         self._new = False
         self._input: Tensor | None = None
         self._signals: list[Tensor] = []
@@ -105,8 +107,10 @@ class _Watch:
             handle.remove()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = self._family.progress(self._family.bind(module, args, kwargs))
-        self._new, self._timestep = timestep != self._timestep, timestep
+        progress = self._family.progress(self._family.bind(module, args, kwargs))
+        # Steps whose timesteps a pipeline rounds to the same number are steps of their own.
+        here = self._clock.step_index(), self._clock.unrounded(progress)
+        self._new, self._here = here != self._here, here
 
     @torch.no_grad()
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

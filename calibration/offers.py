@@ -183,11 +183,9 @@ def offers_of(
         return offers
     steps, combination = products.steps, np.array(products.combination(guidance_scale))
     weights = torch.tensor(step_weights(progress), dtype=torch.float64)
-    size = products.gram.diagonal()[:steps]
-    guided = float(combination @ combination)
     schedules = cheapest_schedules(
         products,
-        weights=(weights / (guided * size)).tolist(),
+        weights=(weights / products.unit(guidance_scale)).tolist(),
         guidance_scale=guidance_scale,
         warm_up=max(2, round(_WARM_UP * steps)),
     )

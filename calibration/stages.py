@@ -125,6 +125,8 @@ class Stages:
                         for state, transformer in zip(all_states, transformers_of(self._pipe), strict=True)
                     },
                     spent=lambda: recorder.spent,
+                    paired=lambda: any(state.paired for state in all_states),
+                    guidance_scale=self._settings.guidance_scale,
                 )
                 listening.callback(steps_of.remove)
                 for state, transformer in zip(all_states, transformers_of(self._pipe), strict=True):
@@ -141,6 +143,8 @@ class Stages:
             products = steps_of.products(steps)
             if products is not None:
                 tensors["products"] = products.gram
+                if products.conditional is not None:
+                    tensors["conditional"] = products.conditional
             for branch, profiled in recorder.sums.items():
                 tensors |= {f"{key}.{branch}": tensor for key, tensor in profiled.tensors().items()}
             values: dict[str, Any] = {
@@ -162,7 +166,8 @@ class Stages:
         products = None
         if "products" in tensors:
             branches = tuple(values["step_branches"])
-            products = StepProducts(branches, len(values["progress"]), tensors["products"])
+            steps = len(values["progress"])
+            products = StepProducts(branches, steps, tensors["products"], tensors.get("conditional"))
         return DenseRun(
             tensors["frames"],
             tensors["latents"],

@@ -68,15 +68,6 @@ class Clock:
         """How often the scheduler has stepped in this generation, as far as it tells."""
         return getattr(getattr(self._pipe, "scheduler", None), "step_index", None)
 
-    def guided(self) -> bool:
-        """Whether the running generation has classifier-free guidance, as far as the pipeline tells.
-
-        Asked at its first forward: some pipelines change their guidance from step to step.
-        """
-        self.generation()
-        asked = getattr(self._pipe, "guidance_scale", None)
-        return self.memory.setdefault("guided", isinstance(asked, int | float) and asked > 1)
-
     def progress(self) -> list[float]:
         """Progress of every step that the scheduler has for this generation, see `ModelFamily.progress`.
 

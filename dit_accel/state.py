@@ -320,7 +320,7 @@ class AccelHook(ModelHook):
             progress = progress if value is not None else self._clock.unrounded(progress)
             before, self._generation = self._generation, self._clock.generation()
             new = None if self._generation is None else self._generation is not before
-        paired = self.tracker.branch == _ONE_BATCH and self._clock is not None and self._clock.guided()
+        paired = self._holds_both(arguments["hidden_states"])
         state.begin(grid, progress, self._branch(progress, bool(new)), new, paired=paired)
         if self.steps is not None:
             other = other_cache(module)
@@ -343,6 +343,18 @@ class AccelHook(ModelHook):
             return None
         self.state.end()
         return None if self.steps is None else self.steps.end(output)
+
+    def _holds_both(self, latents: Tensor) -> bool:
+        """Whether a batch holds both guidance branches: then its halves are the same latents.
+
+        That is looked at in the first forward of a generation, for which the host waits.
+        """
+        if self.tracker.branch != _ONE_BATCH or self._clock is None or len(latents) % 2:
+            return False
+        memory = self._clock.memory
+        if "paired" not in memory:
+            memory["paired"] = torch.equal(*latents.chunk(2))
+        return memory["paired"]
 
     def _branch(self, progress: float, new: bool) -> str:
         """The guidance branch of the forward that begins.

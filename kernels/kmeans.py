@@ -192,7 +192,7 @@ if triton is not None:
     # Names: o_ offsets, m_ masks, p_ pointers, b_ values held in registers. Strides come in units of ALIGN.
     # The sequence length and the strides that can depend on it must not compile anew.
 
-    @triton.jit(do_not_specialize=["seq", "stride_b", "stride_h"])
+    @triton.jit(do_not_specialize=["seq", "heads", "cluster_tiles", "stride_b", "stride_h"])
     def _assign_kernel(
         tokens,  # [batch, seq, heads, dim], stride 1 along dim
         parts,  # dtype of tokens, [batch * heads, CLUSTERS / TILE_C, PARTS, TILE_C, TILE_D]
@@ -259,7 +259,7 @@ if triton is not None:
         tl.store(labels + pair * seq + o_s, b_label, mask=m_s)
         tl.store(distances + pair * seq + o_s, b_distance, mask=m_s)
 
-    @triton.jit(do_not_specialize=["seq", "stride_b", "stride_h"])
+    @triton.jit(do_not_specialize=["seq", "heads", "clusters", "stride_b", "stride_h"])
     def _update_kernel(
         tokens,  # [batch, seq, heads, dim], stride 1 along dim
         order,  # int64 [batch, heads, seq]

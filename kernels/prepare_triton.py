@@ -39,7 +39,7 @@ def _token_rows(order, p_order, o_t, m_t, ORDERED: tl.constexpr):
     return o_row
 
 
-@triton.jit(do_not_specialize=["seq", "cols", "order_b", "order_h", "starts_b", "starts_h"])
+@triton.jit(do_not_specialize=["seq", "heads", "cols", "order_b", "order_h", "starts_b", "starts_h"])
 def _pool(
     k,  # [batch, seq, heads, dim]
     v,  # [batch, seq, heads, dim]
@@ -125,7 +125,7 @@ def _to_format(b_x, b_scale, INT8: tl.constexpr):
     return b_8
 
 
-@triton.jit(do_not_specialize=["seq", "groups", "order_b", "order_h"])
+@triton.jit(do_not_specialize=["seq", "heads", "groups", "order_b", "order_h"])
 def _quantise_keys(
     k,  # [batch, seq, heads, dim]
     order,
@@ -182,7 +182,7 @@ def _quantise_keys(
         tl.store(scales + o_head * groups + group, scale)
 
 
-@triton.jit(do_not_specialize=["seq", "order_b", "order_h"])
+@triton.jit(do_not_specialize=["seq", "heads", "order_b", "order_h"])
 def _quantise_queries(
     q,  # [batch, seq, heads, dim]
     order,
@@ -229,7 +229,7 @@ def _quantise_queries(
     tl.store(shift + o_out, tl.sum(b_q * b_mean[None, :], 1) * scale, mask=m_t)
 
 
-@triton.jit(do_not_specialize=["seq", "padded", "order_b", "order_h"])
+@triton.jit(do_not_specialize=["seq", "heads", "padded", "order_b", "order_h"])
 def _quantise_values(
     v,  # [batch, seq, heads, dim]
     order,

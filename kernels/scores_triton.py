@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse.triton_kernel import shared_limit
+from dit_accel.kernels.block_sparse.triton_kernel import chip_of
 from dit_accel.kernels.prepare import LOG2E, TINY
 
 LOG2E_ = tl.constexpr(LOG2E)
@@ -123,7 +123,8 @@ def _tile_logits(
 # Sequence lengths change with every resolution and must not compile anew.
 @triton.jit(
     do_not_specialize=[
-        *("seq_q", "seq_k", "rows", "cols", "groups", "order_b", "order_h", "stride_bias_b", "stride_bias_h"),
+        *("seq_q", "seq_k", "heads", "rows", "cols", "groups"),
+        *("order_b", "order_h", "stride_bias_b", "stride_bias_h"),
     ]
 )
 def block_mass_forward(
@@ -269,7 +270,9 @@ def block_mass_forward(
         )
 
 
-@triton.jit(do_not_specialize=["seq", "groups", "order_b", "order_h", "stride_mask_b", "stride_mask_h"])
+@triton.jit(
+    do_not_specialize=["seq", "heads", "groups", "order_b", "order_h", "stride_mask_b", "stride_mask_h"]
+)
 def pack_tokens(
     x,  # [batch, seq, heads, dim]
     order,  # int64 [batch or 1, heads or 1, seq], read with ORDERED
@@ -527,7 +530,7 @@ def _launch(
     batch, heads, seq_q, dim = q.shape
     seq_k, device = k.shape[2], q.device
     rows, cols = triton.cdiv(seq_q, block_q * members), triton.cdiv(seq_k, block_k * members)
-    options = launch_options(dim, block_q, block_k, members, q.element_size(), shared_limit(device))
+    options = launch_options(dim, block_q, block_k, members, q.element_size(), chip_of(device).shared)
     tiles_q, tiles_k = (
         triton.cdiv(block, options[f"TILE_{axis}"] // options[blocks])
         for block, axis, blocks in ((block_q, "Q", "ROWS"), (block_k, "K", "COLS"))

@@ -27,8 +27,10 @@ from dit_accel.plan import Candidate
 # Relative error of a head's output against float64 that a precision may make on Gaussian inputs (SageAttention and
 # SageAttention2 report cosines of 0.9995 and 0.999, which are relative errors of 3 % and 4.5 %).
 ALLOWED = {"native": 0.01, "int8": 0.032, "int8_fp8": 0.045, "fp8": 0.06}
-# Logits of INT8 queries and keys are off by up to a hundredth of their size, of which there are some 10 here.
-ALLOWED_LSE = {"native": 2e-3, "int8": 0.1, "int8_fp8": 0.1, "fp8": 0.1}
+# Logits of INT8 queries and keys are off by up to a hundredth of their size, of which there are some 10 here. In native
+# precision only mean keys are rounded: to bfloat16, by which their logits are off by .0033 on average, by four times
+# that at most.
+ALLOWED_LSE = {"native": 0.013, "int8": 0.1, "int8_fp8": 0.1, "fp8": 0.1}
 # What a call is checked with: nothing more, orders with a mask and a remainder, or that on blocks of varying length.
 EXTRAS = ("plain", "all", "varying")
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.backend import triton
 from dit_accel.kernels.block_index import BlockIndex
 from dit_accel.kernels.block_sparse import by_row, gather, reference
 from dit_accel.kernels.prepare import PRECISIONS, Prepared, checked_order, prepare, restored
@@ -19,6 +20,7 @@ from dit_accel.kernels.prepare import PRECISIONS, Prepared, checked_order, prepa
 BACKENDS = ("auto", "reference", "torch", "flex", "triton")
 # The oldest CUDA architectures whose matrix units multiply a precision's numbers.
 _FIRST_ARCHITECTURE = {"int8": (8, 0), "int8_fp8": (8, 9), "fp8": (8, 9)}
+_MOST_DIMS = 256  # of a head that the Triton kernel serves
 # What "auto" takes where a precision is missing.
 _NEXT_BEST = {"fp8": "int8", "int8_fp8": "int8", "int8": "native"}
 
@@ -26,13 +28,13 @@ _NEXT_BEST = {"fp8": "int8", "int8_fp8": "int8", "int8": "native"}
 def resolve_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     """The backend that "auto" runs for tensors of this device and dtype.
 
-    CUDA and ROCm run "triton". float64 runs "reference", the only purpose of float64 being exactness.
-    Everything else runs "torch": measured on a CPU with AVX512-bf16 it takes half the time of "flex" at
+    CUDA and ROCm run "triton" where the package is there. float64 runs "reference", the only purpose of float64 being
+    exactness. Everything else runs "torch": measured on a CPU with AVX512-bf16 it takes half the time of "flex" at
     every density, and it has no compilation of many seconds to earn back. "flex" is there on request.
     """
     if dtype == torch.float64:
         return "reference"
-    return "triton" if torch.device(device).type == "cuda" else "torch"
+    return "triton" if torch.device(device).type == "cuda" and triton is not None else "torch"
 
 
 def resolve_precision(precision: str, device: torch.device | str, backend: str) -> str:
@@ -211,6 +213,12 @@ def _attend(
     rest = remainder_of if remainder_of is not None else remainder
     if backend == "auto":
         backend = resolve_backend(query.device, query.dtype)
+        if backend == "triton" and query.shape[-1] > _MOST_DIMS:
+            warnings.warn(
+                f"backend 'triton' serves head dims up to {_MOST_DIMS}, got {query.shape[-1]}; using 'torch'",
+                stacklevel=2,
+            )
+            backend = "torch"
         precision = resolve_precision(precision, query.device, backend)
     if reason := _missing(precision, query.device, backend):
         raise ValueError(f"precision {precision!r}: {reason}; use another, or backend 'auto'")
@@ -288,9 +296,9 @@ def _check_backend(backend: str, query: Tensor, index: BlockIndex, return_lse: b
                 f"backend 'triton' needs tensors on a GPU, got {query.device}; use 'torch' or 'auto', "
                 "or set TRITON_INTERPRET=1 before the first import to debug the kernel"
             )
-        if query.shape[-1] > 256:
+        if query.shape[-1] > _MOST_DIMS:
             raise ValueError(
-                f"backend 'triton' serves head dims up to 256, got {query.shape[-1]}; use 'torch'"
+                f"backend 'triton' serves head dims up to {_MOST_DIMS}, got {query.shape[-1]}; use 'torch'"
             )
 
 

@@ -178,15 +178,14 @@ def programs(index: BlockIndex, work: Tensor, tile: int) -> Tensor:
     rows, device = index.rows, work.device
     order = work.argsort(dim=-1, descending=True, stable=True)
     if index.query_starts is None:
-        edges = (
-            torch.arange(rows + 1, dtype=torch.int32, device=device)
-            .mul_(index.block_q)
-            .clamp_(max=index.seq_q)
-        )
-        most = rows * triton.cdiv(index.block_q, tile)
-    else:
-        edges, most = index.query_starts, index.seq_q // tile + rows
-    edges = edges.expand(*work.shape[:2], rows + 1)
+        parts = torch.arange(0, index.block_q, tile, dtype=torch.int32, device=device)
+        row = order.to(torch.int32)[..., None].expand(*order.shape, len(parts)).flatten(2)
+        first = row * index.block_q
+        start, stop = first + parts.repeat(rows), (first + index.block_q).clamp_(max=index.seq_q)
+        # The last block may be shorter than its parts.
+        return torch.stack((row, start, stop), dim=-1).masked_fill_((start >= stop)[..., None], 0)
+    most = index.seq_q // tile + rows
+    edges = index.query_starts.expand(*work.shape[:2], rows + 1)
     starts, stops = (part.gather(-1, order) for part in (edges[..., :-1], edges[..., 1:]))
     tiles = (stops - starts + (tile - 1)) // tile
     ends = tiles.cumsum(-1, dtype=torch.int32)

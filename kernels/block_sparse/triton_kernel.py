@@ -12,6 +12,7 @@ whose block it has read: the same softmax step, with log2(tokens) added to the l
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -85,10 +86,10 @@ def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, FP8_V: tl.con
     return b_k, b_v
 
 
-# Sequence lengths change with every resolution and must not compile anew.
+# Lengths change with every resolution, heads of a launch with every layer of a plan: neither must compile anew.
 @triton.jit(
     do_not_specialize=[
-        *("seq_q", "seq_k", "rows", "cols", "groups", "words", "programs_of_head"),
+        *("seq_q", "seq_k", "heads", "rows", "cols", "groups", "words", "programs_of_head"),
         *("most_full", "most_parts", "stride_index", "stride_programs", "order_b", "order_h"),
         *("stride_bias_b", "stride_bias_h", "stride_validb", "stride_validh"),
     ]
@@ -279,7 +280,7 @@ def block_sparse_forward(
         o_mean_k = o_mean[None, :] * DIM + o_d[:, None]
         o_mean_v = o_mean[:, None] * stride_means + o_d[None, :] * stride_meand
         b_one = tl.full([TILE_Q], 1.0, tl.float32)
-        for first in range(0, cols, TILE_MEANS):
+        for first in range(0, tl.where(first_q < stop_q, cols, 0), TILE_MEANS):
             o_c = first + o_mean
             m_c = o_c < cols
             bits = tl.load(p_read + o_c // 32, mask=m_c, other=0)
@@ -404,21 +405,16 @@ def launch_options(
     }
 
 
-def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a program may use; of Hopper where there is no GPU to ask."""
-    if device.type != "cuda":
-        return HOPPER.shared
-    number = torch.cuda.current_device() if device.index is None else device.index
-    return triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"]
-
-
+@functools.lru_cache(maxsize=64)
 def chip_of(device: torch.device) -> Chip:
     """The chip of a device; Hopper where there is no GPU to ask."""
     if device.type != "cuda":
         return HOPPER
-    properties = torch.cuda.get_device_properties(device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    shared = triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"]
+    properties = torch.cuda.get_device_properties(number)
     from_shared = torch.version.hip is None and properties.major in (9, 10)
-    return Chip(shared_limit(device), properties.warp_size, from_shared)
+    return Chip(shared, properties.warp_size, from_shared)
 
 
 def attention(

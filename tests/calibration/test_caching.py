@@ -165,6 +165,30 @@ def test_what_else_a_forward_was_used_for_does_not_count(wan_pipeline):
     assert -100_000 < recorder.forward_ms < -99_000  # 100 seconds in each
 
 
+def test_of_a_batch_that_holds_both_branches_the_guided_output_counts(tiny):
+    model, scale, seen = tiny("ltx"), 3.0, []
+    recorder = StepRecorder(
+        {model.transformer: lambda: "cond_uncond"}, paired=lambda: True, guidance_scale=scale
+    )
+    for timestep in (900.0, 500.0, 100.0):
+        inputs = model.inputs(timestep=timestep)
+        inputs["hidden_states"] = inputs["hidden_states"][:1].repeat(2, 1, 1)
+        seen.append((inputs["hidden_states"][1], *model.run(inputs)))
+    recorder.remove()
+    products = recorder.products(3)
+    guided = [uncond + scale * (cond - uncond) for _, uncond, cond in seen]
+    rows = torch.stack([row.flatten() for row in (*guided, *(latents for latents, *_ in seen))]).double()
+    torch.testing.assert_close(products.gram, rows @ rows.T / rows.shape[1], rtol=1e-5, atol=1e-6)
+    assert products.combination(scale) == (1.0,)
+    sizes = torch.stack([cond.double().square().mean() for *_, cond in seen])
+    torch.testing.assert_close((products + products).unit(scale), 2 * 13 * sizes, rtol=1e-5, atol=0)
+    # Where each branch has forwards of its own, the unit is the same.
+    alone = StepProducts(
+        ("cond", "uncond"), 1, torch.diag(torch.tensor([2.0, 7.0, 1.0], dtype=torch.float64))
+    )
+    assert alone.unit(scale).tolist() == [13 * 2.0]
+
+
 def test_recorded_products_and_a_run(wan_pipeline):
     pipe = wan_pipeline()
     branch = itertools.cycle(("cond", "uncond"))

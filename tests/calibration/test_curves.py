@@ -92,3 +92,12 @@ def test_two_experts_are_refused(pipe, monkeypatch):
     monkeypatch.setattr(pipe, "transformer_2", pipe.transformer, raising=False)
     with pytest.raises(ValueError, match="pipe: expected one transformer, got WanPipeline with two experts"):
         measure_cache(pipe, PROMPT, **SETTINGS)
+
+
+def test_steps_with_timesteps_that_round_alike_are_steps_of_their_own(whole_pipeline):
+    pipe = whole_pipeline("flux").to(torch.bfloat16)
+    settings = {"height": 8, "width": 8, "num_frames": 1, "num_inference_steps": 300, "guidance_scale": 3.5}
+    found = measure_cache(pipe, PROMPT, **settings)
+    timesteps = pipe.scheduler.timesteps.to(torch.bfloat16)
+    assert len(timesteps.unique()) < 300
+    assert len(found["curve"]) == 300
