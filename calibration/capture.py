@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,14 @@ Once = Callable[[AccelState, int, Tensor, Tensor, Tensor, Tensor | None], None]
 _CONDITIONAL, _UNCONDITIONAL = "cond", "uncond"
 
 
-def _branches(state: AccelState, query: Tensor) -> list[tuple[str, slice]]:
-    """The guidance branches of the running forward, and where they are in its batch."""
-    if not state.paired:
-        return [(state.branch, slice(None))]
+def _by_branch(state: AccelState, query: Tensor, *others: Tensor | None) -> Iterator[tuple[str, list[Any]]]:
+    """The guidance branches of the running forward, each with its part of the tensors' batch."""
     half = query.shape[0] // 2
-    return [(_CONDITIONAL, slice(half, None)), (_UNCONDITIONAL, slice(half))]
+    parts = {state.branch: slice(None)}
+    if state.paired:
+        parts = {_CONDITIONAL: slice(half, None), _UNCONDITIONAL: slice(half)}
+    for branch, part in parts.items():
+        yield branch, [None if x is None else x[part] for x in (query, *others)]
 
 
 class Recorder:
@@ -134,9 +137,8 @@ class Recorder:
             self._once(state, self._branches_before, query, key, value, key_mask)
             self._once = None
         if span is None:
-            for branch, part in _branches(state, query):
-                mask = None if key_mask is None else key_mask[part]
-                self._observe(state, branch, layer, query[part], key[part], value[part], mask)
+            for branch, tensors in _by_branch(state, query, key, value, key_mask):
+                self._observe(state, branch, layer, *tensors)
         elif not self._probing:
             self._profile(state, layer, query, key, value, key_mask, None)
         self._seconds += now(query.device) - start
@@ -151,10 +153,8 @@ class Recorder:
         key_mask: Tensor | None,
         gradient: Tensor | None,
     ) -> None:
-        for branch, part in _branches(state, query):
-            mask = None if key_mask is None else key_mask[part]
-            along = None if gradient is None else gradient[part]
-            self._profile_branch(state, branch, layer, query[part], key[part], value[part], mask, along)
+        for branch, tensors in _by_branch(state, query, key, value, key_mask, gradient):
+            self._profile_branch(state, branch, layer, *tensors)
 
     def _profile_branch(
         self,
