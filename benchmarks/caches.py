@@ -29,6 +29,7 @@ from typing import Any
 
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate, measure_cache
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.curve import magnitude_curve
 from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.result import Evaluation
@@ -36,7 +37,6 @@ from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.timing import package_version
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
-from dit_accel.plan import Candidate
 
 FORMAT_VERSION = 1
 # How the plans that stand beside the caches are calibrated.

@@ -33,12 +33,13 @@ import torch
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate, default_candidates
 from dit_accel.calibration.checkpoint import Checkpoint
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
-from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.plan import AccelPlan
 from dit_accel.presets import PRESETS
 
 FORMAT_VERSION = 1
@@ -144,7 +145,7 @@ ABLATION = {
 class Bench(DemoWork):
     """What to bring to the same PSNR, and where the result goes.
 
-    beyond: further targets, of plans alone.
+    beyond: further targets, which get no column of their own.
     """
 
     targets: list[float]
@@ -160,7 +161,11 @@ class Bench(DemoWork):
             return {}
         folder = self.folder / "tuning"
         tuning = Tuning(self.pipe, self.tuning_prompts, self.settings, self.seed, folder, parse_variant)
-        return tuning.run(self.dials, self.targets, self.probes)
+        return tuning.run(self.dials, self._aims, self.probes)
+
+    @property
+    def _aims(self) -> list[float]:
+        return list(dict.fromkeys((*self.targets, *self.beyond)))
 
     def plans(self) -> dict[str, dict[float, AccelPlan]]:
         """Every calibration at every target; one that could only repeat another is left out."""
@@ -171,8 +176,7 @@ class Bench(DemoWork):
             same = (allowed, calibrator.downstream, calibrator.measured_cost)
             if same not in done:
                 done.add(same)
-                targets = dict.fromkeys((*self.targets, *self.beyond))
-                found[label] = {target: self._plan(calibrator, allowed, target) for target in targets}
+                found[label] = {target: self._plan(calibrator, allowed, target) for target in self._aims}
         return found
 
     def _allowed(self, calibrator: Calibrator) -> tuple[Candidate, ...]:
@@ -366,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="*",
         default=[],
         metavar="DB",
-        help="further targets of plans: a plan tuned on one prompt may be less faithful on others",
+        help="further targets, without a column: what was tuned on one prompt may be less faithful on others",
     )
     parser.add_argument(
         "--only", metavar="NAMES", help=f"these systems, comma-separated; NAME{MEANS} adds means"

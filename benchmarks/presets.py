@@ -43,6 +43,7 @@ from dit_accel import attention
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate
 from dit_accel.calibration.profile import profile_call
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.files import slug, write_json
 from dit_accel.evaluation.generate import dense_attention, generate_variant, quiet
 from dit_accel.evaluation.mask_figure import attention_panel, family_panel, save_masks
@@ -54,7 +55,7 @@ from dit_accel.evaluation.variants import DENSE, Variant, plan_variant
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns import FAMILIES, cost, select
 from dit_accel.pipelines import demo
-from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.plan import AccelPlan
 from dit_accel.presets import PRESETS, Preset
 from dit_accel.switch import states
 

@@ -20,11 +20,12 @@ import torch
 
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration.schedule import range_starts
+from dit_accel.candidate import Candidate
 from dit_accel.clock import Clock
 from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.run import evaluate
 from dit_accel.evaluation.variants import DENSE, Variant, plan_variant
-from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.plan import AccelPlan
 
 FORMAT_VERSION = 1
 EVERYWHERE = "all steps"

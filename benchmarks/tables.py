@@ -33,15 +33,25 @@ def _demo_card(card: dict[str, Any], evaluation: dict[str, Any]) -> str:
             (f"prompts followed: {name}", f"{dense['semantic_parts'][name]:.0%}")
             for name in ("colour", "direction", "background", "shape")
         ),
-        ("softmax mass in the best 25 % of blocks, mean over heads", f"{card['mass_25_mean']:.3f}"),
-        ("softmax mass in the best 10 % of blocks, mean over heads", f"{card['mass_10_mean']:.3f}"),
+        *(
+            (
+                f"softmax mass in the best {share} % of blocks, {where}",
+                f"{card[f'mass_{share}{ending}_mean']:.3f}",
+            )
+            for ending, where in (("", "best order of the grid"), ("_balanced", "`balanced` blocks"))
+            for share in (25, 10)
+        ),
         ("heads with at least 0.9 in the best 25 %", f"{above} of {len(card['heads'])}"),
         ("seconds per dense generation (median)", f"{dense['seconds_p50']:.1f}"),
     ]
     lines = ["| demo model, dense | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
     where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['dtype']}"
     count = len(evaluation["prompts"])
-    return "\n".join([*lines, "", f"{count} held-out prompts; {where}, torch {machine['torch']}."])
+    note = (
+        f"{count} held-out prompts, mass over {card['prompts']} of them and the mean of all heads; {where}, torch "
+        f"{machine['torch']}."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def _where(machine: dict[str, Any]) -> str:
@@ -307,6 +317,11 @@ def _equal_psnr(report: dict[str, Any]) -> str:
             notes.append(
                 f"At {target:g} dB the plan is {known['plan'] / rivals[best]:.2f} times as fast as the best of "
                 f"the others{fewer}, `{best}`."
+            )
+        elif rivals:
+            best = max(rivals, key=lambda label: rivals[label])
+            notes.append(
+                f"{target:g} dB no plan was measured to reach; `{best}` does, {rivals[best]:.2f} times dense."
             )
     return "\n".join([_rows(head, lines), "", *notes])
 

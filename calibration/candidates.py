@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
+from dit_accel.candidate import Candidate
 from dit_accel.grid import AXIS_ORDERS
 from dit_accel.kernels import available_precisions
 from dit_accel.patterns.base import SHARED
-from dit_accel.plan import Candidate
 
 # Families that look at shapes alone serve heads that need little; what needs more is worth a selection.
 _FIXED = (0.03, 0.06, 0.12, 0.2)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dit_accel.calibration.downstream import Downstream
 from dit_accel.calibration.profile import Earlier, profile_call
 from dit_accel.calibration.tables import ProfileSums
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.timing import now
-from dit_accel.plan import Candidate
 from dit_accel.state import AccelState
 
 _QUERY_BLOCKS = 4  # profiled in each call; the ranges of a plan sum up several calls
@@ -117,6 +117,8 @@ class Recorder:
             self._errors.clear()
             for earlier in self._earlier.values():
                 earlier.chosen = None
+                if len(self.progress) == 2 and self._branches_before > 1:
+                    earlier.forget_shared()
         if state.branch not in self._branches:
             self._branches.append(state.branch)
             self.forwards = max(self.forwards, len(self._branches))
@@ -175,7 +177,7 @@ class Recorder:
             spans = max(self._sampled.values()) + 1
             self.sums[branch] = ProfileSums.zeros(spans, self._layers, query.shape[2], len(self._candidates))
         # In the first step a run does not know either whether another branch will come.
-        earlier = self._earlier_of(state, layer) if state.several_branches or state.paired else None
+        earlier = self._earlier_of(state, layer) if state.paired or len(self.progress) > 1 else None
         with torch.no_grad():
             call = profile_call(
                 query,
@@ -219,10 +221,7 @@ class Recorder:
                 state.grid,
                 self._candidates,
                 branch=branch,
-                # Branches with forwards of their own begin to share a choice in the second step.
-                first=branch == _CONDITIONAL
-                if state.paired
-                else state.several_branches and branch == self._branches[0],
+                first=branch == (_CONDITIONAL if state.paired else self._branches[0]),
                 block=state.plan.block,
                 key_mask=key_mask,
             )

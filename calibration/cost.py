@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dit_accel.attention import attend
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.timing import now
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns import FAMILIES
 from dit_accel.patterns.base import SHARED
-from dit_accel.plan import Candidate
 
 _ROUNDS = 3
 _CANDIDATES_PER_REFERENCE = 12

@@ -12,8 +12,8 @@ from torch import Tensor
 from dit_accel.calibration.candidates import default_candidates
 from dit_accel.calibration.cost import measure_latency
 from dit_accel.calibration.profile import profile_call
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
-from dit_accel.plan import Candidate
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from dit_accel.calibration.head_profile import EVERY, SUMS, Head, key_tiles, of_head, profile_head
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
 from dit_accel.patterns import FAMILIES, Selection, select
 from dit_accel.patterns.base import SHARED, Memory
-from dit_accel.plan import Candidate
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,10 @@ class Earlier:
 
     families: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
     chosen: list[_Arrangement] | None = None
+
+    def forget_shared(self) -> None:
+        """Branches with forwards of their own begin to share a choice in the second step, with nothing to remember."""
+        self.families = {name: memory for name, memory in self.families.items() if name[-1] is not None}
 
     def observe(
         self,

@@ -27,12 +27,13 @@ from dit_accel.calibration.search import TOLERANCE_DB
 from dit_accel.calibration.stages import LATENCY_STEPS, DenseRun, Stages
 from dit_accel.calibration.tables import build_profile
 from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.generate import quiet
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import dense_backend, machine, pipeline_digest
 from dit_accel.kernels import PRECISIONS, available_precisions
 from dit_accel.pipelines import family_of
-from dit_accel.plan import AccelPlan, Candidate, config_hash_of
+from dit_accel.plan import AccelPlan, config_hash_of
 from dit_accel.state import check_plain
 
 _STAGES = 6  # raised when what a stage writes, or what it means, changes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from dit_accel.calibration.capture import Recorder
 from dit_accel.calibration.checkpoint import Checkpoint, Stage
 from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
 from dit_accel.calibration.tables import ProfileSums
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.attention_time import attention_watched
 from dit_accel.evaluation.generate import Generation, generate
 from dit_accel.evaluation.metrics import latent_rel_l2, psnr, ssim
@@ -25,12 +27,14 @@ from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.timing import now
 from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import family_of, transformers_of
-from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.plan import AccelPlan
 from dit_accel.state import AccelState
 from dit_accel.switch import disable, enable, states
 
 # The latency measurement on the progress bar, in steps of a generation.
 LATENCY_STEPS = 5
+
+logger = logging.getLogger("dit_accel")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +135,7 @@ class Stages:
                 listening.callback(steps_of.remove)
                 for state, transformer in zip(all_states, transformers_of(self._pipe), strict=True):
                     listening.enter_context(recorder.attached(state, transformer))
-                made = self._generate(name, prompt, seed)
+                made = self._dense(name, prompt, seed)
                 grid = next(state.grid for state in all_states if state.grid is not None)
             steps = self._settings.num_inference_steps
             if len(recorder.progress) < steps:
@@ -195,7 +199,7 @@ class Stages:
         """A plain dense generation."""
         stage = self._load(name)
         if stage is None:
-            made = self._generate(name, prompt, seed)
+            made = self._dense(name, prompt, seed)
             tensors = {"frames": made.frames, "latents": made.latents}
             stage = self._checkpoint.save(name, tensors, {"seconds": made.seconds})
         return Generation(stage[0]["frames"], stage[0]["latents"], stage[1]["seconds"])
@@ -209,6 +213,11 @@ class Stages:
             with self._enabled(plan) as all_states, attention_watched(self._pipe) as attention:
                 made = self._generate(name, prompt, seed)
                 guarded = sum(state.guarded_heads for state in all_states)
+            if not made.is_finite:
+                logger.warning(
+                    "%s: what the plan generated is not finite, NaN counts as 0", name.replace("_", " ")
+                )
+                made = made.with_zeros()
             values = {
                 "psnr": psnr(made.frames, dense.frames),
                 "ssim": ssim(made.frames, dense.frames),
@@ -244,6 +253,15 @@ class Stages:
         if stage is not None:
             self.skip(1)
         return stage
+
+    def _dense(self, name: str, prompt: str, seed: int) -> Generation:
+        made = self._generate(name, prompt, seed)
+        if not made.is_finite:
+            raise ValueError(
+                f"pipe: expected finite frames of its dense generation of {prompt!r}, got NaN or infinity; give the "
+                "model another dtype, bfloat16 for instance"
+            )
+        return made
 
     def _generate(self, name: str, prompt: str, seed: int) -> Generation:
         self._label = name.replace("_", " ")

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex, block_sparse_attention, resolve_backend, resolve_precision
 from dit_accel.kernels.backend import on_device
 from dit_accel.patterns import FAMILIES, Selection, select
 from dit_accel.patterns.base import SHARED
-from dit_accel.plan import Candidate
 
 
 def attend(

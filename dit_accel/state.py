@@ -13,7 +13,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
-from dit_accel.caching import StepCache
+from dit_accel.caching.runtime import StepCache
 from dit_accel.clock import Clock
 from dit_accel.grid import TokenGrid
 from dit_accel.guard import Guard, GuardMemory

@@ -10,7 +10,7 @@ import torch
 from diffusers.hooks import HookRegistry
 from torch import nn
 
-from dit_accel.caching import StepCache
+from dit_accel.caching.runtime import StepCache
 from dit_accel.clock import Clock
 from dit_accel.guard import Guard
 from dit_accel.kernels.block_sparse.api import BACKENDS

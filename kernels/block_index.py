@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.kernels.backend import on_device
+from dit_accel.kernels.backend import on_device, triton
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,8 +240,8 @@ class BlockIndex:
 
     def kept_share(self) -> Tensor:
         """The density as a float64 number on the device, for which the host waits only where keys' blocks vary."""
-        pairs = self._row_tokens() * self._key_tokens()
-        return pairs.sum().double() / (self.batch * self.heads * self.seq_q * self.seq_k)
+        pairs = self._pairs() if self.counts.device.type != "cuda" or triton is None else self._pairs_on_gpu()
+        return pairs.sum(dtype=torch.float64) / (self.batch * self.heads * self.seq_q * self.seq_k)
 
     def to_mask(self) -> Tensor:
         """Block mask, bool `[batch or 1, heads, rows, cols]`."""
@@ -279,6 +279,18 @@ class BlockIndex:
         row = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
         place = torch.arange(row.numel(), device=counts.device) - (counts.cumsum(0) - counts)[row]
         return row, self.offsets.flatten()[row] + place
+
+    def _pairs(self) -> Tensor:
+        """int64 like counts: query-key pairs of each list."""
+        return self._row_tokens() * self._key_tokens()
+
+    def _pairs_on_gpu(self) -> Tensor:
+        """As many for each head, in one launch where key blocks are equal: it is counted for every layer that runs."""
+        if self.key_starts is not None:
+            return self._pairs()
+        from dit_accel.kernels.block_sparse.schedule import kept_pairs
+
+        return kept_pairs(self)
 
     def _row_tokens(self) -> Tensor:
         if self.query_starts is not None:

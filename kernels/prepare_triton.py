@@ -1,4 +1,8 @@
-"""`prepare` on the GPU: one kernel pools keys and values, one each permutes, smooths and quantises q, k and v."""
+"""`prepare` on the GPU: one kernel orders and pools keys and values, one each smooths and quantises q, k and v.
+
+Queries stay in the model's order, whatever their precision: attention gathers its rows as it reads them, and writes its
+output back the same way.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,9 @@ from dit_accel.kernels.prepare import (
     TINY,
     Means,
     Prepared,
-    e4m3_values,
     key_group,
-    ordered,
     ordered_mask,
     padded_tokens,
-    quantise,
-    with_remainder,
 )
 
 # Names: o_ offsets, m_ masks, p_ pointers, b_ values held in registers.
@@ -39,17 +39,22 @@ def _token_rows(order, p_order, o_t, m_t, ORDERED: tl.constexpr):
     return o_row
 
 
+# Lengths, heads and strides of orders change with every plan and must not compile anew.
 @triton.jit(do_not_specialize=["seq", "heads", "cols", "order_b", "order_h", "starts_b", "starts_h"])
-def _pool(
+def _order_and_pool(
     k,  # [batch, seq, heads, dim]
     v,  # [batch, seq, heads, dim]
     order,  # int64 [batch or 1, heads or 1, seq], read with ORDERED
     mask,  # bool [batch, seq], read with MASKED
     starts,  # int32 [batch or 1, heads or 1, cols + 1], read with VARYING
-    mean_k,  # float32 [batch, heads, cols, dim]
-    mean_v,  # float32 [batch, heads, cols, dim]
-    largest_v,  # float32 [batch, heads, cols, dim], absmax
+    weight,  # float32 [heads], read with WEIGHED
+    ordered_k,  # [batch, heads, seq, dim], written with COPY_K
+    ordered_v,  # [batch, heads, seq, dim], written with COPY_V
+    mean_k,  # [batch, heads, cols, dim], this and the next three written with POOL
+    mean_v,  # [batch, heads, cols, dim]
     counts,  # float32 [batch, heads, cols], valid tokens
+    bias,  # float32 [batch, heads, cols], log2(counts · weight)
+    largest_v,  # float32 [batch, heads, cols, dim], absmax, written with LARGEST
     heads,
     seq,
     cols,
@@ -72,11 +77,17 @@ def _pool(
     ORDERED: tl.constexpr,
     MASKED: tl.constexpr,
     VARYING: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    COPY_K: tl.constexpr,
+    COPY_V: tl.constexpr,
+    POOL: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
-    """One program: one block of one head of one batch element."""
+    """One program: one block of one head of one batch element, read once."""
     col = tl.program_id(0)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
+    o_head = batch * heads + head
     o_d = tl.arange(0, TILE_D)
     m_d = o_d < DIM
     b_k_sum = tl.zeros([TILE_D], tl.float32)
@@ -97,22 +108,40 @@ def _pool(
         m_tile = m_t[:, None] & m_d[None, :]
         p_k = k + batch * stride_kb + head * stride_kh + o_row[:, None] * stride_ks + o_d[None, :] * stride_kd
         p_v = v + batch * stride_vb + head * stride_vh + o_row[:, None] * stride_vs + o_d[None, :] * stride_vd
-        b_k = tl.load(p_k, mask=m_tile, other=0.0).to(tl.float32)
-        b_v = tl.load(p_v, mask=m_tile, other=0.0).to(tl.float32)
-        if MASKED:
-            m_t = m_t & (tl.load(mask + batch * seq + o_row, mask=m_t, other=0) != 0)
-            b_k = tl.where(m_t[:, None], b_k, 0.0)
-            b_v = tl.where(m_t[:, None], b_v, 0.0)
-        b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_v), 0))
-        b_k_sum += tl.sum(b_k, 0)
-        b_v_sum += tl.sum(b_v, 0)
-        count += tl.sum(m_t.to(tl.float32), 0)
-    p_out = (batch * heads + head) * cols + col
-    share = 1.0 / tl.maximum(count, 1.0)
-    tl.store(mean_k + p_out * DIM + o_d, b_k_sum * share, mask=m_d)
-    tl.store(mean_v + p_out * DIM + o_d, b_v_sum * share, mask=m_d)
-    tl.store(largest_v + p_out * DIM + o_d, b_largest, mask=m_d)
-    tl.store(counts + p_out, count)
+        o_copy = (o_head * seq + o_t)[:, None] * DIM + o_d[None, :]
+        if COPY_K or POOL:
+            b_k = tl.load(p_k, mask=m_tile, other=0.0)
+        if COPY_V or POOL:
+            b_v = tl.load(p_v, mask=m_tile, other=0.0)
+        if COPY_K:
+            tl.store(ordered_k + o_copy, b_k, mask=m_tile)
+        if COPY_V:
+            tl.store(ordered_v + o_copy, b_v, mask=m_tile)
+        if POOL:
+            b_k = b_k.to(tl.float32)
+            b_v = b_v.to(tl.float32)
+            if MASKED:
+                m_t = m_t & (tl.load(mask + batch * seq + o_row, mask=m_t, other=0) != 0)
+                b_k = tl.where(m_t[:, None], b_k, 0.0)
+                b_v = tl.where(m_t[:, None], b_v, 0.0)
+            b_k_sum += tl.sum(b_k, 0)
+            b_v_sum += tl.sum(b_v, 0)
+            count += tl.sum(m_t.to(tl.float32), 0)
+            if LARGEST:
+                b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_v), 0))
+    if POOL:
+        p_out = o_head * cols + col
+        share = 1.0 / tl.maximum(count, 1.0)
+        tl.store(mean_k + p_out * DIM + o_d, (b_k_sum * share).to(mean_k.dtype.element_ty), mask=m_d)
+        tl.store(mean_v + p_out * DIM + o_d, (b_v_sum * share).to(mean_v.dtype.element_ty), mask=m_d)
+        tl.store(counts + p_out, count)
+        if WEIGHED:
+            count = count * tl.load(weight + head)
+        tl.store(
+            bias + p_out, tl.where(count > 0.0, tl.log2(tl.where(count > 0.0, count, 1.0)), -float("inf"))
+        )
+        if LARGEST:
+            tl.store(largest_v + p_out * DIM + o_d, b_largest, mask=m_d)
 
 
 @triton.jit
@@ -125,13 +154,85 @@ def _to_format(b_x, b_scale, INT8: tl.constexpr):
     return b_8
 
 
+@triton.jit(do_not_specialize=["cols", "padded"])
+def _summarise(
+    mean_k,  # float32 [batch, heads, cols, dim], of the blocks' valid tokens
+    mean_v,  # float32 [batch, heads, cols, dim]
+    counts,  # float32 [batch, heads, cols]
+    largest_v,  # float32 [batch, heads, cols, dim], read with FP8_V
+    mean,  # float32 [batch, heads, dim], written: of all valid keys
+    v_scale,  # float32 [batch, heads, dim], written with FP8_V
+    key,  # [batch, heads, cols, dim], this and the next two written with REMAINDER: 8-bit mean keys, smoothed
+    key_scale,  # float32 [batch, heads, cols]
+    value,  # mean values, [batch, heads, cols, dim], with FP8_V E4M3 [batch, heads, dim, padded]
+    cols,
+    padded,
+    DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    TILE: tl.constexpr,
+    FP8_V: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    INT8: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LARGEST_V: tl.constexpr,
+    SMALLEST: tl.constexpr,
+):
+    """One program: one head of one batch element."""
+    head = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, TILE_D)
+    m_d = o_d < DIM
+    o_tile = tl.arange(0, TILE)
+    p_k = mean_k + head * cols * DIM
+    p_v = mean_v + head * cols * DIM
+    b_sum = tl.zeros([TILE_D], tl.float32)
+    b_largest = tl.zeros([TILE_D], tl.float32)
+    total = 0.0
+    for first in range(0, cols, TILE):
+        o_c = first + o_tile
+        m_c = o_c < cols
+        m_tile = m_c[:, None] & m_d[None, :]
+        b_count = tl.load(counts + head * cols + o_c, mask=m_c, other=0.0)
+        b_k = tl.load(p_k + o_c[:, None] * DIM + o_d[None, :], mask=m_tile, other=0.0)
+        b_sum += tl.sum(b_k * b_count[:, None], 0)
+        total += tl.sum(b_count, 0)
+        if FP8_V:
+            p_largest = largest_v + head * cols * DIM
+            b_v = tl.load(p_largest + o_c[:, None] * DIM + o_d[None, :], mask=m_tile, other=0.0)
+            b_largest = tl.maximum(b_largest, tl.max(b_v, 0))
+    b_mean = b_sum / tl.maximum(total, 1.0)
+    tl.store(mean + head * DIM + o_d, b_mean, mask=m_d)
+    b_v_scale = tl.maximum(b_largest / LARGEST_V, SMALLEST)
+    if FP8_V:
+        tl.store(v_scale + head * DIM + o_d, b_v_scale, mask=m_d)
+    if REMAINDER:
+        # E4M3 values are followed by zeros up to the end of their room.
+        for first in range(0, padded if FP8_V else cols, TILE):
+            o_c = first + o_tile
+            m_c = o_c < cols
+            m_tile = m_c[:, None] & m_d[None, :]
+            b_k = tl.load(p_k + o_c[:, None] * DIM + o_d[None, :], mask=m_tile, other=0.0)
+            b_k = tl.where(m_tile, b_k - b_mean[None, :], 0.0)
+            b_scale = tl.maximum(tl.max(tl.abs(b_k), 1) / LARGEST, SMALLEST)
+            p_key = key + (head * cols + o_c)[:, None] * DIM + o_d[None, :]
+            tl.store(p_key, _to_format(b_k, b_scale[:, None], INT8), mask=m_tile)
+            tl.store(key_scale + head * cols + o_c, b_scale, mask=m_c)
+            b_v = tl.load(p_v + o_c[:, None] * DIM + o_d[None, :], mask=m_tile, other=0.0)
+            if FP8_V:
+                b_8 = _to_format(b_v, b_v_scale[None, :], False)
+                p_value = value + (head * DIM + o_d)[:, None] * padded + o_c[None, :]
+                tl.store(p_value, tl.trans(b_8), mask=m_d[:, None] & (o_c < padded)[None, :])
+            else:
+                p_value = value + (head * cols + o_c)[:, None] * DIM + o_d[None, :]
+                tl.store(p_value, b_v.to(value.dtype.element_ty), mask=m_tile)
+
+
 @triton.jit(do_not_specialize=["seq", "heads", "groups", "order_b", "order_h"])
 def _quantise_keys(
     k,  # [batch, seq, heads, dim]
     order,
     mask,  # bool [batch, seq], read with MASKED
     mean,  # float32 [batch, heads, dim]
-    out,  # [batch, heads, seq, dim]
+    out,  # [batch, heads, seq, pitch]
     scales,  # float32 [batch, heads, groups], or [batch, heads, seq] with PER_TOKEN
     heads,
     seq,
@@ -143,6 +244,7 @@ def _quantise_keys(
     stride_h,
     stride_d,
     DIM: tl.constexpr,
+    PITCH: tl.constexpr,
     TILE_D: tl.constexpr,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
@@ -171,7 +273,7 @@ def _quantise_keys(
     if MASKED:
         m_read = m_t & (tl.load(mask + batch * seq + o_row, mask=m_t, other=0) != 0)
     b_k = tl.where(m_read[:, None] & m_d[None, :], b_k - b_mean[None, :], 0.0)
-    p_out = out + (o_head * seq + o_t.to(tl.int64))[:, None] * DIM + o_d[None, :]
+    p_out = out + (o_head * seq + o_t.to(tl.int64))[:, None] * PITCH + o_d[None, :]
     if PER_TOKEN:
         b_scale = tl.maximum(tl.max(tl.abs(b_k), 1) / LARGEST, SMALLEST)
         tl.store(p_out, _to_format(b_k, b_scale[:, None], INT8), mask=m_tile)
@@ -182,27 +284,24 @@ def _quantise_keys(
         tl.store(scales + o_head * groups + group, scale)
 
 
-@triton.jit(do_not_specialize=["seq", "heads", "order_b", "order_h"])
+@triton.jit(do_not_specialize=["seq", "heads"])
 def _quantise_queries(
     q,  # [batch, seq, heads, dim]
-    order,
     mean,  # float32 [batch, heads, dim], of the keys
-    out,  # [batch, heads, seq, dim]
+    out,  # [batch, heads, seq, pitch]
     scales,  # float32 [batch, heads, seq], times the softmax scale and log2(e)
     shift,  # float32 [batch, heads, seq], scale · q·mean
     scale,
     heads,
     seq,
-    order_b,
-    order_h,
     stride_b,
     stride_s,
     stride_h,
     stride_d,
     DIM: tl.constexpr,
+    PITCH: tl.constexpr,
     TILE_D: tl.constexpr,
     TILE: tl.constexpr,
-    ORDERED: tl.constexpr,
     INT8: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -216,14 +315,14 @@ def _quantise_queries(
     m_d = o_d < DIM
     o_t = tl.program_id(0) * TILE + tl.arange(0, TILE)
     m_t = o_t < seq
-    o_row = _token_rows(order, batch * order_b + head * order_h, o_t, m_t, ORDERED)
+    o_row = o_t.to(tl.int64)
     m_tile = m_t[:, None] & m_d[None, :]
     p_q = q + batch * stride_b + head * stride_h + o_row[:, None] * stride_s + o_d[None, :] * stride_d
     b_q = tl.load(p_q, mask=m_tile, other=0.0).to(tl.float32)
     b_mean = tl.load(mean + o_head * DIM + o_d, mask=m_d, other=0.0)
     b_scale = tl.maximum(tl.max(tl.abs(b_q), 1) / LARGEST, SMALLEST)
-    o_out = o_head * seq + o_t.to(tl.int64)
-    p_out = out + o_out[:, None] * DIM + o_d[None, :]
+    o_out = o_head * seq + o_row
+    p_out = out + o_out[:, None] * PITCH + o_d[None, :]
     tl.store(p_out, _to_format(b_q, b_scale[:, None], INT8), mask=m_tile)
     tl.store(scales + o_out, b_scale * (scale * LOG2E_), mask=m_t)
     tl.store(shift + o_out, tl.sum(b_q * b_mean[None, :], 1) * scale, mask=m_t)
@@ -279,72 +378,136 @@ def prepare(
     scale: float,
     block_k: int,
     key_starts: Tensor | None = None,
-    query_order: Tensor | None = None,
     key_order: Tensor | None = None,
     key_mask: Tensor | None = None,
     remainder: bool | Tensor = False,
 ) -> Prepared:
-    """As `dit_accel.kernels.prepare.prepare` for the 8-bit precisions, with smoothing."""
+    """As `dit_accel.kernels.prepare.prepare`, with smoothing, and with queries in the model's order.
+
+    Of what is native nothing is copied that no order moves.
+    """
     batch, seq_q, heads, dim = query.shape
-    seq_k = key.shape[1]
-    device = query.device
-    int8 = precision != "fp8"
-    eight = torch.int8 if int8 else torch.float8_e4m3fn
-    largest = INT8_MAX if int8 else E4M3_MAX
+    seq_k, device = key.shape[1], query.device
+    quantised, int8, fp8_v = precision != "native", precision != "fp8", precision in ("int8_fp8", "fp8")
     group, cols = key_group(block_k), triton.cdiv(seq_k, block_k)
     if key_starts is not None:
         key_starts = key_starts.contiguous()
         group, cols = 1, key_starts.shape[2] - 1
-    groups = triton.cdiv(seq_k, group)
-    together = group if key_starts is None else _TILE  # keys that a program quantises
+    valid = None if key_mask is None else ordered_mask(key_mask, key_order)
+    mask = None if key_mask is None else key_mask.contiguous()
+    order = None if key_order is None else key_order.contiguous()
+    order_steps = (0, 0)
+    if order is not None:
+        order_steps = tuple(order.stride(i) if order.shape[i] > 1 else 0 for i in range(2))
     tile_d = max(16, triton.next_power_of_2(dim))
     constants = {"DIM": dim, "TILE_D": tile_d, "enable_fp_fusion": True, "num_warps": _WARPS}
-    formats = {"INT8": int8, "LARGEST": largest, "SMALLEST": TINY}
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=torch.float32, device=device)
 
-    def steps(order: Tensor | None) -> tuple[int, ...]:
-        if order is None:
-            return 0, 0
-        return tuple(order.stride(i) if order.shape[i] > 1 else 0 for i in range(2))
+    unused = floats(0)
 
-    key_order = None if key_order is None else key_order.contiguous()
-    query_order = None if query_order is None else query_order.contiguous()
-    mask = None if key_mask is None else key_mask.contiguous()
-    mean_k, mean_v, largest_v, counts = floats(cols, dim), floats(cols, dim), floats(cols, dim), floats(cols)
-    _pool[(cols, batch * heads)](
-        key,
-        value,
-        counts if key_order is None else key_order,
-        counts if mask is None else mask,
-        counts if key_starts is None else key_starts,
+    def given(tensor: Tensor | None) -> Tensor:
+        return unused if tensor is None else tensor
+
+    # What is quantised later is gathered then.
+    copied_k = order is not None and not quantised
+    copied_v = order is not None and not fp8_v
+    pooled = quantised or remainder is not False
+    weight = remainder.float() if isinstance(remainder, Tensor) else None
+    k = (
+        torch.empty(batch, heads, seq_k, dim, dtype=key.dtype, device=device)
+        if copied_k
+        else key.transpose(1, 2)
+    )
+    v = (
+        torch.empty(batch, heads, seq_k, dim, dtype=value.dtype, device=device)
+        if copied_v
+        else value.transpose(1, 2)
+    )
+    mean_k, mean_v, counts, bias, largest_v = None, None, None, None, None
+    if pooled:
+        of_blocks = {"dtype": torch.float32 if quantised else key.dtype, "device": device}
+        mean_k, mean_v = (torch.empty(batch, heads, cols, dim, **of_blocks) for _ in range(2))
+        counts, bias, largest_v = floats(cols), floats(cols), floats(cols, dim) if fp8_v else None
+    if copied_k or copied_v or pooled:
+        _order_and_pool[(cols, batch * heads)](
+            key,
+            value,
+            given(order),
+            given(mask),
+            given(key_starts),
+            given(weight),
+            k,
+            v,
+            given(mean_k),
+            given(mean_v),
+            given(counts),
+            given(bias),
+            given(largest_v),
+            heads,
+            seq_k,
+            cols,
+            *order_steps,
+            0 if key_starts is None or key_starts.shape[0] == 1 else key_starts.shape[1],
+            int(key_starts is not None and key_starts.shape[1] > 1),
+            *key.stride(),
+            *value.stride(),
+            BLOCK=block_k,
+            TILE=min(_POOL_TILE, max(16, triton.next_power_of_2(block_k))),
+            ORDERED=order is not None,
+            MASKED=mask is not None,
+            VARYING=key_starts is not None,
+            WEIGHED=weight is not None,
+            COPY_K=copied_k,
+            COPY_V=copied_v,
+            POOL=pooled,
+            LARGEST=fp8_v,
+            **constants,
+        )
+    if not quantised:
+        means = None
+        if mean_k is not None and mean_v is not None and bias is not None:
+            means = Means(mean_k, mean_v, None, bias)
+        return Prepared(query.transpose(1, 2), k, v, None, None, None, None, valid, means, group)
+
+    eight = torch.int8 if int8 else torch.float8_e4m3fn
+    formats = {"INT8": int8, "LARGEST": INT8_MAX if int8 else E4M3_MAX, "SMALLEST": TINY}
+    mean, value_scale = floats(dim), floats(dim) if fp8_v else None
+    mean_key = mean_scale = mean_value = None
+    room = padded_tokens(cols, 1)
+    if remainder is not False:
+        mean_key, mean_scale = torch.empty(batch, heads, cols, dim, dtype=eight, device=device), floats(cols)
+        if fp8_v:
+            mean_value = torch.empty(batch, heads, dim, room, dtype=torch.float8_e4m3fn, device=device)
+        else:
+            mean_value = torch.empty(batch, heads, cols, dim, dtype=value.dtype, device=device)
+    _summarise[(batch * heads,)](
         mean_k,
         mean_v,
-        largest_v,
         counts,
-        heads,
-        seq_k,
+        given(largest_v),
+        mean,
+        given(value_scale),
+        given(mean_key),
+        given(mean_scale),
+        given(mean_value),
         cols,
-        *steps(key_order),
-        0 if key_starts is None or key_starts.shape[0] == 1 else key_starts.shape[1],
-        int(key_starts is not None and key_starts.shape[1] > 1),
-        *key.stride(),
-        *value.stride(),
-        BLOCK=block_k,
-        TILE=min(_POOL_TILE, max(16, triton.next_power_of_2(block_k))),
-        ORDERED=key_order is not None,
-        MASKED=mask is not None,
-        VARYING=key_starts is not None,
+        room,
+        TILE=_POOL_TILE,
+        FP8_V=fp8_v,
+        REMAINDER=remainder is not False,
+        LARGEST_V=E4M3_MAX,
+        **formats,
         **constants,
     )
-    mean = (mean_k * counts[..., None]).sum(2) / counts.sum(2).clamp(min=1)[..., None]
 
-    q8 = torch.empty(batch, heads, seq_q, dim, dtype=eight, device=device)
+    # Rows begin at multiples of 16 bytes, so that they are read 16 at a time.
+    pitch = triton.cdiv(dim, 16) * 16
+    q8 = torch.empty(batch, heads, seq_q, pitch, dtype=eight, device=device)
     query_scale, lse_shift = floats(seq_q), floats(seq_q)
     _quantise_queries[(triton.cdiv(seq_q, _TILE), batch * heads)](
         query,
-        counts if query_order is None else query_order,
         mean,
         q8,
         query_scale,
@@ -352,66 +515,64 @@ def prepare(
         scale,
         heads,
         seq_q,
-        *steps(query_order),
         *query.stride(),
+        PITCH=pitch,
         TILE=_TILE,
-        ORDERED=query_order is not None,
         LOG2E_=LOG2E,
         **formats,
         **constants,
     )
-    k8 = torch.empty(batch, heads, seq_k, dim, dtype=eight, device=device)
+    together = group if key_starts is None else _TILE  # keys that a program quantises
+    groups = triton.cdiv(seq_k, group)
+    k8 = torch.empty(batch, heads, seq_k, pitch, dtype=eight, device=device)
     key_scale = floats(groups)
     _quantise_keys[(triton.cdiv(seq_k, together), batch * heads)](
         key,
-        counts if key_order is None else key_order,
-        counts if mask is None else mask,
+        given(order),
+        given(mask),
         mean,
         k8,
         key_scale,
         heads,
         seq_k,
         groups,
-        *steps(key_order),
+        *order_steps,
         *key.stride(),
+        PITCH=pitch,
         GROUP=together,
         TILE=max(16, triton.next_power_of_2(together)),
-        ORDERED=key_order is not None,
+        ORDERED=order is not None,
         MASKED=mask is not None,
         PER_TOKEN=key_starts is not None,
         **formats,
         **constants,
     )
-    value_scale = None
-    if precision == "int8":
-        v = ordered(value, key_order)
-    else:
-        value_scale = (largest_v.amax(2) / E4M3_MAX).clamp(min=TINY)
+    if fp8_v:
         padded = padded_tokens(seq_k, block_k if key_starts is None else 1)
         v8 = torch.empty(batch, heads, dim, padded, dtype=torch.float8_e4m3fn, device=device)
         tile = _TILE if tile_d <= 128 else _TILE // 2  # 256 channels spill on their way through shared memory
         _quantise_values[(padded // tile, batch * heads)](
             value,
-            counts if key_order is None else key_order,
-            counts if mask is None else mask,
+            given(order),
+            given(mask),
             value_scale,
             v8,
             heads,
             seq_k,
             padded,
-            *steps(key_order),
+            *order_steps,
             *value.stride(),
             TILE=tile,
-            ORDERED=key_order is not None,
+            ORDERED=order is not None,
             MASKED=mask is not None,
             **constants,
         )
         v = v8.transpose(2, 3)[:, :, :seq_k]
 
     means = None
-    if remainder is not False:
-        m8, mean_scale = quantise((mean_k - mean[:, :, None])[..., None, :], eight)
-        m_v = mean_v.to(value.dtype) if value_scale is None else e4m3_values(mean_v, value_scale, 1)
-        means = Means(m8[..., 0, :], m_v, mean_scale, with_remainder(counts.log2(), remainder))
-    valid = None if key_mask is None else ordered_mask(key_mask, key_order)
-    return Prepared(q8, k8, v, query_scale, key_scale, value_scale, lse_shift, valid, means, group)
+    if mean_key is not None and mean_value is not None and bias is not None:
+        means = Means(
+            mean_key, mean_value.transpose(2, 3)[:, :, :cols] if fp8_v else mean_value, mean_scale, bias
+        )
+    q, k = q8[..., :dim], k8[..., :dim]
+    return Prepared(q, k, v, query_scale, key_scale, value_scale, lse_shift, valid, means, group)

@@ -182,12 +182,13 @@ def pooled_scores(
     query_order: Tensor | None = None,
     key_order: Tensor | None = None,
     key_mask: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Block mass between means: each block is pooled in `parts` runs, which count by their tokens.
 
     MInference (https://arxiv.org/abs/2407.02490) and DraftAttention (https://arxiv.org/abs/2505.14708), whose parts
-    are 1. A run's logit is `scale · q̄·k̄ + log(valid keys)`. Plain torch on every device: between runs of r tokens
-    there is 1/r² of the work of `block_mass`.
+    are 1. A run's logit is `scale · q̄·k̄ + log(valid keys)`. Between runs of r tokens there is 1/r² of the work of
+    `block_mass`. The triton backend rounds means to the dtype of the inputs.
 
     Args:
         parts: runs per block, a divisor of `block_q` and of `block_k`.
@@ -209,6 +210,20 @@ def pooled_scores(
             raise ValueError(
                 f"parts must divide {name} = {block}, got {parts}; use a divisor of both block sizes"
             )
+    if _resolve_backend(backend, query) == "triton":
+        from dit_accel.kernels import scores_triton
+
+        return scores_triton.mean_mass(
+            query,
+            key,
+            block_q=block_q,
+            block_k=block_k,
+            parts=parts,
+            scale=scale,
+            query_order=query_order,
+            key_order=key_order,
+            key_mask=key_mask,
+        )
     q, k, valid = ordered(query, query_order), ordered(key, key_order), _valid(key_mask, key_order)
     wide = _wide(q)
     sizes = _run_sizes(query.shape[1], block_q // parts, query.device)

@@ -5,7 +5,7 @@ sizes of their own: where a block is smaller than a tile, a tile holds several, 
 is larger, several tiles share it, and their parts of its mass are added up afterwards, always in the same order.
 
 Runs: the score of two runs is a product over stride · dim features. The kernel reads these piece by piece out of the
-plain tensors, so nothing is copied.
+plain tensors, so nothing is copied. Means of runs are computed first, and go in as the tokens that stand for them.
 
 4 bits: byte j of a token holds feature j in its low half and feature j + dim/2 in its high half. `byte << 4` and
 `byte & 0xF0` are 16 times the two as INT8: no sign to extend, and the factor goes into the scale.
@@ -123,7 +123,7 @@ def _tile_logits(
 # Sequence lengths change with every resolution and must not compile anew.
 @triton.jit(
     do_not_specialize=[
-        *("seq_q", "seq_k", "heads", "rows", "cols", "groups"),
+        *("seq_q", "seq_k", "queries", "heads", "rows", "cols", "groups"),
         *("order_b", "order_h", "stride_bias_b", "stride_bias_h"),
     ]
 )
@@ -139,6 +139,7 @@ def block_mass_forward(
     scale_log2,
     seq_q,
     seq_k,
+    queries,  # tokens that q holds or stands for
     heads,
     rows,
     cols,
@@ -156,14 +157,15 @@ def block_mass_forward(
     stride_ks,
     stride_kd,
     DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,  # runs of MEMBERS tokens per block
+    BLOCK_Q: tl.constexpr,  # runs of RUN tokens per block
     BLOCK_K: tl.constexpr,
     TILE_D: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     ROWS: tl.constexpr,  # row blocks in a tile, whose share of it is PART_Q >= BLOCK_Q, or 1
     COLS: tl.constexpr,
-    MEMBERS: tl.constexpr,
+    MEMBERS: tl.constexpr,  # tokens of q and k in a run
+    RUN: tl.constexpr,  # tokens that a run of queries stands for
     GROUP: tl.constexpr,  # keys that share a scale, 0 unless quantised
     BIASED: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -188,7 +190,7 @@ def block_mass_forward(
     o_in_row = part_q * PART_Q + o_in_q % PART_Q
     o_q = (row + o_in_q // PART_Q) * BLOCK_Q + o_in_row
     # Real queries that each run has.
-    b_weight = tl.minimum(tl.maximum(seq_q - o_q * MEMBERS, 0), MEMBERS)
+    b_weight = tl.minimum(tl.maximum(queries - o_q * RUN, 0), RUN)
     b_weight = tl.where(o_in_row < BLOCK_Q, b_weight, 0).to(tl.float32)
     m_q = b_weight > 0.0
 
@@ -247,7 +249,7 @@ def block_mass_forward(
     b_shift = tl.where(m_q & (b_lse > -float("inf")), b_lse, float("inf"))
 
     o_row = row + tl.arange(0, ROWS)
-    b_tokens = tl.minimum(seq_q - o_row * (BLOCK_Q * MEMBERS), BLOCK_Q * MEMBERS)
+    b_tokens = tl.minimum(queries - o_row * (BLOCK_Q * RUN), BLOCK_Q * RUN)
     b_share = 1.0 / tl.maximum(b_tokens, 1).to(tl.float32)
     o_col = tl.arange(0, COLS)
     p_rows = mass + ((o_head * rows + o_row) * TILES_Q + part_q) * (cols * TILES_K)
@@ -268,6 +270,63 @@ def block_mass_forward(
             b_mass,
             mask=(o_row < rows)[:, None] & (col + o_col < cols)[None, :],
         )
+
+
+@triton.jit(do_not_specialize=["seq", "heads", "runs", "order_b", "order_h"])
+def pool_runs(
+    x,  # [batch, seq, heads, dim]
+    order,  # int64 [batch or 1, heads or 1, seq], read with ORDERED
+    mask,  # bool [batch, seq], read with MASKED
+    means,  # [batch, heads, runs, dim]
+    bias,  # float32 [batch, heads, runs], log2(valid tokens), written with BIASED
+    heads,
+    seq,
+    runs,
+    order_b,
+    order_h,
+    stride_b,
+    stride_s,
+    stride_h,
+    stride_d,
+    DIM: tl.constexpr,
+    TILE_D: tl.constexpr,
+    RUN: tl.constexpr,
+    RUNS: tl.constexpr,
+    PART: tl.constexpr,  # tokens of each run that are read at once, a power of two
+    ORDERED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """One program: RUNS runs of RUN tokens of one head of one batch element."""
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    o_in = tl.arange(0, RUNS * PART)
+    o_d = tl.arange(0, TILE_D)
+    m_d = o_d < DIM
+    p_x = x + batch * stride_b + head * stride_h
+    b_sum = tl.zeros([RUNS, TILE_D], tl.float32)
+    b_count = tl.zeros([RUNS], tl.float32)
+    for first in range(0, RUN, PART):
+        o_member = first + o_in % PART
+        o_t = (tl.program_id(0) * RUNS + o_in // PART) * RUN + o_member
+        m_t = (o_member < RUN) & (o_t < seq)
+        o_row = o_t.to(tl.int64)
+        if ORDERED:
+            o_row = tl.load(order + batch * order_b + head * order_h + o_t, mask=m_t, other=0)
+        if MASKED:
+            m_t = m_t & (tl.load(mask + batch * seq + o_row, mask=m_t, other=0) != 0)
+        p_rows = p_x + o_row[:, None] * stride_s + o_d[None, :] * stride_d
+        b_x = tl.load(p_rows, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+        b_sum += tl.sum(tl.reshape(b_x, [RUNS, PART, TILE_D]), 1)
+        b_count += tl.sum(tl.reshape(m_t.to(tl.float32), [RUNS, PART]), 1)
+    o_run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    m_run = o_run < runs
+    p_out = (batch * heads + head) * runs + o_run
+    b_mean = (b_sum / tl.maximum(b_count, 1.0)[:, None]).to(means.dtype.element_ty)
+    tl.store(means + p_out[:, None] * DIM + o_d[None, :], b_mean, mask=m_run[:, None] & m_d[None, :])
+    if BIASED:
+        b_bias = tl.where(b_count > 0.0, tl.log2(tl.maximum(b_count, 1.0)), -float("inf"))
+        tl.store(bias + p_out, b_bias, mask=m_run)
 
 
 @triton.jit(
@@ -417,7 +476,7 @@ def block_mass(
         block_q=block_q,
         block_k=block_k,
         scale=scale,
-        counts=counts,
+        bias=None if counts is None else counts.log2(),
         lse=lse.contiguous(),
         given=given,
         query_order=query_order,
@@ -427,7 +486,71 @@ def block_mass(
 
 def run_mass(q: Tensor, k: Tensor, counts: Tensor, members: int, *, block: int, scale: float) -> Tensor:
     """Mass between runs of `members` tokens, `block` runs per block; keys that may not be read are zeros."""
-    return _launch(q, k, block_q=block, block_k=block, scale=scale, counts=counts, members=members)
+    return _launch(q, k, block_q=block, block_k=block, scale=scale, bias=counts.log2(), members=members)
+
+
+def mean_mass(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    parts: int,
+    scale: float,
+    query_order: Tensor | None,
+    key_order: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """Mass between the means of `parts` runs to a block of `[batch, seq, heads, dim]`, means in the same dtype."""
+    runs_q, _ = pool(query, block_q // parts, query_order, None, biased=False)
+    runs_k, bias = pool(key, block_k // parts, key_order, key_mask, biased=True)
+    queries = query.shape[1], block_q // parts
+    return _launch(runs_q, runs_k, block_q=parts, block_k=parts, scale=scale, bias=bias, stands_for=queries)
+
+
+def pool(
+    tokens: Tensor, run: int, order: Tensor | None, mask: Tensor | None, *, biased: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Means of runs of `run` tokens of `[batch, seq, heads, dim]` in an order, `[batch, heads, runs, dim]`.
+
+    Args:
+        mask: bool `[batch, seq]` in the model's order, tokens that count; a run without any is 0.
+        biased: whether to return log2 of how many tokens count too, float32 `[batch, heads, runs]`.
+    """
+    batch, seq, heads, dim = tokens.shape
+    runs = triton.cdiv(seq, run)
+    means = torch.empty(batch, heads, runs, dim, dtype=tokens.dtype, device=tokens.device)
+    bias = torch.empty(batch, heads, runs, dtype=torch.float32, device=tokens.device) if biased else None
+    order = None if order is None else order.contiguous()
+    options = pool_options(dim, run)
+    with torch.cuda.device_of(tokens):
+        pool_runs[(triton.cdiv(runs, options["RUNS"]), batch * heads)](
+            tokens,
+            means if order is None else order,
+            means if mask is None else mask.contiguous(),
+            means,
+            means if bias is None else bias,
+            heads,
+            seq,
+            runs,
+            *_steps(order, 2),
+            *tokens.stride(),
+            DIM=dim,
+            RUN=run,
+            ORDERED=order is not None,
+            MASKED=mask is not None,
+            BIASED=biased,
+            enable_fp_fusion=True,
+            **options,
+        )
+    return means, bias
+
+
+def pool_options(dim: int, run: int) -> dict[str, int]:
+    """Tile sizes and warps of `pool_runs`: up to 64 tokens at once, 32 numbers per thread."""
+    tile_d = max(16, triton.next_power_of_2(dim))
+    part = min(64, triton.next_power_of_2(run))
+    return {"TILE_D": tile_d, "PART": part, "RUNS": 64 // part, "num_warps": max(1, tile_d // 16)}
 
 
 def lowbit_mass(
@@ -447,7 +570,7 @@ def lowbit_mass(
     """Mass of `[batch, seq, heads, dim]` rounded to −levels..levels, keys less their mean `[batch, heads, dim]`."""
     q, q_scale = pack(query, 0, levels, query_order)
     k, k_scale = pack(key, group, levels, key_order, mean, valid)
-    counts = None if valid is None else valid.float()
+    bias = None if valid is None else valid.float().log2()
     # Both numbers of a product come out of their bytes times 16.
     return _launch(
         q,
@@ -455,7 +578,7 @@ def lowbit_mass(
         block_q=block_q,
         block_k=block_k,
         scale=scale / 256,
-        counts=counts,
+        bias=bias,
         scales=(q_scale, k_scale),
         group=group,
     )
@@ -517,17 +640,23 @@ def _launch(
     block_q: int,
     block_k: int,
     scale: float,
-    counts: Tensor | None = None,
+    bias: Tensor | None = None,
     members: int = 1,
+    stands_for: tuple[int, int] | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     group: int = 0,
     lse: Tensor | None = None,
     given: bool = False,
     query_order: Tensor | None = None,
 ) -> Tensor:
-    """Blocks are counted in runs of `members` tokens; `lse` is read if `given`, otherwise written."""
-    bias = None if counts is None else counts.log2()
+    """Blocks are counted in runs of `members` tokens; `lse` is read if `given`, otherwise written.
+
+    Args:
+        bias: float32 `[batch or 1, heads or 1, keys or runs]`, log2 of the tokens that count.
+        stands_for: how many queries there are, and how many a run stands for, if not those of `q`.
+    """
     batch, heads, seq_q, dim = q.shape
+    queries, run = (seq_q, members) if stands_for is None else stands_for
     seq_k, device = k.shape[2], q.device
     rows, cols = triton.cdiv(seq_q, block_q * members), triton.cdiv(seq_k, block_k * members)
     options = launch_options(dim, block_q, block_k, members, q.element_size(), chip_of(device).shared)
@@ -555,6 +684,7 @@ def _launch(
             scale * LOG2E,
             seq_q,
             seq_k,
+            queries,
             heads,
             rows,
             cols,
@@ -567,6 +697,7 @@ def _launch(
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             MEMBERS=members,
+            RUN=run,
             GROUP=group,
             BIASED=bias is not None,
             GIVEN=given,

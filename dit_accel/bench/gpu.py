@@ -30,16 +30,16 @@ from dit_accel.bench.gpu_checks import CHOOSING, EXTRAS, LAYERS, check, check_ch
 from dit_accel.bench.problem import SHAPES, Shape, index_of, tensors
 from dit_accel.bench.timing import Call, in_turns
 from dit_accel.bench.workers import TaskError, Worker, compile_ahead
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.timing import machine
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex, block_sparse_attention, prepare_triton
 from dit_accel.kernels.block_sparse import flex, triton_kernel
 from dit_accel.kernels.partition import partition
-from dit_accel.kernels.prepare import PRECISIONS, ordered, prepare
+from dit_accel.kernels.prepare import PRECISIONS, prepare
 from dit_accel.kernels.scores import antidiagonal_scores, block_mass, lowbit_scores, pooled_scores
 from dit_accel.kernels.select import select_blocks
-from dit_accel.plan import Candidate
 
 DENSITIES = (1.0, 0.5, 0.25, 0.10, 0.05)
 BLOCKS = (128, 64)
@@ -204,8 +204,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Call:
 def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -> dict[str, Call]:
     """Ours in each precision and flex on one list, beside cuDNN; at density 1 also the other dense peers and the parts.
 
-    A precision's time is that of the whole call; `prepare:`, `attend:` and `order` are parts of it, `score:`, `select`
-    and `partition` come before.
+    A precision's time is that of the whole call; `prepare:` (with everything, an order and means too), `attend:` and
+    `order` are parts of it, `score:`, `select` and `partition` come before.
     """
     dense = [x.transpose(1, 2) for x in (q, k, v)]
     calls: dict[str, Call] = {"sdpa-cudnn": partial(_sdpa, SDPA["sdpa-cudnn"], *dense)}
@@ -226,22 +226,22 @@ def _calls(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, density: float) -
         calls["sageattention-triton"] = partial(_sage, q, k, v)
     scale = q.shape[-1] ** -0.5
     order = torch.arange(index.seq_k, device=q.device).flip(0)[None, None]
-    for precision in PRECISIONS[1:]:
-        calls[f"prepare:{precision}"] = partial(
-            prepare_triton.prepare,
-            q,
-            k,
-            v,
-            precision=precision,
-            scale=scale,
-            block_k=index.block_k,
-            key_order=order,
-        )
+    for precision in PRECISIONS:
         plain = partial(
             prepare_triton.prepare, q, k, v, precision=precision, scale=scale, block_k=index.block_k
         )
+        calls[f"prepare:{precision}"] = partial(plain, key_order=order, remainder=True)
         calls[f"attend:{precision}"] = _attend(plain, index, scale, q.dtype)
-    calls["order"] = partial(ordered, k, order)
+    calls["order"] = partial(
+        prepare_triton.prepare,
+        q,
+        k,
+        v,
+        precision="native",
+        scale=scale,
+        block_k=index.block_k,
+        key_order=order,
+    )
     blocks: dict[str, Any] = {"block_q": index.block_q, "block_k": index.block_k}
     calls["score:pooled"] = partial(pooled_scores, q, k, **blocks)
     calls["score:antidiagonal"] = partial(antidiagonal_scores, q, k, block=index.block_q)

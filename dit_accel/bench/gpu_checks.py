@@ -16,13 +16,13 @@ from torch import Tensor
 from dit_accel.attention import attend
 from dit_accel.bench.problem import block_mask
 from dit_accel.bench.timing import Call
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex, available_precisions, block_sparse_attention
 from dit_accel.kernels.kmeans import kmeans
 from dit_accel.kernels.prepare import PRECISIONS
 from dit_accel.kernels.scores import antidiagonal_scores, block_mass, lowbit_scores, pooled_scores
 from dit_accel.kernels.select import select_blocks
-from dit_accel.plan import Candidate
 
 # Relative error of a head's output against float64 that a precision may make on Gaussian inputs (SageAttention and
 # SageAttention2 report cosines of 0.9995 and 0.999, which are relative errors of 3 % and 4.5 %).
@@ -98,11 +98,13 @@ def _mass(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
         return block_mass(q, k, block_q=128, block_k=64, backend=backend)[0]
     if name == "antidiagonal_scores":
         return antidiagonal_scores(q, k, block=128, backend=backend)
+    if name == "pooled_scores":
+        return pooled_scores(q, k, block_q=128, block_k=64, parts=4, backend=backend)
     return lowbit_scores(q, k, block_q=128, block_k=64, backend=backend)
 
 
 def _kept(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
-    scores = pooled_scores(q, k, block_q=128, block_k=64)
+    scores = pooled_scores(q, k, block_q=128, block_k=64, backend="torch")
     rule: dict[str, Any] = {"keep": 7} if name == "select_blocks:top-k" else {"top_p": 0.8}
     sizes: dict[str, Any] = {"block_q": 128, "block_k": 64, "seq_q": q.shape[1], "seq_k": k.shape[1]}
     return select_blocks(scores, **sizes, **rule, backend=backend).to_mask().float()
@@ -113,10 +115,11 @@ def _inertia(name: str, backend: str, q: Tensor, k: Tensor) -> Tensor:
 
 
 # Kernels around attention, and how far they may be from their definition: float32 sums over 2,117 keys of weights that
-# add up to 1, rounding edges of 4 bits, exact choices, and sums of squares.
+# add up to 1, means rounded to 16 bits, rounding edges of 4 bits, exact choices, and sums of squares.
 CHOOSING: dict[str, tuple[Callable[[str, str, Tensor, Tensor], Tensor], float]] = {
     "block_mass": (_mass, 1e-3),
     "antidiagonal_scores": (_mass, 1e-3),
+    "pooled_scores": (_mass, 1e-2),
     "lowbit_scores": (_mass, 2e-2),
     "select_blocks:top-k": (_kept, 0.0),
     "select_blocks:top-p": (_kept, 0.0),

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from dit_accel.bench import fit
 
         data = fit.run()
+        data["failures"] = [f"predicted wrong: {check}" for check in data["checks"] if not check["ok"]]
         text = fit.as_text(data)
     elif args.suite == "cpu":
         from dit_accel.bench import cpu

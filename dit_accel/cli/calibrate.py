@@ -75,7 +75,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "validated": plan.validated,
     }
     measured = ", ".join(
-        f"{name} {value:.4g}" for name, value in plan.validated.items() if isinstance(value, (int, float))
+        f"{name} {value}" if isinstance(value, bool) else f"{name} {value:.4g}"
+        for name, value in plan.validated.items()
+        if isinstance(value, (int, float))
     )
     return (
         data,

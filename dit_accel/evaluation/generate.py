@@ -1,5 +1,7 @@
 """One timed generation: prompt in, raw frames and final latents out."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,17 @@ from dit_accel.evaluation.peers import Watch, can_watch
 from dit_accel.evaluation.timing import now
 from dit_accel.evaluation.variants import DENSE, Variant, plan_variant
 from dit_accel.plan import AccelPlan
+
+# What a pipeline may need beside a prompt, though it has a default.
+_PICTURES = (
+    "image",
+    "video",
+    "conditions",
+    "control_image",
+    "control_video",
+    "mask_image",
+    "image_reference",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +53,16 @@ class Generation:
     cache_bytes: int | None = None
     guarded_heads: int | None = None
     attention_seconds: float | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither frames nor latents hold NaN or infinity."""
+        return bool(self.frames.isfinite().all() and self.latents.isfinite().all())
+
+    def with_zeros(self) -> Generation:
+        """The same with 0 for NaN and infinity."""
+        frames, latents = (x.nan_to_num(0.0, 0.0, 0.0) for x in (self.frames, self.latents))
+        return replace(self, frames=frames, latents=latents)
 
 
 def generate(
@@ -83,12 +106,21 @@ def generate(
         )
     device = pipe._execution_device
     start = now(device)
-    output = pipe(
-        generator=torch.Generator("cpu").manual_seed(seed),
-        output_type="pt",
-        callback_on_step_end=keep_latents,
-        **arguments,
-    )
+    try:
+        output = pipe(
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="pt",
+            callback_on_step_end=keep_latents,
+            **arguments,
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        lacking = [name for name in _PICTURES if name in parameters]
+        if not lacking or last:
+            raise
+        raise ValueError(
+            f"pipe: expected a pipeline that needs a prompt and sizes alone, got {type(pipe).__name__}, which also "
+            f"takes {', '.join(lacking)} and says: {error}; if it needs them, dit_accel.enable takes it with a preset"
+        ) from error
     seconds = now(device) - start
     return Generation(_frames(output), last["latents"].float().cpu(), seconds)
 

@@ -4,7 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from dit_accel.evaluation.files import write_json
-from dit_accel.evaluation.generate import Generation
 from dit_accel.evaluation.metrics import latent_rel_l2, psnr, ssim
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.store import GenerationStore
@@ -84,20 +83,19 @@ class Evaluation:
     def measure(self, prompt: int, scorer: Scorer | None) -> None:
         """Add the runs of a prompt that every variant has generated, and drop what is not pictured."""
         dense = self.store.get(prompt, "dense")
-        if not _is_finite(dense):
+        if not dense.is_finite:
             raise ValueError(
                 f"prompt {prompt + 1}: expected finite frames of the dense generation, got NaN or infinity; give the "
                 "model another dtype, bfloat16 for instance"
             )
         for name in self.variants:
             made = self.store.get(prompt, name)
-            if not _is_finite(made):
+            if not made.is_finite:
                 warnings.warn(
                     f"prompt {prompt + 1}, variant {name!r}: what it generated is not finite, NaN counts as 0",
                     stacklevel=2,
                 )
-                frames, latents = (x.nan_to_num(0.0, 0.0, 0.0) for x in (made.frames, made.latents))
-                made = replace(made, frames=frames, latents=latents)
+                made = made.with_zeros()
             run = Run(
                 prompt=prompt,
                 variant=name,
@@ -195,10 +193,6 @@ class Evaluation:
             self.store.clear()
         # Before the first generation: what the store holds must always belong to this fingerprint.
         self.save(folder)
-
-
-def _is_finite(made: Generation) -> bool:
-    return bool(made.frames.isfinite().all() and made.latents.isfinite().all())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -117,7 +117,11 @@ def tune(
             low = middle + step
         else:
             high = middle - step
-    probes = (*known, *found)
+    return chosen(target, (*known, *found))
+
+
+def chosen(target: float, probes: tuple[Probe, ...]) -> Tuned:
+    """The probe to run at a target, of all that are known."""
     kept = [probe for probe in probes if probe.psnr >= target]
     if kept:
         return Tuned(probes, max(kept, key=lambda probe: (probe.saved, probe.psnr)), True)
@@ -145,7 +149,8 @@ class Tuning:
         """Tune every dial to every target, by label and target.
 
         Args:
-            targets: mean PSNR in dB; those after the first begin with what was found before.
+            targets: mean PSNR in dB; those after the first begin with what was found before, and each has the choice
+                of all that was found for any.
             most: places of a dial to look at, at most, for each target.
         """
         count, steps = len(self.prompts), self.settings.num_inference_steps
@@ -158,16 +163,10 @@ class Tuning:
                 bar.n = done  # some searches end early, and finished generations take no time
                 bar.set_description(f"tuning, {dial.label}")
                 known: tuple[Probe, ...] = ()
-                found[dial.label] = {}
+                measure = functools.partial(self._probe, dial, on_step=bar.update)
                 for target in targets:
-                    result = tune(
-                        dial,
-                        target,
-                        most,
-                        functools.partial(self._probe, dial, on_step=bar.update),
-                        known,
-                    )
-                    known, found[dial.label][target] = result.probes, result
+                    known = tune(dial, target, most, measure, known).probes
+                found[dial.label] = {target: chosen(target, known) for target in targets}
                 done += share
             bar.n = done
             bar.refresh()

@@ -6,7 +6,6 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from dit_accel.kernels.backend import triton
 from dit_accel.kernels.block_index import BlockIndex
 from dit_accel.kernels.block_sparse import by_row, gather, reference
-from dit_accel.kernels.prepare import PRECISIONS, Prepared, checked_order, prepare, restored
+from dit_accel.kernels.prepare import PRECISIONS, checked_order, prepare, restored
 
 BACKENDS = ("auto", "reference", "torch", "flex", "triton")
 # The oldest CUDA architectures whose matrix units multiply a precision's numbers.
@@ -224,31 +223,25 @@ def _attend(
         raise ValueError(f"precision {precision!r}: {reason}; use another, or backend 'auto'")
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(query):
-        make: Callable[..., Prepared] = prepare
-        # Triton and the compiler stack behind flex are imported by those who use them.
-        if backend == "triton" and precision != "native":
-            from dit_accel.kernels import prepare_triton
-
-            make = prepare_triton.prepare
-        prepared = make(
-            query,
-            key,
-            value,
-            precision=precision,
-            scale=scale,
-            block_k=index.block_k,
-            key_starts=key_starts,
-            query_order=query_order,
-            key_order=key_order,
-            key_mask=key_mask,
-            remainder=rest,
-        )
+        given: dict[str, Any] = {
+            "precision": precision,
+            "scale": scale,
+            "block_k": index.block_k,
+            "key_starts": key_starts,
+            "key_order": key_order,
+            "key_mask": key_mask,
+            "remainder": rest,
+        }
         none = query.new_empty(0, dtype=torch.float32)
+        # Triton and the compiler stack behind flex are imported by those who use them.
         if backend == "triton":
+            from dit_accel.kernels import prepare_triton
             from dit_accel.kernels.block_sparse import triton_kernel
 
-            output, lse = triton_kernel.attention(prepared, index, scale, query_order, query.dtype)
+            laid_out = prepare_triton.prepare(query, key, value, **given)
+            output, lse = triton_kernel.attention(laid_out, index, scale, query_order, query.dtype)
             return output, lse if return_lse else none
+        prepared = prepare(query, key, value, query_order=query_order, **given)
         if backend == "flex":
             from dit_accel.kernels.block_sparse import flex
 

@@ -150,6 +150,168 @@ def _cut(
     tl.store(part_counts + number, rests)
 
 
+def programs(index: BlockIndex, work: Tensor, tile: int) -> Tensor:
+    """Which queries each program serves, in each head rows with most work first, equal ones as they stand.
+
+    Args:
+        work: int32 `[batch or 1, heads, rows]`, key blocks or tiles of each row, contiguous.
+        tile: queries per program.
+
+    Returns:
+        int32 `[batch or 1, heads, programs, 3]`: row, its first query for this program, and the query behind the row's
+        last. Where blocks vary in length some programs have nothing to do, and three zeros.
+    """
+    rows, starts = index.rows, index.query_starts
+    if starts is None:
+        parts = -(-index.block_q // tile)
+        last = index.seq_q - (rows - 1) * index.block_q
+        places = torch.empty(
+            *work.shape[:2], (rows - 1) * parts - (-last // tile), 3, dtype=torch.int32, device=work.device
+        )
+    else:
+        starts = starts.contiguous()
+        places = torch.zeros(
+            *work.shape[:2], index.seq_q // tile + rows, 3, dtype=torch.int32, device=work.device
+        )
+    _place_rows[(triton.cdiv(rows, _CHUNK), work.shape[0] * work.shape[1])](
+        work,
+        work if starts is None else starts,
+        places,
+        index.heads,
+        rows,
+        index.seq_q,
+        index.block_q,
+        places.shape[2],
+        0 if starts is None or starts.shape[0] == 1 else starts.shape[1],
+        int(starts is not None and starts.shape[1] > 1),
+        TILE=tile,
+        CHUNK=_CHUNK,
+        VARYING=starts is not None,
+    )
+    return places
+
+
+@triton.jit
+def _queries(starts, o_row, rows, seq_q, block_q, VARYING: tl.constexpr):
+    """First query of each row, and the query behind its last."""
+    m_row = o_row < rows
+    if VARYING:
+        start = tl.load(starts + o_row, mask=m_row, other=0)
+        stop = tl.load(starts + o_row + 1, mask=m_row, other=0)
+    else:
+        start = tl.where(m_row, o_row * block_q, 0)
+        stop = tl.where(m_row, tl.minimum(start + block_q, seq_q), 0)
+    return start, stop
+
+
+@triton.jit(
+    do_not_specialize=["heads", "rows", "seq_q", "block_q", "programs_of_head", "batch_step", "head_step"]
+)
+def _place_rows(
+    work,  # int32 [batch or 1, heads, rows]
+    starts,  # int32 [batch or 1, heads or 1, rows + 1], read with VARYING
+    places,  # int32 [batch or 1, heads, programs_of_head, 3]
+    heads,
+    rows,
+    seq_q,
+    block_q,
+    programs_of_head,
+    batch_step,  # 0 or the heads of starts
+    head_step,  # 0 or 1
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    VARYING: tl.constexpr,
+):
+    """One program: CHUNK rows of one head, placed behind the programs of all rows that have more work."""
+    number = tl.program_id(1).to(tl.int64)
+    p_work = work + number * rows
+    p_starts = starts + (number // heads * batch_step + number % heads * head_step) * (rows + 1)
+    o_row = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    b_work = tl.load(p_work + o_row, mask=o_row < rows, other=-1)
+    start, stop = _queries(p_starts, o_row, rows, seq_q, block_q, VARYING)
+    place = tl.zeros([CHUNK], tl.int32)
+    for first in range(0, rows, CHUNK):
+        o_other = first + tl.arange(0, CHUNK)
+        b_other = tl.load(p_work + o_other, mask=o_other < rows, other=-1)
+        begin, end = _queries(p_starts, o_other, rows, seq_q, block_q, VARYING)
+        tiles = (end - begin + (TILE - 1)) // TILE
+        m_before = b_other[None, :] > b_work[:, None]
+        m_before |= (b_other[None, :] == b_work[:, None]) & (o_other[None, :] < o_row[:, None])
+        place += tl.sum(tl.where(m_before, tiles[None, :], 0), 1)
+    own = (stop - start + (TILE - 1)) // TILE
+    p_place = places + (number * programs_of_head + place) * 3
+    for i in range(0, tl.max(own, 0)):
+        m_own = i < own
+        tl.store(p_place + i * 3, o_row, mask=m_own)
+        tl.store(p_place + i * 3 + 1, start + i * TILE, mask=m_own)
+        tl.store(p_place + i * 3 + 2, stop, mask=m_own)
+
+
+def kept_pairs(index: BlockIndex) -> Tensor:
+    """Query-key pairs that each head keeps, int64 `[batch or 1, heads]`, of lists of equal key blocks."""
+    counts, starts = index.counts.contiguous(), index.query_starts
+    pairs = torch.empty(counts.shape[:2], dtype=torch.int64, device=counts.device)
+    with torch.cuda.device_of(counts):
+        _kept_pairs[(pairs.numel(),)](
+            counts,
+            index.offsets.contiguous(),
+            index.indices,
+            counts if starts is None else starts.contiguous(),
+            pairs,
+            index.heads,
+            index.rows,
+            index.cols,
+            index.seq_q,
+            index.seq_k,
+            index.block_q,
+            index.block_k,
+            0 if starts is None or starts.shape[0] == 1 else starts.shape[1],
+            int(starts is not None and starts.shape[1] > 1),
+            CHUNK=_CHUNK,
+            VARYING=starts is not None,
+        )
+    return pairs
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("heads", "rows", "cols", "seq_q", "seq_k", "block_q", "block_k", "batch_step", "head_step"),
+    ]
+)
+def _kept_pairs(
+    counts,  # int32 [batch or 1, heads, rows]
+    offsets,  # int64 like counts
+    indices,  # int32 [total]
+    starts,  # int32 [batch or 1, heads or 1, rows + 1], read with VARYING
+    pairs,  # int64 [batch or 1, heads]
+    heads,
+    rows,
+    cols,
+    seq_q,
+    seq_k,
+    block_q,
+    block_k,
+    batch_step,  # 0 or the heads of starts
+    head_step,  # 0 or 1
+    CHUNK: tl.constexpr,
+    VARYING: tl.constexpr,
+):
+    """One program: one head. Lists ascend, so only their last entry can be the short block."""
+    number = tl.program_id(0).to(tl.int64)
+    p_starts = starts + (number // heads * batch_step + number % heads * head_step) * (rows + 1)
+    b_pairs = tl.zeros([CHUNK], tl.int64)
+    for first in range(0, rows, CHUNK):
+        o_row = first + tl.arange(0, CHUNK)
+        m_row = o_row < rows
+        count = tl.load(counts + number * rows + o_row, mask=m_row, other=0)
+        last = tl.load(offsets + number * rows + o_row, mask=m_row, other=0) + count - 1
+        block = tl.load(indices + last, mask=count > 0, other=0)
+        missing = tl.where((count > 0) & (block == cols - 1), cols * block_k - seq_k, 0)
+        start, stop = _queries(p_starts, o_row, rows, seq_q, block_q, VARYING)
+        b_pairs += (stop - start).to(tl.int64) * (count * block_k - missing)
+    tl.store(pairs + number, tl.sum(b_pairs, 0))
+
+
 def heads_by_work(work: Tensor, batch: int) -> Tensor:
     """Numbers of all heads of all batch elements, int32 `[batch · heads]`, those with most work first.
 
@@ -161,38 +323,29 @@ def heads_by_work(work: Tensor, batch: int) -> Tensor:
     Args:
         work: int32 `[batch or 1, heads, rows]`, key blocks or tiles of each row.
     """
-    return work.sum(-1).expand(batch, -1).flatten().argsort(descending=True, stable=True).to(torch.int32)
+    totals = work.sum(-1)
+    launched = batch * work.shape[1]
+    order = torch.empty(launched, dtype=torch.int32, device=work.device)
+    _order_heads[(triton.cdiv(launched, _CHUNK),)](totals, order, totals.numel(), launched, CHUNK=_CHUNK)
+    return order
 
 
-def programs(index: BlockIndex, work: Tensor, tile: int) -> Tensor:
-    """Which queries each program serves, in each head rows with most work first.
-
-    Args:
-        work: int32 `[batch or 1, heads, rows]`, key blocks or tiles of each row.
-        tile: queries per program.
-
-    Returns:
-        int32 `[batch or 1, heads, programs, 3]`: row, its first query for this program, and the query behind the row's
-        last. A program with nothing to do has three zeros.
-    """
-    rows, device = index.rows, work.device
-    order = work.argsort(dim=-1, descending=True, stable=True)
-    if index.query_starts is None:
-        parts = torch.arange(0, index.block_q, tile, dtype=torch.int32, device=device)
-        row = order.to(torch.int32)[..., None].expand(*order.shape, len(parts)).flatten(2)
-        first = row * index.block_q
-        start, stop = first + parts.repeat(rows), (first + index.block_q).clamp_(max=index.seq_q)
-        # The last block may be shorter than its parts.
-        return torch.stack((row, start, stop), dim=-1).masked_fill_((start >= stop)[..., None], 0)
-    most = index.seq_q // tile + rows
-    edges = index.query_starts.expand(*work.shape[:2], rows + 1)
-    starts, stops = (part.gather(-1, order) for part in (edges[..., :-1], edges[..., 1:]))
-    tiles = (stops - starts + (tile - 1)) // tile
-    ends = tiles.cumsum(-1, dtype=torch.int32)
-    number = torch.arange(most, dtype=torch.int32, device=device).expand(*work.shape[:2], most).contiguous()
-    place = torch.searchsorted(ends, number, right=True)
-    idle = place == rows
-    place.clamp_(max=rows - 1)
-    start = starts.gather(-1, place) + (number - (ends - tiles).gather(-1, place)) * tile
-    found = torch.stack((order.gather(-1, place).to(torch.int32), start, stops.gather(-1, place)), dim=-1)
-    return found.masked_fill_(idle[..., None], 0)
+@triton.jit(do_not_specialize=["lists", "launched"])
+def _order_heads(
+    totals,  # int64 [lists], repeated for every batch element if that is fewer than launched
+    order,  # int32 [launched]
+    lists,
+    launched,
+    CHUNK: tl.constexpr,
+):
+    """One program: CHUNK heads, placed behind all that have more work."""
+    o_head = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    b_total = tl.load(totals + o_head % lists, mask=o_head < launched, other=-1)
+    place = tl.zeros([CHUNK], tl.int32)
+    for first in range(0, launched, CHUNK):
+        o_other = first + tl.arange(0, CHUNK)
+        b_other = tl.load(totals + o_other % lists, mask=o_other < launched, other=-1)
+        m_before = b_other[None, :] > b_total[:, None]
+        m_before |= (b_other[None, :] == b_total[:, None]) & (o_other[None, :] < o_head[:, None])
+        place += tl.sum(m_before.to(tl.int32), 1)
+    tl.store(order + place, o_head, mask=o_head < launched)

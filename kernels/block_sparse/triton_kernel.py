@@ -95,15 +95,15 @@ def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, FP8_V: tl.con
     ]
 )
 def block_sparse_forward(
-    q,  # [batch, heads, seq_q, dim]
+    q,  # [batch, heads, seq_q, dim], in the model's order
     k,  # [batch, heads, seq_k, dim]
     v,  # [batch, heads, seq_k, dim]
     out,  # [batch, seq_q, heads, dim], in the model's order
     lse,  # float32 [batch, heads, seq_q], in the model's order
-    q_scale,  # float32 [batch, heads, seq_q], read with QUANTISED
+    q_scale,  # float32 [batch, heads, seq_q], in the model's order, read with QUANTISED
     k_scale,  # float32 [batch, heads, groups], read with QUANTISED
     v_scale,  # float32 [batch, heads, dim], read with FP8_V
-    lse_shift,  # float32 [batch, heads, seq_q], read with SHIFTED
+    lse_shift,  # float32 [batch, heads, seq_q], in the model's order, read with SHIFTED
     valid,  # bool [batch, heads or 1, seq_k], read with HAS_VALID
     mean_k,  # [batch, heads, cols, dim], contiguous, this and the next three read with REMAINDER
     mean_v,  # [batch, heads, cols, dim], heads and batches back to back
@@ -192,6 +192,9 @@ def block_sparse_forward(
 
     o_q = (first_q + tl.arange(0, TILE_Q)).to(tl.int64)
     m_q = o_q < stop_q
+    o_in = o_q
+    if ORDERED:
+        o_in = tl.load(query_order + batch * order_b + head * order_h + o_q, mask=m_q, other=0)
     o_d = tl.arange(0, TILE_D)
     m_d = o_d < DIM
     o_tile = tl.arange(0, TILE_K)
@@ -204,13 +207,13 @@ def block_sparse_forward(
 
     # [TILE_Q, TILE_D]
     b_q = tl.load(
-        q + batch * stride_qb + head * stride_qh + o_q[:, None] * stride_qs + o_d[None, :] * stride_qd,
+        q + batch * stride_qb + head * stride_qh + o_in[:, None] * stride_qs + o_d[None, :] * stride_qd,
         mask=m_q[:, None] & m_d[None, :],
         other=0.0,
     )
     b_scale = tl.full([TILE_Q], scale_log2, tl.float32)
     if QUANTISED:
-        b_scale = tl.load(q_scale + o_head * seq_q + o_q, mask=m_q, other=1.0)
+        b_scale = tl.load(q_scale + o_head * seq_q + o_in, mask=m_q, other=1.0)
     b_max = tl.full([TILE_Q], -float("inf"), tl.float32)
     b_sum = tl.zeros([TILE_Q], tl.float32)
     b_acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
@@ -300,13 +303,16 @@ def block_sparse_forward(
     if FP8_V:
         b_out = b_out * tl.load(v_scale + o_head * DIM + o_d, mask=m_d, other=0.0)[None, :]
         b_lse = b_lse - LOG2_448
+    o_out = o_q
+    if ORDERED:
+        # Once more, rather than kept in registers all the way: what is volatile the compiler does not take for the same.
+        o_out = (tl.load(p_program + 1, volatile=True) + tl.arange(0, TILE_Q)).to(tl.int64)
+        m_q = o_out < stop_q
+        o_out = tl.load(query_order + batch * order_b + head * order_h + o_out, mask=m_q, other=0)
     LN2: tl.constexpr = 0.6931471805599453
     b_lse = b_lse * LN2
     if SHIFTED:
-        b_lse = b_lse + tl.load(lse_shift + o_head * seq_q + o_q, mask=m_q, other=0.0)
-    o_out = o_q
-    if ORDERED:
-        o_out = tl.load(query_order + batch * order_b + head * order_h + o_q, mask=m_q, other=0)
+        b_lse = b_lse + tl.load(lse_shift + o_head * seq_q + o_out, mask=m_q, other=0.0)
     p_out = out + batch * stride_ob + head * stride_oh
     tl.store(
         p_out + o_out[:, None] * stride_os + o_d[None, :] * stride_od,
@@ -423,9 +429,9 @@ def attention(
     """Launch the kernel.
 
     Args:
-        prepared: head dims up to 256, any strides.
-        query_order: int64 `[1 or batch, 1 or heads, seq_q]`, the order the queries were prepared in; rows are
-            written back through it.
+        prepared: by `prepare_triton.prepare`, queries in the model's order; head dims up to 256, any strides.
+        query_order: int64 `[1 or batch, 1 or heads, seq_q]`, the order that the lists speak of; queries are read and
+            rows are written through it.
         dtype: of the output.
 
     Returns:

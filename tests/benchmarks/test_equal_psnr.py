@@ -167,13 +167,12 @@ def test_every_row_is_tuned_and_compared(killed_then_finished, bench):
         assert row["ours"] == (row["label"] not in ("sta", "sparge+means"))
         assert row["reached"] == (row["tuned_psnr"] >= row["target"])
     targets = {label: [row["target"] for row in report["rows"] if row["label"] == label] for label in labels}
-    assert targets["sta"] == bench.targets
-    assert targets["plan"] == [*bench.targets, *bench.beyond]
+    assert all(aims == [*bench.targets, *bench.beyond] for aims in targets.values())
     assert all(len(found) == len(bench.targets) for found in report["speedup_at"].values())
     assert report["evaluation"]["complete"]
     assert report["evaluation"]["prompts"] != report["tuning_prompts"]
     files = list((bench.folder / "tuning").glob("000-*.json"))
-    assert 4 <= len(files) <= 2 * 2 * bench.probes
+    assert 4 <= len(files) <= 2 * 3 * bench.probes
 
 
 def test_without_measured_cost_every_pair_costs_alike(killed_then_finished, bench):
@@ -212,7 +211,9 @@ def test_what_is_identical_to_dense_is_nobody_s_success(killed_then_finished):
     points = equal_psnr.measured_points(report["rows"], report["evaluation"])
     assert points["plan"] == [(27.0, 2.0)]
     assert equal_psnr.speedup_at(points["plan"], 34.0) is None
-    assert "100.0 dB" not in tables.TABLES["equal_psnr"][1](report)
+    (line,) = (x for x in tables.TABLES["equal_psnr"][1](report).splitlines() if x.startswith("| plan |"))
+    assert "27.0 dB" in line
+    assert "100.0 dB" not in line
 
 
 def test_the_table_reads_speedups_and_names_the_best_of_the_others(killed_then_finished):
@@ -226,6 +227,9 @@ def test_the_table_reads_speedups_and_names_the_best_of_the_others(killed_then_f
     assert lines[-1] == (
         "At 34 dB the plan is 1.50 times as fast as the best of the others that reach it (1 of 2), `sparge+means`."
     )
+    report["speedup_at"] |= {"plan": [3.0, None]}
+    last = tables.TABLES["equal_psnr"][1](report).splitlines()[-1]
+    assert last == "34 dB no plan was measured to reach; `sparge+means` does, 1.20 times dense."
 
 
 @pytest.mark.parametrize(

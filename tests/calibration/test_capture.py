@@ -9,9 +9,9 @@ import dit_accel
 from dit_accel import AccelPlan
 from dit_accel.calibration import capture
 from dit_accel.calibration.capture import Recorder
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
 from dit_accel.guard import Guard
-from dit_accel.plan import Candidate
 from dit_accel.switch import states
 
 CANDIDATES = (Candidate("dense", 1.0), Candidate("window", 0.3), Candidate("skip", 0.0))
@@ -101,6 +101,51 @@ def test_halves_of_a_batch_are_profiled_as_the_branches_that_they_are(tiny):
         for name, expected in found[False][branch].tensors().items():
             assert torch.equal(found[True][branch].tensors()[name], expected), name
     assert found[True]["uncond"].alike.item() != 0
+
+
+@pytest.mark.parametrize("branches", [("",), ("cond", "uncond")])
+def test_blocks_are_those_of_the_step_before_as_in_a_run(tiny, branches):
+    """`balanced` keeps its blocks for a few steps, whether guidance has another branch or not."""
+    way = Candidate("balanced", 0.4, remainder=True)
+    grid = TokenGrid(3, 8, 9)
+    generator = torch.Generator().manual_seed(0)
+    before, now = torch.randn(2, 3, 1, grid.total_tokens, 2, 16, generator=generator)
+    errors = {}
+    for first in (before, now):
+        model = tiny("wan", layers=1)
+        recorder = Recorder((Candidate("dense", 1.0), way), {1: 0}, 1, 3, downstream=False)
+        with listening(model.transformer, recorder):
+            (state,) = states(model.transformer)
+            for progress, tensors in ((0.1, first), (0.2, now)):
+                for branch in branches:
+                    state.begin(grid, progress, branch)
+                    state.capture(0, *tensors, None)
+                    state.end()
+        errors[first is now] = [recorder.sums[branch].error[..., 1].clone() for branch in branches]
+    # Blocks that were built for other tokens fit these less well.
+    for stale, fresh in zip(errors[False], errors[True], strict=True):
+        assert (stale > 1.05 * fresh).all()
+
+
+def test_branches_share_what_the_second_step_chose_first(tiny):
+    """What the first step left there belonged to a branch of its own."""
+    way = Candidate("balanced", 0.4, (("branches", "shared"),))
+    grid = TokenGrid(3, 8, 9)
+    generator = torch.Generator().manual_seed(0)
+    before, now = torch.randn(2, 3, 1, grid.total_tokens, 2, 16, generator=generator)
+    errors = []
+    for first in (before, now):
+        model = tiny("wan", layers=1)
+        recorder = Recorder((Candidate("dense", 1.0), way), {1: 0}, 1, 3, downstream=False)
+        with listening(model.transformer, recorder):
+            (state,) = states(model.transformer)
+            for progress, tensors in ((0.1, first), (0.2, now)):
+                for branch in ("cond", "uncond"):
+                    state.begin(grid, progress, branch)
+                    state.capture(0, *tensors, None)
+                    state.end()
+        errors.append(recorder.sums["cond"].error.clone())
+    assert torch.equal(*errors)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

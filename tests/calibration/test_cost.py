@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dit_accel.calibration import cost
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
-from dit_accel.plan import Candidate
 
 DENSE, WINDOW = Candidate("dense", 1.0), Candidate("window", 0.4, remainder=True)
 INT8 = replace(WINDOW, precision="int8")

@@ -10,7 +10,7 @@ from dit_accel import TokenGrid
 from dit_accel.calibration import HeadScore, choose, profile_heads
 from dit_accel.calibration.candidates import default_candidates
 from dit_accel.calibration.profile import profile_call
-from dit_accel.plan import Candidate
+from dit_accel.candidate import Candidate
 
 GRID = TokenGrid(4, 9, 11)  # 396 tokens, in blocks of 16 the last one is short
 BLOCK, DIM = 16, 32

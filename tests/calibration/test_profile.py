@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from dit_accel.attention import attend
 from dit_accel.calibration.candidates import default_candidates
 from dit_accel.calibration.profile import Earlier, profile_call
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import PRECISIONS
 from dit_accel.patterns import select
-from dit_accel.plan import Candidate
 
 CLUSTERS = (("iterations", 3), ("key_clusters", 7), ("query_clusters", 4))
 CANDIDATES = (

@@ -1,5 +1,6 @@
 """The whole calibration on a tiny Wan pipeline."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,10 +20,11 @@ from dit_accel import AccelPlan
 from dit_accel.calibration import calibrate, default_candidates, published_candidates, stages
 from dit_accel.calibration.cost import Latency
 from dit_accel.calibration.validate import lower_bound
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.generate import generate
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.guard import Guard
-from dit_accel.plan import Candidate
+from dit_accel.switch import states
 
 # Calibrates in a process of its own; the clock is replaced as in `density_clock`.
 SCRIPT = """
@@ -251,6 +253,36 @@ def test_a_target_that_is_exceeded_says_so_in_one_line(pipe, arguments, capsys):
         f"target_psnr 15 dB was exceeded: {found:.4g} dB, since no faster plan that reaches it was found in 1 "
         "generations (at most 1 steer the choice)"
     ]
+
+
+@pytest.mark.usefixtures("density_clock")
+@pytest.mark.parametrize("broken", ["plan", "dense"])
+def test_what_is_not_finite_is_as_far_away_as_can_be(pipe, arguments, monkeypatch, caplog, tmp_path, broken):
+    """It is known after a restart too; a dense generation that fails is no measure of anything."""
+    original = stages.generate
+
+    def failing(pipe, *given, **options):
+        made = original(pipe, *given, **options)
+        sparse = any(not state.all_dense for state in states(pipe))
+        return (
+            dataclasses.replace(made, frames=made.frames * torch.nan)
+            if sparse == (broken == "plan")
+            else made
+        )
+
+    monkeypatch.setattr(stages, "generate", failing)
+    given = arguments | {"target_psnr": 25.0, "max_trials": 2, "output_dir": tmp_path / "plan"}
+    if broken == "dense":
+        with pytest.raises(
+            ValueError, match="expected finite frames of its dense generation of 'a red circle"
+        ):
+            calibrate(pipe, **given)
+        return
+    for _ in range(2):
+        plan = calibrate(pipe, **given)
+        assert not plan.validated["target_met"]
+        assert all(trial["psnr"] < 25 for trial in plan.validated["trials"])
+    assert "what the plan generated is not finite, NaN counts as 0" in caplog.text
 
 
 @pytest.mark.usefixtures("density_clock")

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel.attention import attend
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns import select
-from dit_accel.plan import Candidate
 
 BLOCK = 16
 CANDIDATES = (

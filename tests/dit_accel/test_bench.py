@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -82,6 +84,17 @@ def spilling(configuration, architecture):
 def test_failures_are_one_line(arguments, message, capsys):
     assert main(["bench", *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_suites_need_no_model_library():
+    """A machine that only measures kernels has torch and Triton."""
+    lacking = ("diffusers", "transformers", "einops", "safetensors", "matplotlib", "torchmetrics", "PIL")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({lacking})); "
+        "import dit_accel.bench.gpu, dit_accel.bench.cpu, dit_accel.bench.fit, dit_accel.bench.gate; print('all')"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["all"], done.stderr
 
 
 def test_compiling_ahead_outlives_what_fails_and_ends_in_time(tmp_path):

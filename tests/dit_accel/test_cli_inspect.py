@@ -9,8 +9,8 @@ from PIL import Image
 
 from dit_accel import AccelPlan
 from dit_accel.caching import CacheConfig, Schedule, Term, cache_preset
+from dit_accel.candidate import Candidate
 from dit_accel.cli import main
-from dit_accel.plan import Candidate
 
 PICTURES = ("heads.png", "sensitivity.png", "histograms.png", "time.png", "curve.png", "ranges.png")
 RANGES, LAYERS, HEADS = 2, 3, 4

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from dit_accel import AccelPlan
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.figures import Take, Takes, save_comparison, save_curve, save_heads
 from dit_accel.evaluation.media import to_images, write_frames, write_video
 from dit_accel.evaluation.report import console_table, markdown_table, plan_map
-from dit_accel.plan import Candidate
 
 
 def _row(name, **changes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_accel.evaluation.models import GenerationSettings, load_model
-from dit_accel.evaluation.tuning import Dial, Probe, Tuning, tune
+from dit_accel.evaluation.tuning import Dial, Probe, Tuning, chosen, tune
 from dit_accel.evaluation.variants import parse_variant
 
 
@@ -123,6 +123,16 @@ class TestTune:
         assert tune(dial, 34.0, 3, measure, known).chosen.value == 0.3
         assert all(0.1 < value < 0.3 for value in seen)
 
+    def test_a_target_has_the_choice_of_what_was_found_for_others(self):
+        probes = (Probe(0.3, 27.0, 0.7), Probe(0.9, 40.0, 0.1), Probe(0.5, 33.0, 0.5))
+        assert [chosen(target, probes).chosen.value for target in (20.0, 28.0, 36.0, 50.0)] == [
+            0.3,
+            0.5,
+            0.9,
+            0.9,
+        ]
+        assert [chosen(target, probes).reached for target in (36.0, 50.0)] == [True, False]
+
     @pytest.mark.parametrize(("low", "high"), [(1, 8), (8, 1)])
     def test_whole_dials_may_fall(self, low, high):
         assert Dial("x", "preset:x@{}", low, high).probes(9) == 4
@@ -159,7 +169,7 @@ def test_targets_share_generations_and_a_second_process_makes_none(pipe, tmp_pat
     assert made == len(forwards) == (1 + len(files)) * 2 * settings.num_inference_steps
     assert len(files) == len(found["window"][40.0].probes)
     first, second = found["window"][30.0], found["window"][40.0]
-    assert second.probes[: len(first.probes)] == first.probes
+    assert second.probes == first.probes
     kept = json.loads(files[0].read_text(encoding="utf-8"))
     assert kept["variant"].startswith("preset:window@0.")
     by_density = sorted(second.probes, key=lambda probe: probe.value)

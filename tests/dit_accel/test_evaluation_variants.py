@@ -9,9 +9,9 @@ from diffusers.hooks import HookRegistry
 
 from dit_accel import AccelPlan, PlanError
 from dit_accel.caching import CacheConfig, Schedule, Term, cache_preset
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.variants import DENSE, parse_variant, parse_variants, plan_variant
 from dit_accel.pipelines import family_of
-from dit_accel.plan import Candidate
 from dit_accel.switch import states
 
 

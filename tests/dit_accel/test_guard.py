@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from dit_accel import AccelPlan, disable, enable, stats
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.generate import generate_variant
 from dit_accel.evaluation.metrics import psnr
 from dit_accel.evaluation.models import GenerationSettings, load_model
 from dit_accel.evaluation.variants import plan_variant
 from dit_accel.guard import Guard
 from dit_accel.pipelines import demo, family_of
-from dit_accel.plan import Candidate
 from dit_accel.switch import states
 
 SPARSE = Candidate("window", 0.2)

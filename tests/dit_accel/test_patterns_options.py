@@ -7,11 +7,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from dit_accel.attention import attend
+from dit_accel.candidate import Candidate
 from dit_accel.grid import AXIS_ORDERS, TokenGrid
 from dit_accel.patterns import FAMILIES, select
 from dit_accel.patterns.base import SERVES, BlockSpace
 from dit_accel.patterns.sorted_keys import sorted_keys
-from dit_accel.plan import Candidate
 
 BLOCK = 16
 GRID = TokenGrid(5, 7, 9)  # 315 tokens: 19 blocks and one of 11

@@ -12,8 +12,9 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save
 
 from dit_accel.attention import attend
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
-from dit_accel.plan import AccelPlan, Candidate, PlanError, config_hash_of
+from dit_accel.plan import AccelPlan, PlanError, config_hash_of
 from dit_accel.presets import PRESETS
 
 CONFIG, TENSORS = "accel_config.json", "accel_plan.safetensors"

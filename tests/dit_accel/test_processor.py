@@ -10,9 +10,10 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import nn
 
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import family_of
-from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.plan import AccelPlan
 from dit_accel.processor import LayerCursor, swapped_class, swapped_processor
 from dit_accel.state import AccelState
 from dit_accel.switch import disable, enable, states, stats

@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from dit_accel.candidate import Candidate
 from dit_accel.clock import Clock
 from dit_accel.grid import TokenGrid
 from dit_accel.pipelines import family_of
-from dit_accel.plan import AccelPlan, Candidate
+from dit_accel.plan import AccelPlan
 from dit_accel.state import AccelState
 from dit_accel.switch import disable, enable, states, stats
 

@@ -9,8 +9,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import nn
 
 import dit_accel
+from dit_accel.candidate import Candidate
 from dit_accel.pipelines import family_of
-from dit_accel.plan import AccelPlan, Candidate, PlanError, config_hash_of
+from dit_accel.plan import AccelPlan, PlanError, config_hash_of
 from dit_accel.state import hook_of
 from dit_accel.switch import attn_processors, disable, enable, states, stats
 

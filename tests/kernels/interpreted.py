@@ -15,11 +15,11 @@ from triton.runtime import interpreter
 from dit_accel.attention import attend
 from dit_accel.bench import gpu, gpu_checks
 from dit_accel.bench.problem import Shape, tensors
+from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex, block_sparse_attention, prepare_triton
-from dit_accel.kernels.block_sparse.schedule import key_tiles
+from dit_accel.kernels.block_sparse.schedule import heads_by_work, kept_pairs, key_tiles, programs
 from dit_accel.kernels.prepare import prepare
-from dit_accel.plan import Candidate
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ def test_eight_bit_agrees_with_its_definition(problem, precision, shape):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", EIGHT_BIT)
-@pytest.mark.parametrize("precision", ["int8", "int8_fp8", "fp8"])
+@pytest.mark.parametrize("precision", ["native", "int8", "int8_fp8", "fp8"])
 def test_prepare_agrees_with_its_definition(problem, precision, shape):
     """Sums in another order move the mean key by a rounding of float32, and few numbers across a rounding edge."""
     case = problem(torch.float16, **shape)
@@ -171,8 +171,9 @@ def test_prepare_agrees_with_its_definition(problem, precision, shape):
     q, k, v, index = case.arguments
     given = case.options | {"precision": precision, "scale": 0.2, "block_k": index.block_k}
     given["key_starts"] = index.key_starts
-    for name in ("query_order", "key_order"):
-        given[name] = None if given[name] is None else given[name][None]
+    given["key_order"] = None if given["key_order"] is None else given["key_order"][None]
+    # It is attention that brings queries into their order.
+    del given["query_order"]
     got, expected = prepare_triton.prepare(q, k, v, **given), prepare(q, k, v, **given)
 
     def close(name, a, b):
@@ -185,11 +186,19 @@ def test_prepare_agrees_with_its_definition(problem, precision, shape):
         assert ((places[0] - places[1]).abs() <= 1).all(), name
         assert moved.float().mean() <= 1e-3, name
 
-    codes("query", got.query, expected.query)
-    codes("key", got.key, expected.key)
-    for name in ("query_scale", "key_scale", "lse_shift"):
-        close(name, getattr(got, name), getattr(expected, name))
-    if precision == "int8":
+    if precision == "native":
+        assert torch.equal(got.query, expected.query)
+        assert torch.equal(got.key, expected.key)
+        # What no order moves is not copied.
+        assert given["key_order"] is not None or got.key.data_ptr() == k.data_ptr()
+        assert got.query_scale is got.key_scale is got.lse_shift is None
+    else:
+        codes("query", got.query, expected.query)
+        codes("key", got.key, expected.key)
+        assert got.query.stride(2) % 16 == got.key.stride(2) % 16 == 0
+        for name in ("query_scale", "key_scale", "lse_shift"):
+            close(name, getattr(got, name), getattr(expected, name))
+    if precision in ("native", "int8"):
         assert torch.equal(got.value, expected.value)
         assert got.value_scale is expected.value_scale is None
     else:
@@ -201,10 +210,29 @@ def test_prepare_agrees_with_its_definition(problem, precision, shape):
     assert (got.means is None) == (case.remainder is False)
     if got.means is not None:
         alive = expected.means.bias > -torch.inf
-        assert torch.equal(got.means.bias, expected.means.bias.expand_as(got.means.bias))
-        alive = alive.expand_as(got.means.key_scale)
-        close("mean scale", got.means.key_scale[alive], expected.means.key_scale[alive])
-        codes("mean key", got.means.key[alive], expected.means.key[alive])
+        torch.testing.assert_close(
+            got.means.bias, expected.means.bias.expand_as(got.means.bias), rtol=1e-6, atol=0
+        )
+        alive = alive.expand_as(got.means.bias)
+        if precision == "native":
+            step = torch.finfo(torch.float16).eps
+            for name in ("key", "value"):
+                pair = (getattr(means, name)[alive] for means in (got.means, expected.means))
+                torch.testing.assert_close(
+                    *pair, rtol=step, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+                )
+        else:
+            close("mean scale", got.means.key_scale[alive], expected.means.key_scale[alive])
+            codes("mean key", got.means.key[alive], expected.means.key[alive])
+        if precision == "int8":
+            torch.testing.assert_close(got.means.value[alive], expected.means.value[alive], rtol=1e-3, atol=0)
+        elif precision != "native":
+            codes("mean value", got.means.value[alive], expected.means.value[alive])
+            room = got.means.value.as_strided(
+                (*got.means.value.shape[:2], q.shape[3], got.means.value.stride(3)),
+                (*got.means.value.stride()[:2], got.means.value.stride(3), 1),
+            )
+            assert (room[..., index.cols :].float() == 0).all()
 
 
 @pytest.mark.parametrize(("tile", "align"), [(16, 1), (32, 16), (64, 16)])
@@ -234,6 +262,38 @@ def test_tiles_cover_the_lists_once(random_starts, tile, align):
             keys = int(expected[at].sum())
             runs = int((expected[at].long().diff() == 1).sum() + expected[at][0])
             assert tiles.full_counts[at] + tiles.part_counts[at] <= -(-keys // tile) + 2 * runs
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("varying", [False, True])
+def test_most_work_comes_first(random_starts, varying, shared):
+    """Rows of a head, and heads: as a stable sort has them; every query has one program."""
+    torch.manual_seed(0)
+    batch, heads, seq_q, block_q, tile = 3, 29, 1_001, 13, 8
+    rows = 71 if varying else -(-seq_q // block_q)
+    lists = 1 if shared else batch
+    mask = torch.rand(lists, heads, rows, 9) < torch.rand(lists, heads, rows, 1)
+    starts = random_starts(1, heads, seq_q, rows) if varying else None
+    index = BlockIndex.from_mask(mask, block_q, 64, seq_q, 517, starts)
+    work = index.counts
+    places = programs(index, work, tile)
+    edges = (
+        torch.arange(rows + 1).mul(block_q).clamp(max=seq_q).expand(heads, -1)
+        if starts is None
+        else starts[0]
+    )
+    for b, head in torch.cartesian_prod(torch.arange(lists), torch.arange(heads)).tolist():
+        expected = []
+        for row in work[b, head].argsort(descending=True, stable=True).tolist():
+            first, stop = edges[head, row : row + 2].tolist()
+            expected += [[row, start, stop] for start in range(first, stop, tile)]
+        got = places[b, head].tolist()
+        assert got[: len(expected)] == expected
+        assert all(program == [0, 0, 0] for program in got[len(expected) :])
+        assert varying or len(got) == len(expected)
+    assert torch.equal(kept_pairs(index), index._pairs().sum(-1))
+    totals = work.sum(-1).expand(batch, -1).flatten()
+    assert heads_by_work(work, batch).tolist() == totals.argsort(descending=True, stable=True).tolist()
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -32,16 +32,17 @@ def build(dtype: torch.dtype, seq_q: int, seq_k: int, dim: int, batch: int = 1, 
     return q, k, orders | {"key_mask": key_mask}
 
 
-def check(got: Tensor, expected: Tensor, q: Tensor, k: Tensor, terms: int) -> None:
+def check(got: Tensor, expected: Tensor, q: Tensor, k: Tensor, terms: int, rounded: float = 0.0) -> None:
     """Products are exact in float32 and `terms` of them are added up: by that much a logit errs, a mass by its exp.
 
-    A logit and its maximum are rounded a few times more, as exp2 and the sums over the keys are.
+    A logit and its maximum are rounded a few times more, as exp2 and the sums over the keys are. Before, both factors
+    may have been `rounded` by half of that.
     """
     assert got.dtype == torch.float32
     assert got.shape == expected.shape
     norms = (x.nan_to_num().double().norm(dim=-1).amax() for x in (q, k))
     largest = q.shape[-1] ** -0.5 * math.prod(norms)
-    error = EPS * ((terms + 8) * largest + k.shape[1])
+    error = EPS * ((terms + 8) * largest + k.shape[1]) + rounded * largest
     assert ((got - expected).abs() <= expected * math.expm1(2 * error)).all()
 
 
@@ -90,6 +91,55 @@ def test_antidiagonal_scores(dtype, shape, more, block, stride):
     expected = scores.antidiagonal_scores(q.double(), k.double(), backend="torch", **options)
     got = scores.antidiagonal_scores(q, k, backend="triton", **options)
     check(got, expected, q, k, stride * shape[2])
+
+
+POOLED = [
+    pytest.param(torch.float16, (333, 517, 32), {"batch": 2}, (64, 64), 4, id="B2-Q333-K517-D32-fp16"),
+    pytest.param(
+        torch.float16, (65, 127, 72), {"heads": 2, "masked": True}, (24, 40), 1, id="D72-24x40-orders"
+    ),
+    pytest.param(
+        torch.float32, (150, 333, 96), {"masked": True}, (256, 192), 1, id="D96-256x192-orders-fp32"
+    ),
+    pytest.param(torch.float32, (65, 127, 80), {"heads": 2}, (60, 20), 5, id="D80-60x20-5-parts-fp32"),
+    pytest.param(
+        torch.float16, (150, 270, 128), {"batch": 2, "masked": True}, (64, 128), 16, id="D128-16-parts"
+    ),
+    pytest.param(torch.float32, (3, 5, 32), {"batch": 2, "masked": True}, (2, 2), 2, id="B2-Q3-K5-2x2-fp32"),
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("dtype", "shape", "more", "blocks", "parts"), POOLED)
+def test_pooled_scores(dtype, shape, more, blocks, parts):
+    q, k, options = build(dtype, *shape, **more)
+    options = options | {"block_q": blocks[0], "block_k": blocks[1], "parts": parts}
+    expected = scores.pooled_scores(q.double(), k.double(), backend="torch", **options)
+    got = scores.pooled_scores(q, k, backend="triton", **options)
+    # Means of equal tokens are rounded as tokens are.
+    check(got, expected, q, k, shape[2] + max(blocks), torch.finfo(dtype).eps)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("dtype", "shape", "more", "blocks", "parts"), POOLED)
+def test_means_of_runs(dtype, shape, more, blocks, parts):
+    _, k, options = build(dtype, *shape, **more)
+    run, order, mask = blocks[1] // parts, options.get("key_order"), options.get("key_mask")
+    order = None if order is None else order[None]
+    means, bias = scores_triton.pool(k, run, order, mask, biased=True)
+    valid = scores._valid(mask, order)
+    tokens = scores._without(scores.ordered(k, order), valid).double()
+    counts = scores._counts(valid, k.shape[1], run, k.device).expand_as(bias)
+    expected = scores._block_sums(tokens, 2, run) / counts.clamp(min=1)[..., None]
+    assert means.dtype == dtype
+    largest = tokens.abs().max()
+    assert (
+        (means - expected).abs() <= torch.finfo(dtype).eps / 2 * expected.abs() + run * EPS * largest
+    ).all()
+    torch.testing.assert_close(bias, counts.log2(), rtol=2 * EPS, atol=0)
+    alone, nothing = scores_triton.pool(k, run, order, mask, biased=False)
+    assert torch.equal(alone, means)
+    assert nothing is None
 
 
 LOWBIT = [

@@ -534,7 +534,7 @@ def test_interpreted():
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^16 passed", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^28 passed", result.stdout, re.MULTILINE), result.stdout
 
 
 # Head dim, blocks, inputs, runs, and the matrix instruction by architecture.
@@ -565,6 +565,14 @@ COMPILED = [
         id="sm_80-runs",
     ),
     pytest.param("sm_80", {"DIM": 64, "BLOCK_Q": 64, "BLOCK_K": 64, "GROUP": 64}, "i8", "IMMA", id="sm_80-packed"),
+    pytest.param(
+        "sm_90", {"DIM": 128, "BLOCK_Q": 4, "BLOCK_K": 4, "RUN": 16, "BIASED": True}, "bf16", "HGMMA",
+        id="sm_90-means",
+    ),
+    pytest.param(
+        "sm_90", {"DIM": 64, "BLOCK_Q": 1, "BLOCK_K": 1, "RUN": 64, "BIASED": True}, "bf16", "HGMMA",
+        id="sm_90-means-of-blocks",
+    ),
 ]  # fmt: skip
 
 
@@ -606,6 +614,7 @@ def test_compiles_without_spilling(architecture, given, dtype, instruction, tmp_
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     flags = dict.fromkeys(("BIASED", "GIVEN", "ORDERED"), False)
     constants = {"MEMBERS": 1, "GROUP": 0, **flags, **given, "stride_qd": 1, "stride_kd": 1}
+    constants.setdefault("RUN", constants["MEMBERS"])
     constants["STORED"] = not (constants["GIVEN"] or constants["GROUP"] or constants["MEMBERS"] > 1)
     options = scores_triton.launch_options(
         *(constants[name] for name in ("DIM", "BLOCK_Q", "BLOCK_K", "MEMBERS")),
@@ -647,11 +656,28 @@ def test_packing_compiles_without_spilling(group, tmp_path, monkeypatch):
     assert_in_registers(usage)
 
 
+@pytest.mark.parametrize("run", [16, 64, 192])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_pooling_compiles_without_spilling(run, architecture, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from dit_accel.kernels import scores_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    options = scores_triton.pool_options(128, run)
+    build = {"num_warps": options.pop("num_warps"), "enable_fp_fusion": True}
+    flags = dict.fromkeys(("ORDERED", "MASKED", "BIASED"), True)
+    constants = {"DIM": 128, "RUN": run, "stride_d": 1, **flags, **options}
+    pointers = {"x": "*bf16", "order": "*i64", "mask": "*i1", "means": "*bf16", "bias": "*fp32"}
+    _, _, usage = compile_for(scores_triton.pool_runs, architecture, constants, pointers, build)
+    assert_in_registers(usage)
+
+
 def test_sizes_do_not_compile_anew():
     pytest.importorskip("triton")
     from dit_accel.kernels import scores_triton
 
-    for kernel in (scores_triton.block_mass_forward, scores_triton.pack_tokens):
+    for kernel in (scores_triton.block_mass_forward, scores_triton.pack_tokens, scores_triton.pool_runs):
         fixed = {p.name for p in kernel.params if p.do_not_specialize}
         numbers = {p.name for p in kernel.params if not p.is_constexpr}
-        assert fixed >= numbers & {"seq", "seq_q", "seq_k", "rows", "cols", "groups", "stride_order"}
+        sizes = {"seq", "seq_q", "seq_k", "queries", "heads", "runs", "rows", "cols", "groups"}
+        assert fixed >= numbers & (sizes | {"stride_order"})

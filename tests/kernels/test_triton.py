@@ -29,7 +29,7 @@ def test_interpreted():
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^105 passed", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^119 passed", result.stdout, re.MULTILINE), result.stdout
 
 
 BF16_64 = Configuration(64, 64, 64)
@@ -108,12 +108,32 @@ RANGE = {"INT8": True, "LARGEST": 127.0, "SMALLEST": 1e-20}
 TOKENS = {"k": "*bf16", "v": "*bf16", "q": "*bf16"}
 AROUND = [
     pytest.param(
-        "_pool",
-        {"starts": "*i32", **dict.fromkeys(("mean_k", "mean_v", "largest_v", "counts"), "*fp32")},
-        {"BLOCK": 64, "TILE": 16, "MASKED": True, "VARYING": varying},
-        id=f"pool{'-varying' * varying}",
+        "_order_and_pool",
+        {
+            "starts": "*i32",
+            **dict.fromkeys(("ordered_k", "ordered_v"), "*bf16"),
+            **dict.fromkeys(("mean_k", "mean_v"), "*bf16" if copied else "*fp32"),
+            **dict.fromkeys(("largest_v", "counts", "bias", "weight"), "*fp32"),
+        },
+        {
+            **{"BLOCK": 64, "TILE": 16, "MASKED": True, "VARYING": varying, "WEIGHED": True, "POOL": True},
+            **{"COPY_K": copied, "COPY_V": copied, "LARGEST": not copied},
+        },
+        id=f"order-and-pool{'-varying' * varying}{'-copied' * copied}",
     )
     for varying in (False, True)
+    for copied in (False, True)
+] + [
+    pytest.param(
+        "_summarise",
+        {
+            **dict.fromkeys(("mean_k", "mean_v", "counts", "largest_v", "v_scale", "key_scale"), "*fp32"),
+            **{"key": "*i8", "value": "*fp8e4nv" if eight else "*bf16"},
+        },
+        {"TILE": 16, "FP8_V": eight, "REMAINDER": True, "LARGEST_V": 448.0, **RANGE},
+        id=f"summarise{'-fp8' * eight}",
+    )
+    for eight in (False, True)
 ] + [
     pytest.param(
         "_quantise_keys",
@@ -141,6 +161,19 @@ AROUND = [
         id="cut",
     ),
     pytest.param(
+        "_place_rows",
+        dict.fromkeys(("work", "starts", "places"), "*i32"),
+        {"TILE": 64, "CHUNK": 64, "VARYING": True},
+        id="place-rows",
+    ),
+    pytest.param(
+        "_kept_pairs",
+        {"offsets": "*i64", "pairs": "*i64", **dict.fromkeys(("counts", "indices", "starts"), "*i32")},
+        {"CHUNK": 64, "VARYING": True},
+        id="kept-pairs",
+    ),
+    pytest.param("_order_heads", {"totals": "*i64", "order": "*i32"}, {"CHUNK": 64}, id="order-heads"),
+    pytest.param(
         "_mark_read",
         {"offsets": "*i64", **dict.fromkeys(("read", "counts", "indices"), "*i32")},
         {"TILE": 64},
@@ -157,7 +190,7 @@ def test_what_runs_around_attention_compiles(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = next(getattr(m, name) for m in (prepare_triton, schedule, triton_kernel) if hasattr(m, name))
     types = ORDER | TOKENS | pointers
-    sizes = SIZES | {"DIM": dim, "TILE_D": dim}
+    sizes = SIZES | {"DIM": dim, "TILE_D": dim, "PITCH": dim}
     if name == "_quantise_values" and dim > 128:
         sizes["TILE"] = 32  # as the launcher has it
     constants = {key: value for key, value in (sizes | constants).items() if key in kernel.arg_names}

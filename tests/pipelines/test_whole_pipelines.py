@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
 
 import dit_accel
 from dit_accel import AccelPlan
+from dit_accel.candidate import Candidate
 from dit_accel.evaluation.generate import generate, generate_variant
 from dit_accel.evaluation.metrics import latent_rel_l2, psnr
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.variants import plan_variant
-from dit_accel.plan import Candidate
 from dit_accel.switch import states
 
 CANDIDATES = (Candidate("dense", 1.0), Candidate("window", 0.4), Candidate("pooled", 0.4, remainder=True))
@@ -45,6 +46,17 @@ def test_dense_plans_change_nothing(whole_pipeline, name):
     assert torch.equal(plain.frames, planned.frames)
     assert torch.equal(plain.latents, planned.latents)
     assert plain.frames.shape == (SIZES[name][2], *SIZES[name][:2], 3)
+
+
+def test_a_pipeline_that_lacks_its_picture_says_so(whole_pipeline):
+    """In its signature the image has a default, with which it does not run."""
+    pipe = FluxImg2ImgPipeline.from_pipe(whole_pipeline("flux"))
+    message = (
+        "pipe: expected a pipeline that needs a prompt and sizes alone, got FluxImg2ImgPipeline, which also takes "
+        "image and says: .+; if it needs them, dit_accel.enable takes it with a preset"
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(pipe, PROMPT, settings("flux"), seed=0)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
