@@ -117,8 +117,6 @@ class Recorder:
             self._errors.clear()
             for earlier in self._earlier.values():
                 earlier.chosen = None
-                if len(self.progress) == 2 and self._branches_before > 1:
-                    earlier.forget_shared()
         if state.branch not in self._branches:
             self._branches.append(state.branch)
             self.forwards = max(self.forwards, len(self._branches))

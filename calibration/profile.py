@@ -79,10 +79,6 @@ class Earlier:
     families: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
     chosen: list[_Arrangement] | None = None
 
-    def forget_shared(self) -> None:
-        """Branches with forwards of their own begin to share a choice in the second step, with nothing to remember."""
-        self.families = {name: memory for name, memory in self.families.items() if name[-1] is not None}
-
     def observe(
         self,
         query: Tensor,

@@ -70,9 +70,9 @@ def attend(
     for head, candidate in enumerate(chosen):
         members_of.setdefault(runs_in[candidate.precision], []).append(head)
 
-    kept: dict[tuple[int, ...], _Launch] = {}
+    kept: dict[tuple[Any, ...], _Launch] = {}
     if launches is not None:
-        name = (grid, block, query.device, chosen)
+        name = (block, query.device, chosen)
         if layer not in launches or launches[layer][0] != name:
             launches[layer] = name, {}
             if cache is not None and layer is not None:
@@ -84,7 +84,9 @@ def attend(
     ) -> tuple[Tensor, float | Tensor]:
         of_members = [chosen[head] for head in members]
         static = all(FAMILIES[candidate.family].static for candidate in of_members)
-        launch = kept.get(tuple(members)) if static else None
+        # Two prompts of a generation may differ in the length of their text.
+        here = (grid, tuple(members))
+        launch = kept.get(here) if static else None
         if launch is None:
             memories = None if layer is None else cache
             launch = _prepare(
@@ -104,7 +106,7 @@ def attend(
                 memories,
             )
             if static:
-                kept[tuple(members)] = launch
+                kept[here] = launch
         return launch.run(q, k, v, scale, key_mask, backend, precision), launch.density
 
     if len(members_of) == 1:
@@ -202,9 +204,9 @@ def _prepare(
         if memories is not None:
             # Those that share a choice share a memory, layers that of the first of them.
             owner = layer - layer % max(options.get("layers", 1), 1), query.shape[0]
-            own_branch = None if shared and step is not None else branch
             name = _name([candidates[member] for member in members], in_layer)
-            memory = memories.setdefault((grid, block, owner, own_branch), {}).setdefault(name, {})
+            together = shared and step is not None
+            memory = _memory(memories, (grid, block, owner), branch, name, together=together)
         selection = select(
             candidate.family,
             q,
@@ -240,6 +242,27 @@ def _prepare(
         return _Launch(index, density, query_order, query_order, remainder)
     key_order = _merged([(selection.key_order, members) for selection, members in chosen], heads)
     return _Launch(index, density, query_order, key_order, remainder)
+
+
+def _memory(
+    memories: MutableMapping[Any, Any], place: tuple[Any, ...], branch: str, name: Any, *, together: bool
+) -> dict[str, Any]:
+    """What heads remember, by guidance branch or for all of them.
+
+    In the first step nobody knows that there will be another branch, so each has its own; from then on branches that
+    share a choice go on with that of the first one.
+    """
+    if not together:
+        return memories.setdefault((*place, branch), {}).setdefault(name, {})
+    shared = memories.setdefault((*place, None), {})
+    if name not in shared:
+        alone = {
+            key[-1]: kept.pop(name)
+            for key, kept in memories.items()
+            if key[:-1] == place and key[-1] is not None and name in kept
+        }
+        shared[name] = alone.get(branch, {})
+    return shared[name]
 
 
 def _merged(parts: Sequence[tuple[Tensor, list[int]]], heads: int) -> Tensor:

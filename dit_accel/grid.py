@@ -96,7 +96,7 @@ class TokenGrid:
     def coordinates(self, order: Tensor | None = None) -> Tensor:
         """Return int64 `[video_tokens, 3]`: frame, row and column of each video token, in `order`."""
         if order is None:
-            video = torch.arange(self.video_tokens)
+            video = torch.arange(self.video_tokens, device="cpu")
         else:
             video = order[: self.video_tokens] - self.video_slice.start
         place = video % (self.height * self.width)
@@ -144,7 +144,7 @@ def _in_tiles(grid: TokenGrid, tokens: Tensor, tile: list[int]) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _order(grid: TokenGrid, name: str, device: torch.device) -> Tensor:
     # A tensor born in inference mode could not be used under autograd by a later caller.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         axes = axes_of(name)
         if match := _TILE.fullmatch(name):
             tile = [int(size) for size in match.groups()[:3]]

@@ -90,7 +90,7 @@ class Guard:
 
     def memory(self) -> GuardMemory:
         """For a new generation."""
-        return GuardMemory({}, torch.zeros(self._shape, dtype=torch.bool))
+        return GuardMemory({}, torch.zeros(self._shape, dtype=torch.bool, device="cpu"))
 
     def due(self, memory: GuardMemory, branch: str, layer: int, forward: int, number: int) -> bool:
         """Whether a layer is checked in the forward with this number in its branch; then it counts as checked.

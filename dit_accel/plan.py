@@ -220,7 +220,7 @@ class AccelPlan:
             candidates, starts = (Candidate("dense", 1.0), candidate), (0.0, warm_up)
         return cls(
             candidates,
-            torch.arange(len(candidates), dtype=torch.int16).view(-1, 1, 1),
+            torch.arange(len(candidates), dtype=torch.int16, device="cpu").view(-1, 1, 1),
             starts,
             block=block,
             dense_layers=dense_layers or 0.0,
@@ -252,8 +252,8 @@ class AccelPlan:
         """
         if isinstance(calibrated := self.validated.get("density_mean"), float):
             return calibrated
-        density = torch.tensor([candidate.density for candidate in self.candidates], dtype=torch.float64)
-        lengths = torch.tensor([*self.range_starts, 1.0], dtype=torch.float64).diff()
+        density = torch.tensor([c.density for c in self.candidates], dtype=torch.float64, device="cpu")
+        lengths = torch.tensor([*self.range_starts, 1.0], dtype=torch.float64, device="cpu").diff()
         planned = float(density[self.choice.long()].mean(dim=(1, 2)) @ lengths)
         return self.dense_layers + (1 - self.dense_layers) * planned
 

@@ -33,7 +33,7 @@ class LayerCursor:
     """
 
     def __init__(self) -> None:
-        self.layer = torch.tensor(-1)
+        self.layer = torch.tensor(-1, device="cpu")
 
     def watch(self, modules: list[nn.Module]) -> Callable[[], None]:
         """Number the attention modules and hook them; return a function that undoes both."""
@@ -43,7 +43,7 @@ class LayerCursor:
 
         handles = []
         for number, module in enumerate(modules):
-            setattr(module, _LAYER_ATTRIBUTE, torch.tensor(number))
+            setattr(module, _LAYER_ATTRIBUTE, torch.tensor(number, device="cpu"))
             handles.append(module.register_forward_pre_hook(mark))
 
         def unwatch() -> None:

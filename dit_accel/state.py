@@ -347,14 +347,15 @@ class AccelHook(ModelHook):
     def _holds_both(self, latents: Tensor) -> bool:
         """Whether a batch holds both guidance branches: then its halves are the same latents.
 
-        That is looked at in the first forward of a generation, for which the host waits.
+        That is looked at in the first two forwards of a generation, for which the host waits: two prompts may begin
+        with the same noise, but they do not go on alike.
         """
         if self.tracker.branch != _ONE_BATCH or self._clock is None or len(latents) % 2:
             return False
-        memory = self._clock.memory
-        if "paired" not in memory:
-            memory["paired"] = torch.equal(*latents.chunk(2))
-        return memory["paired"]
+        looks: list[bool] = self._clock.memory.setdefault("paired", [])
+        if len(looks) < 2:
+            looks.append(torch.equal(*latents.chunk(2)))
+        return all(looks)
 
     def _branch(self, progress: float, new: bool) -> str:
         """The guidance branch of the forward that begins.

@@ -119,8 +119,9 @@ def _root(matrix: Tensor) -> Tensor:
 def _draw(rows: int, columns: int, device: torch.device) -> Tensor:
     """float64 `[rows, columns]` of a normal distribution, the same in every run."""
     with torch.inference_mode(False):
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(rows, columns, dtype=torch.float64, generator=generator).to(device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = torch.randn(rows, columns, dtype=torch.float64, generator=generator, device="cpu")
+        return drawn.to(device)
 
 
 def _halved(points: Tensor, block: int) -> Tensor:
@@ -177,7 +178,7 @@ class _Level:
 @functools.lru_cache(maxsize=32)
 def _levels(seq: int, block: int, device: torch.device) -> tuple[_Level, ...]:
     parts, levels = [(0, seq)], []
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         while long := [(start, stop) for start, stop in parts if stop - start > block]:
             sizes = torch.tensor([stop - start for start, stop in long])
             steps = torch.arange(int(sizes.max()))

@@ -17,16 +17,17 @@ from dit_accel.patterns.base import BlockSpace, Family, first_of
 
 def _choose(space: BlockSpace, kept: int) -> Tensor:
     axis = "fhw".index(axes_of(space.order_name)[0])
-    places = space.grid.coordinates(space.order.cpu())[: space.chosen_tokens, axis, None].float()
-    piece = space.means(places, 0, space.block)[:, 0].round().long()
-    rank = _spread_out(int(places.max()) + 1)[piece].float()
-    blocks = torch.arange(len(piece), dtype=torch.float32)
-    same = piece[:, None] == piece
+    places = space.grid.coordinates(space.order.cpu())[: space.chosen_tokens, axis]
+    pieces = space.pieces(places)
+    slices = pieces.means(places).round().long()
+    rank = _spread_out(int(places.max()) + 1)[slices].float()
+    blocks = pieces.block.float()
+    same = slices[:, None] == slices
     inside = (same & (blocks[:, None] > blocks)).sum(1).float()
     # Frames one by one; within a frame, and in a frame of which only a part fits, the nearest blocks in it first.
-    order = 1.0 + rank[None] + 0.5 * (inside[:, None] - inside).abs() / len(blocks)
-    order = torch.where(same, (blocks[:, None] - blocks).abs() / len(blocks), order)
-    return first_of(order, kept).to(space.device)
+    order = 1.0 + rank[None] + 0.5 * (inside[:, None] - inside).abs() / space.video_blocks
+    order = torch.where(same, (blocks[:, None] - blocks).abs() / space.video_blocks, order)
+    return first_of(pieces.nearest(order), kept).to(space.device)
 
 
 def _spread_out(pieces: int) -> Tensor:

@@ -19,12 +19,43 @@ from dit_accel.kernels.scores import pooled_scores
 from dit_accel.kernels.select import select_blocks
 
 Option = str | int | float
+_UNITS = 2.0**40  # of a row's mass
 # Values of the option `branches`: guidance branches choose each for itself, or the first one of a step for all.
 OWN, SHARED = BRANCHES = "own", "shared"
 # Options of every dynamic family that say whom a choice serves.
 SERVES: dict[str, Option] = {"reuse": 1, "layers": 1, "branches": OWN}
 # What a dynamic family remembers of earlier steps of one layer, and of one guidance branch unless branches share it.
 Memory = MutableMapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Video blocks cut where a slice of the grid ends: a block at the border of two frames is a piece of each.
+
+    Attributes:
+        block: int64 `[pieces]`, the block of each piece, ascending.
+        of_token: int64 `[tokens]`, the piece of each ordered token.
+    """
+
+    block: Tensor
+    of_token: Tensor
+
+    def means(self, values: Tensor) -> Tensor:
+        """Of a value per token over each piece, float64 `[pieces]`."""
+        sums = torch.zeros(2, len(self.block), dtype=torch.float64, device=values.device)
+        sums.index_add_(1, self.of_token, torch.stack((values.double(), torch.ones_like(values).double())))
+        return sums[0] / sums[1]
+
+    def nearest(self, ranks: Tensor) -> Tensor:
+        """Ranks `[pieces, pieces]` to those of blocks: that of the best pair of their pieces."""
+        blocks = int(self.block[-1]) + 1
+        for dim in (0, 1):
+            shape = [*ranks.shape]
+            shape[dim] = blocks
+            number = self.block.view(-1, 1) if dim == 0 else self.block
+            best = ranks.new_full(shape, torch.inf)
+            ranks = best.scatter_reduce_(dim, number.expand_as(ranks), ranks, "amin")
+        return ranks
 
 
 @dataclass(frozen=True)
@@ -75,6 +106,19 @@ class BlockSpace:
         if not rest:
             return means
         return torch.cat((means, tokens.narrow(dim, whole * run, rest).mean(dim, keepdim=True)), dim=dim)
+
+    def pieces(self, slices: Tensor) -> Pieces:
+        """Cut the video blocks where the order passes from one slice to the next, if it does not come back.
+
+        Args:
+            slices: int64 `[chosen_tokens]` on the CPU, the frame (or row, or column) of each ordered token.
+        """
+        block = torch.arange(self.chosen_tokens, device=slices.device) // self.block
+        if (slices.diff() < 0).any():
+            return Pieces(block.unique(), block)
+        whole = block * (int(slices.max()) + 1) + slices
+        numbers, of_token = whole.unique(return_inverse=True)
+        return Pieces(numbers // (int(slices.max()) + 1), of_token)
 
     def run_sizes(self, run: int) -> Tensor:
         """Count the tokens of each run that `means` averages, float32 `[runs]`."""
@@ -352,8 +396,12 @@ def lists_until(
 
 
 def until_share(masses: Tensor, top_p: float) -> Tensor:
-    """Which of a row's masses, in the order in which they are kept, it keeps until they add up to a share."""
-    return masses.cumsum(-1) - masses < top_p
+    """Which of a row's masses, in the order in which they are kept, it keeps until they add up to a share.
+
+    They are added up as integers: such a sum is the same in every run, whatever the order of its terms.
+    """
+    units = (masses * _UNITS).long()
+    return units.cumsum(-1) - units < int(top_p * _UNITS)
 
 
 def first_of(ranks: Tensor, kept: int) -> Tensor:

@@ -20,7 +20,7 @@ from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex
 from dit_accel.kernels.kmeans import Clusters, kmeans
 from dit_accel.kernels.select import select_blocks
-from dit_accel.patterns.base import SERVES, Family, Memory, Selection
+from dit_accel.patterns.base import SERVES, Family, Memory, Selection, until_share
 
 # Tokens per cluster at the published numbers, 300 and 1,000 for the 75,600 tokens of Wan at 720p.
 _QUERIES_EACH, _KEYS_EACH = 252, 76
@@ -65,12 +65,12 @@ def _arrange(
     if top_p:
         scores += k.sizes.log()[:, :, None]
     best, ranked = scores.sort(dim=-1, descending=True, stable=True)
-    sizes = k.sizes[:, :, None].expand_as(scores).gather(-1, ranked)
+    sizes = k.sizes.long()[:, :, None].expand_as(scores).gather(-1, ranked)
     budget = density * grid.total_tokens - grid.text_tokens
-    keep = (sizes.cumsum(-1) <= budget).sum(-1)
+    # The cluster that crosses the budget is kept where more than half of it fits.
+    keep = (2 * sizes.cumsum(-1) - sizes <= math.floor(2 * budget)).sum(-1)
     if top_p:
-        mass = best.softmax(-1)
-        enough = (mass.cumsum(-1) - mass < top_p).sum(-1).clamp(min=math.ceil(least * key_clusters))
+        enough = until_share(best.softmax(-1), top_p).sum(-1).clamp(min=math.ceil(least * key_clusters))
         keep = torch.minimum(keep, enough)
     keep = keep.clamp(min=1)
     read = sizes.cumsum(-1).gather(-1, keep[..., None] - 1)[..., 0] + grid.text_tokens

@@ -78,7 +78,8 @@ def _band(space: BlockSpace, density: float) -> tuple[Tensor, BlockIndex]:
 def _normals(dim: int, planes: int, seed: int, device: torch.device) -> Tensor:
     """The planes' normals, float32 `[dim, planes]`."""
     with torch.inference_mode(False):
-        return torch.randn(dim, planes, generator=torch.Generator().manual_seed(seed)).to(device)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randn(dim, planes, generator=generator, device="cpu").to(device)
 
 
 def _sorted_by_hash(grid: TokenGrid, tokens: Tensor, normals: Tensor) -> Tensor:

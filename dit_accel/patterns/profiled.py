@@ -97,7 +97,7 @@ def _arrange(
 @functools.lru_cache(maxsize=128)
 def _band(space: BlockSpace, density: float, sinks: int) -> tuple[Tensor, BlockIndex]:
     """Mask `[blocks, blocks]` and lists of one head of the band, text included."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
         mask = everything(space)
         if space.video_blocks:
             mask = with_text(space, BANDS.choose(space, space.kept(density), sinks=sinks)[None, None])

@@ -22,12 +22,12 @@ def _choose(space: BlockSpace, kept: int, *, sink: int) -> Tensor:
     if sink < 0:
         raise ValueError(f"option 'sink' of family 'radial': expected at least 0, got {sink!r}")
     grid = space.grid
-    places = grid.coordinates(space.order.cpu())[: space.chosen_tokens].double()
+    places = grid.coordinates(space.order.cpu())[: space.chosen_tokens]
     upright = axes_of(space.order_name).replace("f", "") == "wh"
-    steps = (1.0, float(grid.height)) if upright else (float(grid.width), 1.0)
+    steps = (1, grid.height) if upright else (grid.width, 1)
     inside = places[:, 1] * steps[0] + places[:, 2] * steps[1]
-    centres = space.means(torch.stack((places[:, 0], inside), dim=1), 0, space.block)
-    frame, place = centres.unbind(1)
+    pieces = space.pieces(places[:, 0])
+    frame, place = (pieces.means(x) for x in (places[:, 0], inside))
     distance = (frame[:, None] - frame).abs().round()
     halvings = torch.where(distance > 0, distance.clamp(min=1).log2().floor() + 1, 0.0)  # the bit length
     apart = (place[:, None] - place).abs()
@@ -36,8 +36,9 @@ def _choose(space: BlockSpace, kept: int, *, sink: int) -> Tensor:
     # 0: at any decay, 1: from some decay on, 2: at none; then by decay, the nearer frame first among equals.
     stage = torch.where(read, (apart > space.block).double(), 2.0).masked_fill(distance <= 1, 0.0)
     rank = stage * 8.0 * grid.video_tokens**2 + apart * 2.0**halvings + 1e-3 * distance
-    rank[:, frame < sink] = -1.0
-    rank.fill_diagonal_(-2.0)
+    rank[:, frame < sink] -= 64.0 * grid.video_tokens**2
+    rank = pieces.nearest(rank)
+    rank.fill_diagonal_(-torch.inf)
     return first_of(rank, kept).to(space.device)
 
 

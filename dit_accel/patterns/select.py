@@ -233,7 +233,8 @@ def _static_selection(
 ) -> Selection:
     """`numbers`: of the heads if the family's choice depends on them; else the lists are those of one head."""
     family, chosen = FAMILIES[name], dict(options)
-    with torch.inference_mode(False):
+    # Whatever torch's default device is, choices from shapes are made on the CPU.
+    with torch.inference_mode(False), torch.device("cpu"):
         space = BlockSpace(grid, str(chosen.pop("order", "frame")), block, device)
         mask = everything(space)
         if space.video_blocks:

@@ -305,7 +305,7 @@ def block_sparse_forward(
         b_lse = b_lse - LOG2_448
     o_out = o_q
     if ORDERED:
-        # Once more, rather than kept in registers all the way: what is volatile the compiler does not take for the same.
+        # Once more, rather than kept in registers all the way; volatile, so that it is not taken for the same.
         o_out = (tl.load(p_program + 1, volatile=True) + tl.arange(0, TILE_Q)).to(tl.int64)
         m_q = o_out < stop_q
         o_out = tl.load(query_order + batch * order_b + head * order_h + o_out, mask=m_q, other=0)

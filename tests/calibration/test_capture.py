@@ -127,8 +127,7 @@ def test_blocks_are_those_of_the_step_before_as_in_a_run(tiny, branches):
         assert (stale > 1.05 * fresh).all()
 
 
-def test_branches_share_what_the_second_step_chose_first(tiny):
-    """What the first step left there belonged to a branch of its own."""
+def test_branches_that_share_a_choice_go_on_with_what_the_first_one_left(tiny):
     way = Candidate("balanced", 0.4, (("branches", "shared"),))
     grid = TokenGrid(3, 8, 9)
     generator = torch.Generator().manual_seed(0)
@@ -144,8 +143,8 @@ def test_branches_share_what_the_second_step_chose_first(tiny):
                     state.begin(grid, progress, branch)
                     state.capture(0, *tensors, None)
                     state.end()
-        errors.append(recorder.sums["cond"].error.clone())
-    assert torch.equal(*errors)
+        errors.append(recorder.sums["cond"].error[..., 1].clone())
+    assert (errors[0] > 1.05 * errors[1]).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -230,5 +229,5 @@ def test_errors_are_those_of_a_run_in_the_same_step(tiny, monkeypatch, step, opt
 
 
 SHARED, OWN = (("branches", "shared"),), ()
-# A run builds blocks in its first step and, where branches share them, anew in the second; then every other step.
-EXACT = {(0, SHARED), (0, OWN), (1, SHARED), (2, SHARED), (1, OWN), (3, OWN)}
+# A run builds blocks in every other step.
+EXACT = {(step, options) for step in (0, 1, 3) for options in (SHARED, OWN)}

@@ -312,6 +312,41 @@ def test_the_first_branch_of_a_step_chooses_for_all_where_it_is_asked_to(family)
         assert torch.equal(unknown[1], fresh["other"])
 
 
+def test_shared_branches_go_on_with_what_the_first_one_remembers() -> None:
+    """In the first step nobody knows that there is another branch; what the others left then is let go."""
+    grid, cache, own = TokenGrid(5, 7, 9), {}, {}
+    query, key, value = inputs(grid)
+    other = inputs(grid, seed=8)[0] * 2
+    ways = (Candidate("balanced", 0.3, (("branches", "shared"), ("rebuild", 3))),)
+    given = {"block": BLOCK, "layer": 2}
+    for branch, q in (("cond", query), ("uncond", other)):
+        attend(q, key, value, grid, ways, [0], branch=branch, step=None, cache=cache, **given)
+    attend(query, key, value, grid, ways, [0], branch="cond", step=None, cache=own, **given)
+    # Blocks are those of the first step, which other queries would not be given.
+    found, _ = attend(other, key, value, grid, ways, [0], branch="cond", step=1, cache=cache, **given)
+    expected, _ = attend(other, key, value, grid, ways, [0], branch="cond", step=None, cache=own, **given)
+    fresh, _ = attend(other, key, value, grid, ways, [0], branch="cond", step=1, cache={}, **given)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, fresh)
+    assert [key[-1] for key, kept in cache.items() if kept] == [None]
+
+
+def test_static_lists_of_two_texts_are_both_kept() -> None:
+    """Prompt and negative prompt may differ in length."""
+    ways = (Candidate("window", 0.3), Candidate("bands", 0.3))
+    launches: dict = {}
+    made = []
+    for length in (9, 16, 9, 16):
+        grid = TokenGrid(3, 5, 7, text_tokens=length)
+        query, key, value = inputs(grid)
+        output, _ = attend(query, key, value, grid, ways, [0, 1, 0], block=BLOCK, layer=1, launches=launches)
+        expected, _ = attend(query, key, value, grid, ways, [0, 1, 0], block=BLOCK)
+        assert torch.equal(output, expected)
+        made.append(set(map(id, launches[1][1].values())))
+    assert len(made[1]) == 2
+    assert made[0] < made[1] == made[2] == made[3]
+
+
 def test_a_shared_choice_is_used_as_it_was_made() -> None:
     grid, cache = TokenGrid(5, 7, 9), {}
     query, key, value = inputs(grid)

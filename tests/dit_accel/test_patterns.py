@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns import FAMILIES, Selection, clustered, scored, select
-from dit_accel.patterns.base import BlockSpace
+from dit_accel.patterns.base import BlockSpace, until_share
 from dit_accel.patterns.samples import sampled_rows
 
 BLOCK = 16
@@ -333,12 +333,45 @@ def test_clusters_keep_what_was_asked_for_and_one_at_least(grid: TokenGrid) -> N
         masks[density] = video
         assert video.any(-1).all()
         if density:
-            assert (
-                video.double().mean(-1) <= max(density, (grid.text_tokens + 40) / grid.total_tokens)
-            ).all()
+            # The nearest that whole clusters give.
+            largest = found.index.key_starts.diff().amax()
+            missed = video.sum(-1) - density * grid.total_tokens
+            missed = missed[video.sum(-1) > largest + grid.text_tokens]
+            assert missed.numel()
+            assert (missed.abs() <= largest / 2).all()
     assert masks[1.0].all()
     assert not (masks[0.3] & ~masks[0.6]).any()
-    assert masks[0.3].double().mean() > 0.2
+    assert masks[0.3].double().mean() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_another_default_device_of_torch_changes_nothing(name: str) -> None:
+    """Users set CUDA once for all; tensors without a place of their own would then be made there."""
+    # Sizes of their own: what is kept from other calls was made without another default.
+    grid = TokenGrid(2, 5, 9 + sorted(FAMILIES).index(name), text_tokens=7)
+    query, key = tokens(grid, heads=2, dim=12 + sorted(FAMILIES).index(name))
+    given = {"density": 0.4 if FAMILIES[name].density is None else FAMILIES[name].density, "block": BLOCK}
+    with torch.device("meta"):
+        found = select(name, query, key, grid, value=key, **given)
+    assert found.index.counts.device.type == found.query_order.device.type == "cpu"
+    assert torch.equal(found.mask(), select(name, query, key, grid, value=key, **given).mask())
+
+
+def test_masses_until_a_share_do_not_depend_on_the_order_of_a_sum() -> None:
+    masses = torch.rand(4, 2_000, generator=torch.Generator().manual_seed(0))
+    masses /= masses.sum(-1, keepdim=True)
+    kept = until_share(masses, 0.7)
+    assert kept.dtype == torch.bool
+    for row, own in zip(masses.double(), kept, strict=True):
+        held = 0.0
+        for mass, keep in zip(row.tolist(), own.tolist(), strict=True):
+            assert keep == (held < 0.7) or abs(held - 0.7) < 2_000 * 2.0**-40
+            held += mass
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(until_share(masses, 0.7), kept)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def groups_anywhere() -> tuple[TokenGrid, torch.Tensor, torch.Tensor, torch.Tensor]:

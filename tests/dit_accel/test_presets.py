@@ -448,6 +448,46 @@ def test_radial_keeps_what_the_formula_keeps_at_some_decay(decay: float) -> None
         assert torch.equal(mask[row], published[row])
 
 
+def test_radial_reads_the_nearest_of_a_sink_that_is_larger_than_its_budget() -> None:
+    grid = TokenGrid(1, 16, 16)
+    query, key, _ = tensors(grid, heads=1, batch=1, dim=2)
+    mask = blocks(chosen("radial", query, key, grid, density=3 / 16))[0, 0]
+    for row in range(16):
+        first = min(max(row - 1, 0), 13)
+        assert mask[row].nonzero()[:, 0].tolist() == list(range(first, first + 3))
+
+
+@pytest.mark.parametrize("decay", [0.2, 0.6, 0.95])
+def test_radial_takes_a_block_at_the_border_of_two_frames_for_a_piece_of_each(decay: float) -> None:
+    grid, block, per_frame = TokenGrid(17, 4, 6), 16, 24  # one and a half blocks a frame
+    query, key, _ = tensors(grid, heads=1, batch=1, dim=2)
+    cols = -(-grid.video_tokens // block)
+    tokens_of: dict[tuple[int, int], list[int]] = {}
+    for token in range(grid.video_tokens):
+        tokens_of.setdefault((token // block, token // per_frame), []).append(token % per_frame)
+    pieces = {where: sum(places) / len(places) for where, places in tokens_of.items()}
+    published = torch.eye(cols, dtype=torch.bool)
+    for (q, q_frame), (k, k_frame) in itertools.product(pieces, pieces):
+        apart, places = abs(q_frame - k_frame), abs(pieces[q, q_frame] - pieces[k, k_frame])
+        span = 2 ** per_frame.bit_length() / 2 ** apart.bit_length()
+        near = places <= max(decay * span, block) and (span >= block or apart % (block // span) == 0)
+        published[q, k] |= apart <= 1 or near or k_frame == 0
+    for row in range(cols):
+        kept = int(published[row].sum())
+        mask = blocks(chosen("radial", query, key, grid, density=kept / cols))[0, 0]
+        assert torch.equal(mask[row], published[row])
+
+
+def test_efficient_vdit_reads_both_frames_of_a_block_at_their_border() -> None:
+    grid = TokenGrid(6, 4, 6)  # blocks of 16 tokens, frames of 24
+    query, key, _ = tensors(grid, heads=1, batch=1, dim=2)
+    mask = blocks(chosen("efficient-vdit", query, key, grid, density=3 / 9))[0, 0]
+    frames = [{token // 24 for token in range(16 * block, 16 * block + 16)} for block in range(9)]
+    for row, col in itertools.product(range(9), range(9)):
+        if frames[row] & frames[col]:
+            assert mask[row, col], (row, col)
+
+
 # ------------------------------------------------------------------------------------------------- tokens rearranged
 
 
@@ -506,10 +546,10 @@ def test_svg2_and_svoo_rank_clusters_of_keys_by_their_centroids(name: str) -> No
                 while held < 0.9 or len(kept) < 2:
                     kept.append(ranked[len(kept)])
                     held += float(mass[row, kept[-1]])
-            else:  # descending score as long as the tokens fit the density
-                ranked, kept = scores[row].argsort(descending=True).tolist(), []
-                while len(kept) < 20 and int(count[[*kept, ranked[len(kept)]]].sum()) <= 0.3 * 315:
-                    kept.append(ranked[len(kept)])
+            else:  # descending score, as near to the density in tokens as that gets
+                ranked = scores[row].argsort(descending=True).tolist()
+                misses = [abs(int(count[ranked[:n]].sum()) - 0.3 * 315) for n in range(1, 21)]
+                kept = ranked[: misses.index(min(misses)) + 1]
             assert found[b, h, row].nonzero()[:, 0].tolist() == sorted(kept)
 
 

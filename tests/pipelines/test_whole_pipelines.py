@@ -71,6 +71,19 @@ def test_branches_in_one_batch_are_known(whole_pipeline, name, guidance):
     assert set(seen) == {(pairs, 2 if pairs else 1)}
 
 
+@pytest.mark.parametrize("name", ["cogvideox", "ltx"])
+def test_two_prompts_with_one_noise_are_taken_for_branches_in_the_first_step_at_most(whole_pipeline, name):
+    pipe = whole_pipeline(name)
+    dit_accel.enable(pipe, AccelPlan.preset("dense"))
+    (state,) = states(pipe)
+    seen = []
+    state.capture = lambda layer, *_: seen.append((state.forwards, state.paired))
+    asked = replace(settings(name), guidance_scale=1.0).to_dict()
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    pipe(prompt=[PROMPT, "a blue star moves up"], generator=generators, output_type="latent", **asked)
+    assert set(seen) == {(1, True), (2, False), (3, False), (4, False)}
+
+
 @pytest.mark.parametrize("preset", ["window", "pooled", "balanced"])
 def test_sparse_plans_run_and_say_what_they_kept(whole_pipeline, name, preset):
     pipe = whole_pipeline(name)
