@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class AcceleratedRun:
 
     guarded_heads: that the guard made dense.
     attention_ms: of the swapped attention, all calls together.
+    plain_ms: of a head on the original path, measured right after the generation, see `Latency.plain`.
     """
 
     psnr: float
@@ -76,6 +78,7 @@ class AcceleratedRun:
     seconds: float
     guarded_heads: int
     attention_ms: float
+    plain_ms: float
 
 
 class Stages:
@@ -210,7 +213,16 @@ class Stages:
         """Generates with a plan and compares with the dense generation."""
         stage = self._load(name)
         if stage is None:
+            calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+
+            def keep_one(_layer: int, *call: Any) -> None:
+                calls[:] = [call]
+                for state in all_states:
+                    state.capture = None
+
             with self._enabled(plan) as all_states, attention_watched(self._pipe) as attention:
+                for state in all_states:
+                    state.capture = keep_one
                 made = self._generate(name, prompt, seed)
                 guarded = sum(state.guarded_heads for state in all_states)
             if not made.is_finite:
@@ -225,6 +237,7 @@ class Stages:
                 "seconds": made.seconds,
                 "guarded_heads": guarded,
                 "attention_ms": 1000 * attention.seconds(),
+                "plain_ms": self._plain_ms(*calls[0]),
             }
             stage = self._checkpoint.save(name, {"choice": plan.choice}, values)
         return AcceleratedRun(**stage[1])
@@ -276,6 +289,22 @@ class Stages:
         finally:
             disable(self._pipe)
 
+    def _original(self, key_mask: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The model's own attention."""
+        mask = None if key_mask is None else key_mask[:, None, None]
+        backend = getattr(next(iter(self._attention.values())).processor, "_attention_backend", None)
+        return lambda q, k, v: dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
+
+    def _plain_ms(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> float:
+        """Of a head on the original path, as fast as the machine is now: median of three calls after one."""
+        original, taken = self._original(key_mask), []
+        with torch.no_grad():
+            for _ in range(4):
+                start = now(query.device)
+                original(query, key, value)
+                taken.append(now(query.device) - start)
+        return 1000 * median(taken[1:]) / query.shape[2]
+
     def _measure_latency(
         self,
         state: AccelState,
@@ -289,8 +318,6 @@ class Stages:
             raise RuntimeError(
                 "the token grid is unknown; AccelState.capture must be set before the generation"
             )
-        mask = None if key_mask is None else key_mask[:, None, None]
-        backend = getattr(next(iter(self._attention.values())).processor, "_attention_backend", None)
         share = LATENCY_STEPS / latency_calls(self._candidates)
         self._bar.set_description("latency")
         start = now(query.device)
@@ -301,7 +328,7 @@ class Stages:
                 value,
                 state.grid,
                 self._candidates,
-                lambda q, k, v: dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend),
+                self._original(key_mask),
                 block=state.plan.block,
                 key_mask=key_mask,
                 branches=branches,

@@ -132,7 +132,8 @@ class Validation:
         `psnr_*` are means in dB; `speedup` is that of whole generations, on the held-out prompts where there
         are any, else on the calibration prompts; `psnr_held_out_low`, or that of the goal's own measure, is what the
         mean over all prompts is better than with 95 % confidence; `calibration_dense_generations` is what it all
-        took, held-out prompts apart, in units of one dense generation. `trials` are the generations with plans,
+        took, held-out prompts apart, in units of one dense generation; `attention_error` is by how much attention took
+        longer than the tables say, at the speed that the machine then had. `trials` are the generations with plans,
         `frontier` the plans that the tables offer, `ranges` what each step range spends, `parts` what attention and
         steps do.
         """
@@ -172,6 +173,10 @@ class Validation:
         if pairs:
             dense_seconds, accelerated = (sum(seconds) for seconds in zip(*pairs, strict=True))
             values["speedup"] = dense_seconds / accelerated
+        own = [tried.run for tried in self._tried if tried.pick.name == name]
+        if own and found.attention_ms > 0:
+            measured = fmean(run.attention_ms / self._drift(run) for run in own)
+            values["attention_error"] = measured / found.attention_ms - 1
         values["calibration_dense_generations"] = sum(spent) / fmean(run.seconds for run in self._runs)
         values["trials"] = [self._trial(tried, chosen=tried.pick.name == name) for tried in self._tried]
         values["frontier"] = self._frontier()
@@ -213,11 +218,15 @@ class Validation:
             "latent_rel_l2": run.latent_rel_l2,
             "seconds": run.seconds,
             "attention_ms": run.attention_ms,
-            "attention_ms_expected": found.attention_ms,
+            "attention_ms_expected": found.attention_ms * self._drift(run),
             "seconds_expected": dense + (found.cost - dense_cost(self._tables)) / 1000,
             "seconds_dense": dense,
             "guarded_heads": run.guarded_heads,
         }
+
+    def _drift(self, run: AcceleratedRun) -> float:
+        """How much slower the machine was in a generation than when candidates were timed."""
+        return run.plain_ms / self._stages.latency().plain
 
     def _frontier(self) -> list[dict[str, float]]:
         """What the tables offer; where a quality was searched also what the fitted line expects of it."""

@@ -139,6 +139,8 @@ def _ranges(plan: AccelPlan) -> list[str]:
         lines.append(
             f"{range_title(plan, number):<25}  {mean:>11}  {part['error'] / total:>11.1%}  {speedup:>18}"
         )
+    if (error := plan.validated.get("attention_error")) is not None:
+        lines.append(f"attention took {1 + error:.2f} times what was predicted of its heads")
     return lines
 
 

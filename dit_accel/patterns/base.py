@@ -337,6 +337,8 @@ def ranked_lists(
         whole_map: the rows of a head compete: it keeps its `kept` · rows best, some rows more than others.
         budget: integer `[batch, heads]`, how many the rows of each head keep of these.
     """
+    if not space.video_blocks:
+        return lists_of(space, everything(space), scores.shape[1], space.blocks)
     of_heads = (kept,) if isinstance(kept, int) else kept
     keep = (on_device(of_heads, scores.device) if budget is None else budget)[..., None]
     if whole_map:
@@ -346,25 +348,34 @@ def ranked_lists(
         keep = torch.minimum(keep, until_share(masses.gather(-1, best), top_p).sum(-1))
     if extra is not None:
         keep = keep + extra.sum(-1)
-    texts, forced = space.blocks - space.video_blocks, extra
+    texts, forced, seq = space.blocks - space.video_blocks, extra, space.grid.total_tokens
     if texts:
-        # Rows that hold text read all, and all read the columns that do.
+        # All rows read the columns that hold text.
         text = torch.arange(space.blocks, device=scores.device) >= space.video_blocks
-        forced = text if extra is None else F.pad(extra, (0, texts, 0, texts)) | text
-        scores = F.pad(scores, (0, texts, 0, texts))
-        keep = F.pad(
-            keep.expand(*keep.shape[:-1], space.video_blocks) + texts, (0, texts), value=space.blocks
-        )
-    seq = space.grid.total_tokens
-    return select_blocks(
+        forced = text if extra is None else F.pad(extra, (0, texts)) | text
+        scores, keep = F.pad(scores, (0, texts)), keep + texts
+    found = select_blocks(
         scores.float(),
         block_q=space.block,
         block_k=space.block,
-        seq_q=seq,
+        seq_q=space.video_blocks * space.block if texts else seq,
         seq_k=seq,
         keep=keep,
         forced=forced,
-        max_keep=max(of_heads) if forced is None and not whole_map else space.blocks,
+        max_keep=max(of_heads) + texts if extra is None and not whole_map else space.blocks,
+    )
+    if not texts:
+        return found
+    # Rows that hold text read everything, from one list.
+    whole = torch.arange(space.blocks, dtype=torch.int32, device=scores.device)
+    return BlockIndex(
+        F.pad(found.counts, (0, texts), value=space.blocks),
+        F.pad(found.offsets, (0, texts), value=found.indices.numel()),
+        torch.cat((found.indices, whole)),
+        space.block,
+        space.block,
+        seq,
+        seq,
     )
 
 

@@ -18,7 +18,8 @@ CHUNK_SCORES = 1 << 19
 def attention(prepared: Prepared, index: BlockIndex, scale: float, return_lse: bool) -> tuple[Tensor, Tensor]:
     """Rows with lists of one length run together, so that no list is padded; native precision.
 
-    With a remainder the mean keys and values of a head follow its blocks as further blocks, which every row reads.
+    With a remainder the mean keys and values of a head follow its blocks as further blocks, which every row reads that
+    leaves anything out.
 
     Memory beyond copies of the inputs: CHUNK_SCORES scores (at least one row) and the keys and values they
     belong to. Without `return_lse` the second result is left unset. Both are in the order of the prepared
@@ -55,7 +56,8 @@ def attention(prepared: Prepared, index: BlockIndex, scale: float, return_lse: b
     for length, size in groups.tolist():
         start, stop = stop, stop + size
         listed = -(-length // block_k)
-        width = (listed + mean_blocks) * block_k
+        rest_blocks = 0 if listed == cols else mean_blocks
+        width = (listed + rest_blocks) * block_k
         steps = torch.arange(listed, device=queries.device)
         step = max(1, CHUNK_SCORES // max(1, width * block_q))
         for begin in range(start, stop, step):
@@ -63,7 +65,7 @@ def attention(prepared: Prepared, index: BlockIndex, scale: float, return_lse: b
             owner = order[chunk] // rows
             kept = index.indices[offsets[chunk, None] + steps].long()
             picked = owner[:, None] * cols + kept
-            if mean_bias is not None:
+            if rest_blocks:
                 first = batch * heads * cols + owner * mean_blocks
                 picked = torch.cat(
                     [picked, first[:, None] + torch.arange(mean_blocks, device=owner.device)], 1
@@ -77,7 +79,7 @@ def attention(prepared: Prepared, index: BlockIndex, scale: float, return_lse: b
                 closed = ~valid[owner[:, None], kept].flatten(1)
                 scores[..., : listed * block_k].masked_fill_(closed[:, None], -torch.inf)
                 dead = closed.all(-1)
-            if mean_bias is not None:
+            if mean_bias is not None and rest_blocks:
                 rest = mean_bias[owner].scatter_(1, kept, -torch.inf)
                 scores[..., listed * block_k :] += rest[:, None]
                 dead = dead & (rest == -torch.inf).all(-1)

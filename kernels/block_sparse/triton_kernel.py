@@ -283,7 +283,10 @@ def block_sparse_forward(
         o_mean_k = o_mean[None, :] * DIM + o_d[:, None]
         o_mean_v = o_mean[:, None] * stride_means + o_d[None, :] * stride_meand
         b_one = tl.full([TILE_Q], 1.0, tl.float32)
-        for first in range(0, tl.where(first_q < stop_q, cols, 0), TILE_MEANS):
+        means = tl.where(first_q < stop_q, cols, 0)
+        if not VARYING:  # a list of all blocks leaves none out
+            means = tl.where(count < cols, means, 0)
+        for first in range(0, means, TILE_MEANS):
             o_c = first + o_mean
             m_c = o_c < cols
             bits = tl.load(p_read + o_c // 32, mask=m_c, other=0)

@@ -190,7 +190,11 @@ def test_what_the_calibration_saw_is_recorded(uninterrupted, arguments):
     assert [part["start"] for part in parts] == list(plan.range_starts)
     total, chosen = sum(part["error"] for part in parts), plan.validated["trials"][-1]
     assert total == pytest.approx(chosen["error_expected"])
-    assert sum(part["attention_ms"] for part in parts) == pytest.approx(chosen["attention_ms_expected"])
+    expected = sum(part["attention_ms"] for part in parts)
+    # Expected at the speed that the machine had then.
+    taken = [t["attention_ms"] / t["attention_ms_expected"] for t in plan.validated["trials"] if t["chosen"]]
+    assert expected > 0
+    assert plan.validated["attention_error"] == pytest.approx(sum(taken) / 2 - 1)
     assert all(0 < trial["attention_ms"] < 1000 * trial["seconds"] for trial in plan.validated["trials"])
     expected = [p["quality_expected"] for p in plan.validated["frontier"] if "quality_expected" in p]
     assert expected == sorted(expected)

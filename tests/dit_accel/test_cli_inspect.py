@@ -56,6 +56,7 @@ def plan() -> AccelPlan:
         objective={"target_psnr": 30.0, "target_ssim": None},
         validated={
             "psnr_calibration": 30.2,
+            "attention_error": 0.08,
             "sensitivity": (0.01 * measured).tolist(),
             "trials": [trial(1, chosen=False), trial(2, chosen=True)],
             "frontier": points,
