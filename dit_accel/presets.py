@@ -3,7 +3,8 @@
 Where a system leaves the density to its calibration, one is given that its paper's range holds. Where it calibrates
 more than that, its comment says what stands in for it here; `dit-accel calibrate` chooses per head. `warm_up` is the
 part of denoising, as a noise level, that it leaves dense, `dense_layers` the share of layers. Authors count steps: at
-50 steps and a flow shift of 5 the first 5, 10 and 15 steps lie at noise levels above .977, .955 and .923.
+50 steps and a flow shift of 5 the first 5, 10 and 15 steps lie at noise levels above .977, .955 and .923. The same
+levels are other numbers of steps elsewhere: of the 10 of `svg` 13 at a shift of 7 (HunyuanVideo) and 3 of CogVideoX.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ PRESETS: dict[str, Preset] = {
     # Row-uniform top-k at sparsity .8; heads whose blocks hold more than .8 of the mass give to others; searched at
     # steps 10 and 30 of 50. https://arxiv.org/abs/2502.21079
     "adaspa": Preset("searched", 0.2, {"order": "frame", "reuse": 20, "easy": 0.8}, warm_up=0.045),
-    # A circle around every query of an image. https://arxiv.org/abs/2412.16112
+    # A circle around every query of an image; the authors distil the model to it. https://arxiv.org/abs/2412.16112
     "clear": Preset("window", 0.2, {"order": "tile:1x8x8", "shape": "ball"}),
-    # The eighth of the channels (of 128) that weighs most, calibrated by the authors, here found in each call.
+    # The 16 channels that weigh most (an eighth of 128), calibrated by the authors, here found in each call.
     # https://arxiv.org/abs/2408.07092
     "doublesparsity": Preset("channels", 0.25, {"order": "frame"}, calibrated="the channels"),
     # Means of 8 x 16 patches of a frame, the best quarter (Wan) of a head's whole map; a row keeps its own patch in any
@@ -74,7 +75,8 @@ PRESETS: dict[str, Preset] = {
     # https://arxiv.org/abs/2506.03065
     "sparse-vdit": Preset("bands", 0.4, calibrated="bands, skipping or dense attention for each head"),
     # Means until .9 of the mass, with the self-similarity guard; the authors calibrate both thresholds per head, these
-    # are their defaults. https://arxiv.org/abs/2502.18137
+    # are their defaults. Theirs are blocks of 128 queries and 64 keys, in 8 bits, and products with values that weigh
+    # nothing are skipped. https://arxiv.org/abs/2502.18137
     "sparge": Preset("pooled", 1.0, {"parts": 1, "guard": 0.1, "top_p": 0.9}),
     # 4-bit estimates; the authors keep the blocks with a score over a threshold, relative to the sinks and the
     # neighbourhood and calibrated for each head, here each row keeps its best. https://arxiv.org/abs/2505.24179
@@ -89,12 +91,13 @@ PRESETS: dict[str, Preset] = {
         warm_up=0.045,
         dense_layers=0.03,
     ),
-    # k-means, .9 of the estimated mass and at least a tenth of the clusters. https://arxiv.org/abs/2505.18875
+    # k-means, .9 of the estimated mass and at least a tenth of the clusters, whose numbers are those of Wan at 720p in
+    # proportion to the tokens (HunyuanVideo has 400 and 1,000). https://arxiv.org/abs/2505.18875
     "svg2": Preset(
         "clustered", 1.0, {"top_p": 0.9, "least": 0.1, "iterations": 50}, block=128, warm_up=0.077
     ),
-    # Tiles of 6 x 8 x 8 tokens, a window for all heads where the authors calibrate one each.
-    # https://arxiv.org/abs/2502.04507
+    # Tiles of 6 x 8 x 8 tokens, a window for all heads where the authors calibrate one each. A block is a third of a
+    # tile and has a window of its own; with block=384 it is a tile. https://arxiv.org/abs/2502.04507
     "sta": Preset(
         "window",
         0.3,

@@ -164,6 +164,21 @@ LAYERS: dict[str, tuple[Candidate, ...]] = {
         Candidate("antidiagonal", 0.3, precision="fp8"),
         Candidate("window", 0.3),
     ),
+    "others": (
+        Candidate("stripes", 0.3, (("slashes", 1),)),
+        Candidate("profiled", 0.3),
+        Candidate("searched", 0.3, remainder=True),
+        Candidate("channels", 0.4),
+        Candidate("lowbit", 0.35, precision="int8"),
+        Candidate("pooled", 0.5, (("top_p", 0.9),)),
+        Candidate("pooled", 0.3, (("coarse", 3),), "int8"),
+        Candidate("pooled", 0.3, (("budget", "map"),), remainder=True),
+        Candidate("pooled", 0.45, (("segment", 64),)),
+        Candidate("pooled", 0.35, (("guard", 0.1),), "int8_fp8"),
+        Candidate("attention_tile", 0.3),
+        Candidate("radial", 0.3),
+        Candidate("sharded", 0.3),
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_accel.calibration import published_candidates
 from dit_accel.grid import AXIS_ORDERS, TokenGrid
-from dit_accel.patterns import Selection, select
+from dit_accel.patterns import FAMILIES, Selection, select
 from dit_accel.plan import AccelPlan
 from dit_accel.presets import PRESETS
 
@@ -565,6 +565,44 @@ def test_all_published_systems_of_the_field_are_there() -> None:
         "sta sparge svoo paro doublesparsity hyperattention scatterbrain"
     )
     assert set(asked.split()) == set(PRESETS)
+
+
+# Of publications and their code, where it is a number: block, options, progress and share of layers that stay dense.
+PUBLISHED = {
+    # search at steps 10 and 30 of 50, sparsity .8, heads over .8 of the mass give
+    "adaspa": (64, {"reuse": 20, "easy": 0.8}, 0.045, 0.0),
+    "doublesparsity": (64, {"channels": 16}, 0.0, 0.0),
+    "draft": (128, {"order": "tile:1x8x16", "parts": 1, "budget": "map"}, 0.0, 0.0),
+    "hyperattention": (64, {}, 0.0, 0.0),
+    # sorted in segments of 256 tokens, .9 of the mass, blocks of 128
+    "pbs": (128, {"segment": 256, "top_p": 0.9, "parts": 1}, 0.0, 0.0),
+    "radial": (128, {"sink": 1}, 0.05, 0.0),
+    "sale": (64, {"bits": 4}, 0.0, 0.0),
+    # the default thresholds of its functions
+    "sparge": (64, {"guard": 0.1, "top_p": 0.9, "parts": 1}, 0.0, 0.0),
+    # tiles of 6 x 8 x 8, 12 dense steps of 50
+    "sta": (128, {"order": "tile:6x8x8", "shape": "clamped"}, 0.06, 0.0),
+    # 64 sampled rows, the first frame as a sink, the first of 40 layers
+    "svg": (128, {"samples": 64, "sink": 1, "orders": "fhw+hwf"}, 0.045, 0.03),
+    # 50 rounds of k-means, .9 of the mass, at least a tenth of the clusters
+    "svg2": (128, {"iterations": 50, "top_p": 0.9, "least": 0.1}, 0.077, 0.0),
+    "svoo": (128, {"iterations": 50}, 0.0, 0.0),
+    # stride 8, .95 of the mass, blocks of 128
+    "xattention": (128, {"stride": 8, "top_p": 0.95}, 0.02, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_numbers_that_were_published(name: str) -> None:
+    block, options, warm_up, layers = PUBLISHED[name]
+    plan = AccelPlan.preset(name)
+    assert plan.block == block
+    sparse = plan.candidates[-1]
+    chosen = FAMILIES[sparse.family].with_defaults(dict(sparse.options))
+    assert {option: chosen[option] for option in options} == options
+    assert plan.range_starts == ((0.0, warm_up) if warm_up else (0.0,))
+    assert plan.candidates[0].is_dense == bool(warm_up)
+    assert plan.dense_layers == layers
 
 
 def test_what_authors_calibrate_is_said():
