@@ -55,10 +55,13 @@ def main() -> None:
     shutil.copytree(measured, args.work / "plan" / "calibration", dirs_exist_ok=True)
     pipe = load_demo(torch.bfloat16, args.device)
 
+    given = {name: conditions[name] for name in ("seed", "downstream", "held_out_prompts")}
+    given["candidates"] = AccelPlan.from_pretrained(args.calibration).candidates
+
     def planned(**goal: Any) -> AccelPlan:
-        directory, seed = args.work / "plan", conditions["seed"]
+        directory = args.work / "plan"
         return calibrate(
-            pipe, conditions["prompts"], **settings.to_dict(), **goal, output_dir=directory, seed=seed
+            pipe, conditions["prompts"], **settings.to_dict(), **given, **goal, output_dir=directory
         )
 
     variants = [DENSE]

@@ -145,12 +145,14 @@ class Calibrated:
 Way = Setting | Calibrated
 
 
-def calibrated(pipe: Any, directory: Path, density: float, folder: Path, seeds: range) -> Calibrated:
+def calibrated(
+    pipe: Any, directory: Path, density: float, folder: Path, prompts: Sequence[str], seeds: range
+) -> Calibrated:
     """The plan of least error at a density, from what a calibration of the same pipeline measured.
 
     Raises:
-        ValueError: the directory holds no calibration, one of another model or machine, or one that has seen the noise
-            of a held-out prompt.
+        ValueError: the directory holds no calibration, one of another model or machine, or one that has seen a held-out
+            prompt or its noise.
     """
     measured = directory / "calibration"
     if not (measured / "fingerprint.json").is_file():
@@ -161,6 +163,10 @@ def calibrated(pipe: Any, directory: Path, density: float, folder: Path, seeds: 
         raise ValueError(
             f"calibration: expected seeds other than those of the held-out prompts, {seeds.start} to {seeds.stop - 1}, "
             f"got {first}; calibrate with --seed {seeds.stop + 1000}, or give another --seed here"
+        )
+    if seen := sorted(set(conditions["prompts"]) & set(prompts)):
+        raise ValueError(
+            f"calibration: expected prompts other than the held-out ones, got {seen[0]!r}; calibrate on others"
         )
     folder /= hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
     shutil.copytree(measured, folder / "calibration", dirs_exist_ok=True)
@@ -572,7 +578,8 @@ def generations_report(bench: Bench) -> dict[str, Any]:
         dense = {
             "prompts": len(runs),
             "seconds": seconds,
-            "attention_seconds": seconds * share["attention"] / share["transformer"],
+            # All steps take alike.
+            "attention_seconds": share["attention"] * bench.steps / min(ATTENTION_STEPS, bench.steps),
             "semantic": _semantic(runs),
         }
     return {"done": done, "of": total, "asked": bench.density, "dense": dense, "rows": rows}
@@ -662,7 +669,7 @@ def prepared(args: argparse.Namespace, densities: list[float], density: float) -
     plan = None
     if args.calibration is not None:
         seeds = range(at.seed, at.seed + len(at.prompts))
-        plan = calibrated(at.pipe, args.calibration, density, at.folder / "plan", seeds)
+        plan = calibrated(at.pipe, args.calibration, density, at.folder / "plan", at.prompts, seeds)
         Work(at.folder).put("runs", "calibrated", {"name": plan.name, "density": density})
     return Bench(
         **vars(at),

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dit_accel.evaluation import markdown_table
@@ -27,6 +28,7 @@ def _demo_card(card: dict[str, Any], evaluation: dict[str, Any]) -> str:
     machine = evaluation["machine"]
     (dense,) = (row for row in evaluation["variants"] if row["name"] == "dense")
     above = sum(head["mass_25"] >= 0.9 for head in card["heads"])
+    better = fmean(max(head["mass_25"], head["mass_25_balanced"]) for head in card["heads"])
     rows = [
         ("parameters of the transformer", f"{card['parameters'] / 1e6:.1f} M"),
         *(
@@ -41,6 +43,7 @@ def _demo_card(card: dict[str, Any], evaluation: dict[str, Any]) -> str:
             for ending, where in (("", "best order of the grid"), ("_balanced", "`balanced` blocks"))
             for share in (25, 10)
         ),
+        ("softmax mass in the best 25 % of blocks, the better of both for each head", f"{better:.3f}"),
         ("heads with at least 0.9 in the best 25 %", f"{above} of {len(card['heads'])}"),
         ("seconds per dense generation (median)", f"{dense['seconds_p50']:.1f}"),
     ]

@@ -141,11 +141,17 @@ class Guard:
             scale=scale,
         ).float()
         error = output[:, places].transpose(1, 2).float() - exact
-        squares = [x.square().sum(dim=(0, 2, 3)) for x in (error, exact)]
+        squares = [x.square().sum(-1) for x in (error, exact)]
+        if key_mask is not None:
+            # What padded queries get matters to nobody, and a calibration does not count it either.
+            real = key_mask[:, None, places]
+            squares = [x.masked_fill(~real, 0.0) for x in squares]
+        squares = [x.sum(-1) for x in squares]
         if self._limits.device != query.device:
             self._limits = self._limits.to(query.device)
         limits = self._limits[number, layer]
-        memory.pending[layer] = ~(squares[0] <= limits.square() * squares[1])  # NaN too is an error
+        # Each element of a batch by itself; NaN too is an error.
+        memory.pending[layer] = (~(squares[0] <= limits.square() * squares[1])).any(0)
         memory.checks += 1
 
     def settle(self, memory: GuardMemory) -> bool:
