@@ -62,6 +62,11 @@ def _where(machine: dict[str, Any]) -> str:
     return f"{name}, {machine['dtype']}, torch {machine['torch']}"
 
 
+def _resumed(evaluation: dict[str, Any]) -> str:
+    count = evaluation["processes"]
+    return "" if count == 1 else f"; measured in {count} processes, one after another"
+
+
 def _rows(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -308,7 +313,7 @@ def _equal_psnr(report: dict[str, Any]) -> str:
         f"Speed-up of whole generations at equal mean PSNR, read between the measured points. Demo, {count} held-out "
         f"{'prompt' if count == 1 else 'prompts'}, tuned on {tuned} other; {settings['num_frames']} frames of "
         f"{settings['width']}×{settings['height']}, {settings['num_inference_steps']} steps; dense: "
-        f"{evaluation['dense_backend']}; {_where(evaluation['machine'])}."
+        f"{evaluation['dense_backend']}; {_where(evaluation['machine'])}{_resumed(evaluation)}."
     ]
     others = {row["label"] for row in report["rows"] if not row["ours"]}
     for place, target in enumerate(targets):

@@ -494,7 +494,7 @@ def prepare(
         given(mean_value),
         cols,
         room,
-        TILE=_POOL_TILE,
+        TILE=2 * _POOL_TILE,
         FP8_V=fp8_v,
         REMAINDER=remainder is not False,
         LARGEST_V=E4M3_MAX,

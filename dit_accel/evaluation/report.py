@@ -83,6 +83,8 @@ def _caption(evaluation: Mapping[str, Any]) -> str:
     ]
     if share is not None:
         parts.append(f"attention is {share:.0%} of a dense step")
+    if (count := evaluation.get("processes", 1)) > 1:
+        parts.append(f"measured in {count} processes, one after another")
     same = [row["name"] for row in evaluation["variants"] if row.get("identical_to_dense")]
     if same:
         parts.append(f"identical to dense in every generation, so no speed-up: {', '.join(same)}")

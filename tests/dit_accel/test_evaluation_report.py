@@ -131,6 +131,12 @@ def test_heads_that_the_guard_made_dense_are_told(evaluation):
     assert [line.split("|")[-2] for line in lines[2:5]] == [" – ", " 1.5 ", " – "]
 
 
+def test_what_was_resumed_says_so(evaluation):
+    """Generations of different processes are not interleaved."""
+    assert "processes" not in markdown_table(evaluation | {"processes": 1})
+    assert "; measured in 3 processes, one after another" in markdown_table(evaluation | {"processes": 3})
+
+
 def test_what_is_identical_to_dense_has_no_speed_up(evaluation):
     evaluation["variants"][1] |= {"identical_to_dense": True}
     table = markdown_table(evaluation)

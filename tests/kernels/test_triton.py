@@ -130,7 +130,7 @@ AROUND = [
             **dict.fromkeys(("mean_k", "mean_v", "counts", "largest_v", "v_scale", "key_scale"), "*fp32"),
             **{"key": "*i8", "value": "*fp8e4nv" if eight else "*bf16"},
         },
-        {"TILE": 16, "FP8_V": eight, "REMAINDER": True, "LARGEST_V": 448.0, **RANGE},
+        {"TILE": 32, "FP8_V": eight, "REMAINDER": True, "LARGEST_V": 448.0, **RANGE},
         id=f"summarise{'-fp8' * eight}",
     )
     for eight in (False, True)
