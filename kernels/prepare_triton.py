@@ -396,7 +396,7 @@ def prepare(
     valid = None if key_mask is None else ordered_mask(key_mask, key_order)
     mask = None if key_mask is None else key_mask.contiguous()
     order = None if key_order is None else key_order.contiguous()
-    order_steps = (0, 0)
+    order_steps: tuple[int, ...] = (0, 0)
     if order is not None:
         order_steps = tuple(order.stride(i) if order.shape[i] > 1 else 0 for i in range(2))
     tile_d = max(16, triton.next_power_of_2(dim))
@@ -427,8 +427,8 @@ def prepare(
     )
     mean_k, mean_v, counts, bias, largest_v = None, None, None, None, None
     if pooled:
-        of_blocks = {"dtype": torch.float32 if quantised else key.dtype, "device": device}
-        mean_k, mean_v = (torch.empty(batch, heads, cols, dim, **of_blocks) for _ in range(2))
+        dtype = torch.float32 if quantised else key.dtype
+        mean_k, mean_v = torch.empty(2, batch, heads, cols, dim, dtype=dtype, device=device).unbind()
         counts, bias, largest_v = floats(cols), floats(cols), floats(cols, dim) if fp8_v else None
     if copied_k or copied_v or pooled:
         _order_and_pool[(cols, batch * heads)](
