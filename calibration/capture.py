@@ -131,9 +131,12 @@ class Recorder:
         value: Tensor,
         key_mask: Tensor | None,
     ) -> None:
-        start = now(query.device)
         span = self._span(state)
-        if self._once is not None and len(self.progress) == min(2, self._steps):
+        timed = self._once is not None and len(self.progress) == min(2, self._steps)
+        if span is None and not timed and len(self.progress) not in self._sampled:
+            return  # without waiting for the device
+        start = now(query.device)
+        if timed and self._once is not None:
             self._once(state, self._branches_before, query, key, value, key_mask)
             self._once = None
         if span is None:

@@ -21,7 +21,7 @@ from dit_accel.caching.config import CacheConfig
 from dit_accel.caching.presets import CACHES, cache_preset
 from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
-from dit_accel.patterns import FAMILIES
+from dit_accel.patterns import FAMILIES, select
 from dit_accel.plan_files import (
     CONFIG_FILE,
     TENSOR_FILE,
@@ -175,7 +175,8 @@ class AccelPlan:
             >>> plan = AccelPlan.preset("xattention")
 
         Raises:
-            ValueError: an unknown name or option, or no density for a family that needs one.
+            ValueError: an unknown name or option, a value that the family cannot have, or no density for a family that
+                needs one.
         """
         if name in CACHES:
             if (density, block, remainder, dense_layers, cache) != (None,) * 5 or precision != "native":
@@ -218,7 +219,7 @@ class AccelPlan:
         starts: tuple[float, ...] = (0.0,)
         if warm_up:
             candidates, starts = (Candidate("dense", 1.0), candidate), (0.0, warm_up)
-        return cls(
+        plan = cls(
             candidates,
             torch.arange(len(candidates), dtype=torch.int16, device="cpu").view(-1, 1, 1),
             starts,
@@ -227,6 +228,8 @@ class AccelPlan:
             cache=cache,
             objective=objective,
         )
+        _try(candidate, block)
+        return plan
 
     def range_at(self, progress: float) -> int:
         """Return the number of the range that holds a progress from 0 (pure noise) to 1."""
@@ -331,6 +334,15 @@ class AccelPlan:
         with tempfile.TemporaryDirectory() as parent:
             self.save_pretrained(Path(parent) / "plan")
             return upload_directory(Path(parent) / "plan", repo_id, private, commit_message)
+
+
+def _try(candidate: Candidate, block: int) -> None:
+    """Choose once among a few random tokens: what a family refuses is known before a generation is under way."""
+    grid = TokenGrid(2, 2, block)
+    generator = torch.Generator("cpu").manual_seed(0)
+    query, key, value = torch.randn(3, 1, grid.total_tokens, 1, 16, generator=generator, device="cpu")
+    given: dict[str, Any] = dict(candidate.options)
+    select(candidate.family, query, key, grid, density=candidate.density, block=block, value=value, **given)
 
 
 def config_hash_of(transformer: Any) -> str:

@@ -6,6 +6,9 @@ output back the same way.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -386,193 +389,282 @@ def prepare(
 
     Of what is native nothing is copied that no order moves.
     """
-    batch, seq_q, heads, dim = query.shape
-    seq_k, device = key.shape[1], query.device
-    quantised, int8, fp8_v = precision != "native", precision != "fp8", precision in ("int8_fp8", "fp8")
-    group, cols = key_group(block_k), triton.cdiv(seq_k, block_k)
+    quantised, fp8_v = precision != "native", precision in ("int8_fp8", "fp8")
+    group, cols = key_group(block_k), triton.cdiv(key.shape[1], block_k)
     if key_starts is not None:
         key_starts = key_starts.contiguous()
         group, cols = 1, key_starts.shape[2] - 1
+    order, mask = (None if x is None else x.contiguous() for x in (key_order, key_mask))
+    keys = _Keys(key, value, order, mask, key_starts, block_k, cols, group)
     valid = None if key_mask is None else ordered_mask(key_mask, key_order)
-    mask = None if key_mask is None else key_mask.contiguous()
-    order = None if key_order is None else key_order.contiguous()
-    order_steps: tuple[int, ...] = (0, 0)
-    if order is not None:
-        order_steps = tuple(order.stride(i) if order.shape[i] > 1 else 0 for i in range(2))
+    pools = None
+    if quantised or remainder is not False:
+        pools = _Pools.empty(keys, torch.float32 if quantised else key.dtype, largest=fp8_v)
+    # What is quantised later is ordered then.
+    k, v = _order(keys, not quantised, not fp8_v, pools, remainder)
+    if not quantised:
+        means = None if pools is None else Means(pools.key, pools.value, None, pools.bias)
+        return Prepared(query.transpose(1, 2), k, v, None, None, None, None, valid, means, group)
+    if pools is None:
+        raise RuntimeError("keys are smoothed by the means of their blocks")
+    int8 = precision != "fp8"
+    formats = {"INT8": int8, "LARGEST": INT8_MAX if int8 else E4M3_MAX, "SMALLEST": TINY}
+    mean, value_scale, means = _summaries(keys, pools, formats, fp8_v, remainder is not False)
+    q, query_scale, lse_shift = _eight_bit_queries(query, mean, scale, formats)
+    k, key_scale = _eight_bit_keys(keys, mean, formats)
+    v = v if value_scale is None else _eight_bit_values(keys, value_scale)
+    return Prepared(q, k, v, query_scale, key_scale, value_scale, lse_shift, valid, means, group)
+
+
+@dataclass(frozen=True, eq=False)
+class _Keys:
+    """Keys and values of a call `[batch, seq, heads, dim]`, and the blocks of their order.
+
+    Attributes:
+        order: int64 `[batch or 1, heads or 1, seq]`, contiguous, as all that follow.
+        mask: bool `[batch, seq]`.
+        starts: int32 `[batch or 1, heads or 1, cols + 1]` of blocks that vary in length.
+        block, cols, group: tokens per block, blocks, keys that share a scale.
+    """
+
+    key: Tensor
+    value: Tensor
+    order: Tensor | None
+    mask: Tensor | None
+    starts: Tensor | None
+    block: int
+    cols: int
+    group: int
+
+    def floats(self, *shape: int) -> Tensor:
+        """float32 `[batch, heads, *shape]`, to be written."""
+        return _new(self.key, *shape, dtype=torch.float32)
+
+    @property
+    def order_steps(self) -> tuple[int, ...]:
+        """Strides of a batch element and of a head."""
+        if self.order is None:
+            return 0, 0
+        return tuple(self.order.stride(i) if self.order.shape[i] > 1 else 0 for i in range(2))
+
+    @property
+    def starts_steps(self) -> tuple[int, int]:
+        """Starts of a batch element and of a head."""
+        if self.starts is None:
+            return 0, 0
+        batch, heads, _ = self.starts.shape
+        return (heads if batch > 1 else 0), int(heads > 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pools:
+    """Of every block, see `_order_and_pool`."""
+
+    key: Tensor
+    value: Tensor
+    counts: Tensor
+    bias: Tensor
+    largest: Tensor | None
+
+    @classmethod
+    def empty(cls, keys: _Keys, dtype: torch.dtype, *, largest: bool) -> _Pools:
+        """To be written."""
+        dim = keys.key.shape[3]
+        key, value = (_new(keys.key, keys.cols, dim, dtype=dtype) for _ in range(2))
+        counts, bias = keys.floats(keys.cols), keys.floats(keys.cols)
+        return cls(key, value, counts, bias, keys.floats(keys.cols, dim) if largest else None)
+
+
+def _new(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
+    """`[batch, heads, *shape]`, to be written."""
+    return torch.empty(like.shape[0], like.shape[2], *shape, dtype=dtype, device=like.device)
+
+
+def _constants(like: Tensor) -> dict[str, Any]:
+    dim = like.shape[3]
     tile_d = max(16, triton.next_power_of_2(dim))
-    constants = {"DIM": dim, "TILE_D": tile_d, "enable_fp_fusion": True, "num_warps": _WARPS}
+    return {"DIM": dim, "TILE_D": tile_d, "enable_fp_fusion": True, "num_warps": _WARPS}
 
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(batch, heads, *shape, dtype=torch.float32, device=device)
 
-    unused = floats(0)
+def _pitch(dim: int) -> int:
+    """Bytes from one row of 8-bit numbers to the next: they are read 16 at a time."""
+    return triton.cdiv(dim, 16) * 16
+
+
+def _order(
+    keys: _Keys, move_k: bool, move_v: bool, pools: _Pools | None, remainder: bool | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `[batch, heads, seq, dim]`, in their order as far as they are to be moved; writes the pools."""
+    key, value = keys.key, keys.value
+    batch, seq, heads, dim = key.shape
+    ordered = keys.order is not None
+    k = _new(key, seq, dim, dtype=key.dtype) if ordered and move_k else key.transpose(1, 2)
+    v = _new(value, seq, dim, dtype=value.dtype) if ordered and move_v else value.transpose(1, 2)
+    if pools is None and not (ordered and (move_k or move_v)):
+        return k, v
+    weight = remainder.float() if isinstance(remainder, Tensor) else None
 
     def given(tensor: Tensor | None) -> Tensor:
-        return unused if tensor is None else tensor
+        return key if tensor is None else tensor
 
-    # What is quantised later is gathered then.
-    copied_k = order is not None and not quantised
-    copied_v = order is not None and not fp8_v
-    pooled = quantised or remainder is not False
-    weight = remainder.float() if isinstance(remainder, Tensor) else None
-    k = (
-        torch.empty(batch, heads, seq_k, dim, dtype=key.dtype, device=device)
-        if copied_k
-        else key.transpose(1, 2)
+    _order_and_pool[(keys.cols, batch * heads)](
+        key,
+        value,
+        given(keys.order),
+        given(keys.mask),
+        given(keys.starts),
+        given(weight),
+        k,
+        v,
+        *(given(None if pools is None else x) for x in _parts(pools)),
+        heads,
+        seq,
+        keys.cols,
+        *keys.order_steps,
+        *keys.starts_steps,
+        *key.stride(),
+        *value.stride(),
+        BLOCK=keys.block,
+        TILE=min(_POOL_TILE, max(16, triton.next_power_of_2(keys.block))),
+        ORDERED=ordered,
+        MASKED=keys.mask is not None,
+        VARYING=keys.starts is not None,
+        WEIGHED=weight is not None,
+        COPY_K=ordered and move_k,
+        COPY_V=ordered and move_v,
+        POOL=pools is not None,
+        LARGEST=pools is not None and pools.largest is not None,
+        **_constants(key),
     )
-    v = (
-        torch.empty(batch, heads, seq_k, dim, dtype=value.dtype, device=device)
-        if copied_v
-        else value.transpose(1, 2)
-    )
-    mean_k, mean_v, counts, bias, largest_v = None, None, None, None, None
-    if pooled:
-        dtype = torch.float32 if quantised else key.dtype
-        mean_k, mean_v = torch.empty(2, batch, heads, cols, dim, dtype=dtype, device=device).unbind()
-        counts, bias, largest_v = floats(cols), floats(cols), floats(cols, dim) if fp8_v else None
-    if copied_k or copied_v or pooled:
-        _order_and_pool[(cols, batch * heads)](
-            key,
-            value,
-            given(order),
-            given(mask),
-            given(key_starts),
-            given(weight),
-            k,
-            v,
-            given(mean_k),
-            given(mean_v),
-            given(counts),
-            given(bias),
-            given(largest_v),
-            heads,
-            seq_k,
-            cols,
-            *order_steps,
-            0 if key_starts is None or key_starts.shape[0] == 1 else key_starts.shape[1],
-            int(key_starts is not None and key_starts.shape[1] > 1),
-            *key.stride(),
-            *value.stride(),
-            BLOCK=block_k,
-            TILE=min(_POOL_TILE, max(16, triton.next_power_of_2(block_k))),
-            ORDERED=order is not None,
-            MASKED=mask is not None,
-            VARYING=key_starts is not None,
-            WEIGHED=weight is not None,
-            COPY_K=copied_k,
-            COPY_V=copied_v,
-            POOL=pooled,
-            LARGEST=fp8_v,
-            **constants,
-        )
-    if not quantised:
-        means = None
-        if mean_k is not None and mean_v is not None and bias is not None:
-            means = Means(mean_k, mean_v, None, bias)
-        return Prepared(query.transpose(1, 2), k, v, None, None, None, None, valid, means, group)
+    return k, v
 
-    eight = torch.int8 if int8 else torch.float8_e4m3fn
-    formats = {"INT8": int8, "LARGEST": INT8_MAX if int8 else E4M3_MAX, "SMALLEST": TINY}
-    mean, value_scale = floats(dim), floats(dim) if fp8_v else None
-    mean_key = mean_scale = mean_value = None
+
+def _parts(pools: _Pools | None) -> tuple[Tensor | None, ...]:
+    if pools is None:
+        return (None,) * 5
+    return pools.key, pools.value, pools.counts, pools.bias, pools.largest
+
+
+def _summaries(
+    keys: _Keys, pools: _Pools, formats: dict[str, Any], fp8_v: bool, remainder: bool
+) -> tuple[Tensor, Tensor | None, Means | None]:
+    """Mean key `[batch, heads, dim]`, scale of the values where they are E4M3, and the stand-ins of the blocks."""
+    key, cols, dim = keys.key, keys.cols, keys.key.shape[3]
+    mean, value_scale = keys.floats(dim), keys.floats(dim) if fp8_v else None
     room = padded_tokens(cols, 1)
-    if remainder is not False:
-        mean_key, mean_scale = torch.empty(batch, heads, cols, dim, dtype=eight, device=device), floats(cols)
+    eight = torch.int8 if formats["INT8"] else torch.float8_e4m3fn
+    mean_key, mean_scale, mean_value = mean, mean, mean
+    if remainder:
+        mean_key, mean_scale = _new(key, cols, dim, dtype=eight), keys.floats(cols)
+        mean_value = _new(key, cols, dim, dtype=keys.value.dtype)
         if fp8_v:
-            mean_value = torch.empty(batch, heads, dim, room, dtype=torch.float8_e4m3fn, device=device)
-        else:
-            mean_value = torch.empty(batch, heads, cols, dim, dtype=value.dtype, device=device)
-    _summarise[(batch * heads,)](
-        mean_k,
-        mean_v,
-        counts,
-        given(largest_v),
+            mean_value = _new(key, dim, room, dtype=torch.float8_e4m3fn)
+    _summarise[(mean.shape[0] * mean.shape[1],)](
+        pools.key,
+        pools.value,
+        pools.counts,
+        mean if pools.largest is None else pools.largest,
         mean,
-        given(value_scale),
-        given(mean_key),
-        given(mean_scale),
-        given(mean_value),
+        mean if value_scale is None else value_scale,
+        mean_key,
+        mean_scale,
+        mean_value,
         cols,
         room,
         TILE=2 * _POOL_TILE,
         FP8_V=fp8_v,
-        REMAINDER=remainder is not False,
+        REMAINDER=remainder,
         LARGEST_V=E4M3_MAX,
         **formats,
-        **constants,
+        **_constants(key),
     )
+    if not remainder:
+        return mean, value_scale, None
+    if fp8_v:
+        mean_value = mean_value.transpose(2, 3)[:, :, :cols]
+    return mean, value_scale, Means(mean_key, mean_value, mean_scale, pools.bias)
 
-    # Rows begin at multiples of 16 bytes, so that they are read 16 at a time.
-    pitch = triton.cdiv(dim, 16) * 16
-    q8 = torch.empty(batch, heads, seq_q, pitch, dtype=eight, device=device)
-    query_scale, lse_shift = floats(seq_q), floats(seq_q)
-    _quantise_queries[(triton.cdiv(seq_q, _TILE), batch * heads)](
+
+def _eight_bit_queries(
+    query: Tensor, mean: Tensor, scale: float, formats: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, their scales, and what smoothing takes from the log-sum-exp; in the model's order."""
+    batch, seq, heads, dim = query.shape
+    eight = torch.int8 if formats["INT8"] else torch.float8_e4m3fn
+    numbers = _new(query, seq, _pitch(dim), dtype=eight)
+    scales, shift = (_new(query, seq, dtype=torch.float32) for _ in range(2))
+    _quantise_queries[(triton.cdiv(seq, _TILE), batch * heads)](
         query,
         mean,
-        q8,
-        query_scale,
-        lse_shift,
+        numbers,
+        scales,
+        shift,
         scale,
         heads,
-        seq_q,
+        seq,
         *query.stride(),
-        PITCH=pitch,
+        PITCH=_pitch(dim),
         TILE=_TILE,
         LOG2E_=LOG2E,
         **formats,
-        **constants,
+        **_constants(query),
     )
-    together = group if key_starts is None else _TILE  # keys that a program quantises
-    groups = triton.cdiv(seq_k, group)
-    k8 = torch.empty(batch, heads, seq_k, pitch, dtype=eight, device=device)
-    key_scale = floats(groups)
-    _quantise_keys[(triton.cdiv(seq_k, together), batch * heads)](
-        key,
-        given(order),
-        given(mask),
+    return numbers[..., :dim], scales, shift
+
+
+def _eight_bit_keys(keys: _Keys, mean: Tensor, formats: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Numbers and their scales, one for each group."""
+    batch, seq, heads, dim = keys.key.shape
+    together = keys.group if keys.starts is None else _TILE  # keys that a program quantises
+    groups = triton.cdiv(seq, keys.group)
+    eight = torch.int8 if formats["INT8"] else torch.float8_e4m3fn
+    numbers, scales = _new(keys.key, seq, _pitch(dim), dtype=eight), keys.floats(groups)
+    _quantise_keys[(triton.cdiv(seq, together), batch * heads)](
+        keys.key,
+        scales if keys.order is None else keys.order,
+        scales if keys.mask is None else keys.mask,
         mean,
-        k8,
-        key_scale,
+        numbers,
+        scales,
         heads,
-        seq_k,
+        seq,
         groups,
-        *order_steps,
-        *key.stride(),
-        PITCH=pitch,
+        *keys.order_steps,
+        *keys.key.stride(),
+        PITCH=_pitch(dim),
         GROUP=together,
         TILE=max(16, triton.next_power_of_2(together)),
-        ORDERED=order is not None,
-        MASKED=mask is not None,
-        PER_TOKEN=key_starts is not None,
+        ORDERED=keys.order is not None,
+        MASKED=keys.mask is not None,
+        PER_TOKEN=keys.starts is not None,
         **formats,
+        **_constants(keys.key),
+    )
+    return numbers[..., :dim], scales
+
+
+def _eight_bit_values(keys: _Keys, scales: Tensor) -> Tensor:
+    """E4M3, with contiguous tokens."""
+    batch, seq, heads, dim = keys.value.shape
+    padded = padded_tokens(seq, keys.block if keys.starts is None else 1)
+    numbers = _new(keys.value, dim, padded, dtype=torch.float8_e4m3fn)
+    constants = _constants(keys.value)
+    # 256 channels spill on their way through shared memory.
+    tile = _TILE if constants["TILE_D"] <= 128 else _TILE // 2
+    _quantise_values[(padded // tile, batch * heads)](
+        keys.value,
+        scales if keys.order is None else keys.order,
+        scales if keys.mask is None else keys.mask,
+        scales,
+        numbers,
+        heads,
+        seq,
+        padded,
+        *keys.order_steps,
+        *keys.value.stride(),
+        TILE=tile,
+        ORDERED=keys.order is not None,
+        MASKED=keys.mask is not None,
         **constants,
     )
-    if fp8_v:
-        padded = padded_tokens(seq_k, block_k if key_starts is None else 1)
-        v8 = torch.empty(batch, heads, dim, padded, dtype=torch.float8_e4m3fn, device=device)
-        tile = _TILE if tile_d <= 128 else _TILE // 2  # 256 channels spill on their way through shared memory
-        _quantise_values[(padded // tile, batch * heads)](
-            value,
-            given(order),
-            given(mask),
-            value_scale,
-            v8,
-            heads,
-            seq_k,
-            padded,
-            *order_steps,
-            *value.stride(),
-            TILE=tile,
-            ORDERED=order is not None,
-            MASKED=mask is not None,
-            **constants,
-        )
-        v = v8.transpose(2, 3)[:, :, :seq_k]
-
-    means = None
-    if mean_key is not None and mean_value is not None and bias is not None:
-        means = Means(
-            mean_key, mean_value.transpose(2, 3)[:, :, :cols] if fp8_v else mean_value, mean_scale, bias
-        )
-    q, k = q8[..., :dim], k8[..., :dim]
-    return Prepared(q, k, v, query_scale, key_scale, value_scale, lse_shift, valid, means, group)
+    return numbers.transpose(2, 3)[:, :, :seq]

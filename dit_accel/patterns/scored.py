@@ -23,11 +23,11 @@ means, twice as many as needed, then blocks within these.
 As in AdaSpa every row keeps equally many blocks, so no part of the picture starves, and a row always keeps its own
 block. With `budget` = "map" the rows of a head compete instead, for the best of its whole map (DraftAttention).
 `top_p` > 0 lets a row stop earlier, once its blocks hold that share of the mass (XAttention, ZipVL
-https://arxiv.org/abs/2410.08584). `segment` > 0 sorts the keys first, see `sorted_keys.py`. `reuse` = n makes a choice
-serve n steps (AdaSpa), `layers` = n as many layers (TidalDecode, https://arxiv.org/abs/2410.05076): those from a
-multiple of n on, among the heads that all have in common. `branches` = "shared" makes the first guidance branch of a
-step choose for the others too. Their latents are the same, so they want nearly the same blocks; and what both leave out
-in the same places falls out of the difference that guidance magnifies.
+https://arxiv.org/abs/2410.08584). `segment` > 0 sorts the keys first, see `sorted_keys.py`. `reuse` = n makes a
+choice serve n steps (AdaSpa), `layers` = n as many layers (TidalDecode, https://arxiv.org/abs/2410.05076): those from
+a multiple of n on, as far as they give the same heads to the family, at the same densities. `branches` = "shared"
+makes the first guidance branch of a step choose for the others too. Their latents are the same, so they want nearly
+the same blocks; and what both leave out in the same places falls out of the difference that guidance magnifies.
 """
 
 from collections.abc import Callable

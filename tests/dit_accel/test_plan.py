@@ -427,6 +427,24 @@ def test_labels_and_dicts(candidate: Candidate, label: str) -> None:
             "dense_layers: expected a share of the layers from 0 to below 1, got 1.0",
         ),
         ({"name": "cg-taylor", "dense_layers": 0.1}, "preset 'cg-taylor' is a cache: expected the fields"),
+        # What only the family itself knows, before anything is generated.
+        (
+            {"name": "window", "density": 0.3, "shape": "cone"},
+            "option 'shape' of family 'window': .*, got 'cone'",
+        ),
+        ({"name": "window", "density": 0.3, "order": "tiles"}, "token order: expected .*, got 'tiles'"),
+        (
+            {"name": "pooled", "density": 0.3, "parts": 3},
+            "option 'parts' of family 'pooled': expected a divisor of the block, 64, got 3",
+        ),
+        (
+            {"name": "balanced", "density": 0.3, "branches": "x"},
+            "option 'branches' .* 'own' or 'shared', got 'x'",
+        ),
+        (
+            {"name": "xattention", "stride": 7},
+            "option 'stride' .*: expected a divisor of the block, 128, got 7",
+        ),
     ],
 )
 def test_presets_that_make_no_sense_are_refused(arguments: dict, message: str) -> None:
