@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -284,7 +284,7 @@ def _name(candidates: Sequence[Candidate], numbers: Sequence[int]) -> tuple[Any,
 def _forget(
     cache: MutableMapping[Any, Any], layer: int, chosen: Sequence[Candidate], launches: Sequence[list[int]]
 ) -> None:
-    """Drop what a layer's heads remember of an earlier row."""
+    """Drop what a layer's heads remember of an earlier row, but for what goes on serving them in the new one."""
     used = set()
     for heads in launches:
         for group in _together([chosen[head] for head in heads]):
@@ -292,8 +292,23 @@ def _forget(
             used.add(_name([chosen[head] for head in members], members))
     for (_, _, (owner, _), _), memories in cache.items():
         if owner == layer:
+            for name in used - memories.keys():
+                if (carried := _carried(memories, name)) is not None:
+                    memories[name] = carried
             for name in memories.keys() - used:
                 del memories[name]
+
+
+def _carried(memories: Mapping[Any, dict[str, Any]], name: tuple[Any, ...]) -> dict[str, Any] | None:
+    """What heads bring along that were in the same family before, if all of them were."""
+    family, options, _, numbers = name
+    carry = FAMILIES[family].carry
+    if carry is None:
+        return None
+    for (*kind, _, before), memory in memories.items():
+        if kind == [family, options] and set(numbers) <= set(before):
+            return dict(carry(memory, tuple(map(before.index, numbers))))
+    return None
 
 
 def _together(candidates: Sequence[Candidate]) -> list[list[int]]:

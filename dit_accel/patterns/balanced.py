@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
+from dit_accel.kernels.backend import on_device
 from dit_accel.kernels.partition import partition
 from dit_accel.kernels.prepare import TINY
 from dit_accel.kernels.scores import pooled_scores
@@ -89,6 +90,15 @@ def _orders(
     return memory["orders"]
 
 
+def _carried(memory: Memory, places: tuple[int, ...]) -> Memory:
+    """Blocks depend on no density, and on no other head."""
+    if "orders" not in memory:
+        return {}
+    at = on_device(places, memory["orders"][0].device)
+    orders = tuple(order.index_select(1, at) for order in memory["orders"])
+    return {"orders": orders, "built": memory["built"], "age": memory["age"]}
+
+
 def _with_text(grid: TokenGrid, order: Tensor) -> Tensor:
     """An order of the video's tokens in the model's numbers, text behind."""
     text = torch.arange(grid.text_tokens, device=order.device) + grid.text_slice.start
@@ -100,5 +110,6 @@ BALANCED = Family(
     static=False,
     arrange=_arrange,
     ranked=True,
+    carry=_carried,
     options=MappingProxyType({"axes": 8, "parts": 4, "rebuild": 3, "top_p": 0.0, **SERVES}),
 )

@@ -153,6 +153,8 @@ class Family:
             densities then choose together: `arrange` may get a tuple of densities and `choose` one of numbers of
             blocks, one for each head.
         unranked_by: options with which, unless they are 0, it is not.
+        carry: `carry(memory, places)` is what of the memory of some heads still serves those at these places among them
+            once they are given other densities, or fewer of them are; None if nothing does.
     """
 
     name: str
@@ -166,6 +168,7 @@ class Family:
     reads_values: bool = False
     ranked: bool = False
     unranked_by: tuple[str, ...] = ()
+    carry: Callable[[Memory, tuple[int, ...]], Memory] | None = None
 
     def chooses_together(self, options: Mapping[str, Option]) -> bool:
         """Whether heads of different densities can choose together."""

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dit_accel.attention import attend
 from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
-from dit_accel.patterns import select
+from dit_accel.patterns import balanced, select
 
 BLOCK = 16
 CANDIDATES = (
@@ -329,6 +329,39 @@ def test_shared_branches_go_on_with_what_the_first_one_remembers() -> None:
     assert torch.equal(found, expected)
     assert not torch.equal(found, fresh)
     assert [key[-1] for key, kept in cache.items() if kept] == [None]
+
+
+@pytest.mark.parametrize("branches", ["own", "shared"])
+def test_blocks_outlive_a_row_of_the_plan(monkeypatch, branches) -> None:
+    """They depend on no density: only a head that had none before has them built."""
+    built = []
+    original = balanced.partition
+    monkeypatch.setattr(
+        balanced, "partition", lambda q, k, **given: built.append(q.shape[2]) or original(q, k, **given)
+    )
+    grid, cache, launches = TokenGrid(5, 7, 9), {}, {}
+    query, key, value = inputs(grid)
+    options = (("branches", branches), ("rebuild", 3))
+    ways = tuple(Candidate("balanced", density, options, remainder=True) for density in (0.2, 0.3, 0.5))
+    ways = (*ways, Candidate("window", 0.3))
+    rows = {0: [0, 0, 1], 1: [1, 2, 0], 2: [2, 3, 2], 3: [1, 1, 3], 4: [1, 1, 0]}
+    given = {"block": BLOCK, "layer": 1, "cache": cache, "launches": launches}
+    found = {}
+    for step, row in rows.items():
+        for branch in ("cond", "uncond"):
+            known = step if step else None
+            q = query if branch == "cond" else -query
+            found[step, branch], _ = attend(
+                q, key, value, grid, ways, row, branch=branch, step=known, **given
+            )
+    each = 2 if branches == "own" else 1
+    # In the first step each branch has blocks of its own; a head that was in no block comes in the last two.
+    assert built == [3] * 2 + [2] * each + [3] * each
+    kept = [name for memories in cache.values() for name in memories]
+    assert {name[-1] for name in kept} == {(0, 1, 2)}
+    # As if the row had been the same all along.
+    alone, _ = attend(query, key, value, grid, ways, rows[1], branch="cond", step=None, block=BLOCK)
+    assert torch.equal(found[1, "cond"], alone)
 
 
 def test_static_lists_of_two_texts_are_both_kept() -> None:
