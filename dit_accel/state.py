@@ -117,7 +117,8 @@ class AccelState:
     @property
     def guarded(self) -> GuardMemory:
         """What the guard knows of this generation."""
-        assert self.guard is not None
+        if self.guard is None:
+            raise RuntimeError("this plan runs without a guard")
         if "guard" not in self.memory:
             self.memory["guard"] = self.guard.memory()
         return self.memory["guard"]
@@ -329,7 +330,8 @@ class AccelHook(ModelHook):
                     f"{type(module).__name__}: expected no cache beside the plan's own, got {other}; disable it or "
                     "use a plan without one"
                 )
-            assert self._clock is not None
+            if self._clock is None:
+                raise RuntimeError("a cache of steps runs in a pipeline, which has a scheduler")
             self.steps.check(arguments)
             step, steps = self._place(self._clock)
             shared = self._clock.memory

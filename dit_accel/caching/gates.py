@@ -62,6 +62,17 @@ class MagCache(Gate):
         self._ratio, self._error = 1.0, 0.0
 
 
+def _known(signal: Tensor | None) -> Tensor:
+    """What a gate looks at, of this step or of the one before; the runtime hands it to every gate that asks for it.
+
+    Raises:
+        RuntimeError: it did not.
+    """
+    if signal is None:
+        raise RuntimeError("a gate was asked before it was given what it looks at")
+    return signal
+
+
 class TeaCache(Gate):
     """Skips while the accumulated estimate of the output's change stays below the threshold.
 
@@ -75,9 +86,8 @@ class TeaCache(Gate):
         self._sum = 0.0
 
     def skip(self, step: int, steps: int, signal: Tensor | None) -> bool:
-        assert signal is not None
-        assert self._last is not None
-        change, estimate = relative_l1(signal, self._last), 0.0
+        signal = _known(signal)
+        change, estimate = relative_l1(signal, _known(self._last)), 0.0
         for coefficient in self.config.polynomial:
             estimate = estimate * change + coefficient
         self._sum += max(estimate, 0.0)
@@ -106,7 +116,7 @@ class EasyCache(Gate):
         self._sum = 0.0
 
     def skip(self, step: int, steps: int, signal: Tensor | None) -> bool:
-        assert signal is not None
+        signal = _known(signal)
         if self._rate is None or self._seen is None or self._output is None:
             return False
         change = float((signal.float() - self._seen.float()).abs().mean() / self._output.float().abs().mean())
@@ -117,7 +127,7 @@ class EasyCache(Gate):
         return False
 
     def computed(self, step: int, steps: int, signal: Tensor | None, output: Tensor) -> None:
-        assert signal is not None
+        signal = _known(signal)
         if self._input is not None and self._output is not None:
             moved = (signal.float() - self._input.float()).abs().mean().clamp(min=1e-12)
             self._rate = float((output.float() - self._output.float()).abs().mean() / moved)
@@ -136,9 +146,7 @@ class FirstBlock(Gate):
         self._last: Tensor | None = None
 
     def skip(self, step: int, steps: int, signal: Tensor | None) -> bool:
-        assert signal is not None
-        assert self._last is not None
-        return relative_l1(signal, self._last) < self.config.threshold
+        return relative_l1(_known(signal), _known(self._last)) < self.config.threshold
 
     def computed(self, step: int, steps: int, signal: Tensor | None, output: Tensor) -> None:
         self._last = signal
@@ -156,14 +164,12 @@ class ConfidenceGatedTaylor(Gate):
         self._history = History(config.gate_order + 1)
 
     def skip(self, step: int, steps: int, signal: Tensor | None) -> bool:
-        assert signal is not None
         if not self._history.steps:
             return False
-        return relative_l1(self._history.forecast(step)[0], signal) < self.config.threshold
+        return relative_l1(self._history.forecast(step)[0], _known(signal)) < self.config.threshold
 
     def computed(self, step: int, steps: int, signal: Tensor | None, output: Tensor) -> None:
-        assert signal is not None
-        self._history.push(step, (signal,))
+        self._history.push(step, (_known(signal),))
 
 
 _CLASSES: dict[str, type[Gate]] = {

@@ -400,7 +400,8 @@ class StepCache:
         return parts if len(parts) > 1 else parts[0]
 
     def _remember_blocks(self, forward: _Forward, output: tuple[Tensor, Tensor | None]) -> None:
-        assert forward.start is not None
+        if forward.start is None:
+            raise RuntimeError("a forward ended whose blocks were never begun")
         values: list[Tensor] = []
         for value, before in zip(output, forward.start, strict=True):
             # Text that no later block reads need not be kept.
