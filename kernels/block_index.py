@@ -310,6 +310,17 @@ class BlockIndex:
         return self.counts.long() * self.block_k - ends_short * (self.cols * self.block_k - self.seq_k)
 
 
+def starts_steps(starts: Tensor | None) -> tuple[int, int]:
+    """How many heads further the starts `[batch or 1, heads or 1, blocks + 1]` of the next batch element and head are.
+
+    0 where they are shared.
+    """
+    if starts is None:
+        return 0, 0
+    batch, heads, _ = starts.shape
+    return (heads if batch > 1 else 0), int(heads > 1)
+
+
 def _blocks(seq: int, block: int, starts: Tensor | None) -> int:
     return -(-seq // block) if starts is None else starts.shape[-1] - 1
 

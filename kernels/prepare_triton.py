@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.block_index import starts_steps
 from dit_accel.kernels.prepare import (
     E4M3_MAX,
     INT8_MAX,
@@ -447,14 +448,6 @@ class _Keys:
             return 0, 0
         return tuple(self.order.stride(i) if self.order.shape[i] > 1 else 0 for i in range(2))
 
-    @property
-    def starts_steps(self) -> tuple[int, int]:
-        """Starts of a batch element and of a head."""
-        if self.starts is None:
-            return 0, 0
-        batch, heads, _ = self.starts.shape
-        return (heads if batch > 1 else 0), int(heads > 1)
-
 
 @dataclass(frozen=True, eq=False)
 class _Pools:
@@ -521,7 +514,7 @@ def _order(
         seq,
         keys.cols,
         *keys.order_steps,
-        *keys.starts_steps,
+        *starts_steps(keys.starts),
         *key.stride(),
         *value.stride(),
         BLOCK=keys.block,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_index import BlockIndex
+from dit_accel.kernels.block_index import BlockIndex, starts_steps
 
 _CHUNK = 64
 
@@ -63,8 +63,7 @@ def key_tiles(index: BlockIndex, tile: int, align: int) -> KeyTiles:
         index.cols,
         full.shape[-1],
         parts.shape[-2],
-        int(starts.shape[0] > 1) * starts.shape[1],
-        int(starts.shape[1] > 1),
+        *starts_steps(starts),
         TILE=tile,
         ALIGN=align,
         CHUNK=_CHUNK,
@@ -182,8 +181,7 @@ def programs(index: BlockIndex, work: Tensor, tile: int) -> Tensor:
         index.seq_q,
         index.block_q,
         places.shape[2],
-        0 if starts is None or starts.shape[0] == 1 else starts.shape[1],
-        int(starts is not None and starts.shape[1] > 1),
+        *starts_steps(starts),
         TILE=tile,
         CHUNK=_CHUNK,
         VARYING=starts is not None,
@@ -265,8 +263,7 @@ def kept_pairs(index: BlockIndex) -> Tensor:
             index.seq_k,
             index.block_q,
             index.block_k,
-            0 if starts is None or starts.shape[0] == 1 else starts.shape[1],
-            int(starts is not None and starts.shape[1] > 1),
+            *starts_steps(starts),
             CHUNK=_CHUNK,
             VARYING=starts is not None,
         )

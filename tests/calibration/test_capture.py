@@ -103,10 +103,11 @@ def test_halves_of_a_batch_are_profiled_as_the_branches_that_they_are(tiny):
     assert found[True]["uncond"].alike.item() != 0
 
 
+@pytest.mark.parametrize("options", [(), (("branches", "shared"),)], ids=["own", "shared"])
 @pytest.mark.parametrize("branches", [("",), ("cond", "uncond")])
-def test_blocks_are_those_of_the_step_before_as_in_a_run(tiny, branches):
-    """`balanced` keeps its blocks for a few steps, whether guidance has another branch or not."""
-    way = Candidate("balanced", 0.4, remainder=True)
+def test_blocks_are_those_of_the_step_before_as_in_a_run(tiny, branches, options):
+    """`balanced` keeps its blocks for a few steps, whether guidance has another branch or not, and shares or not."""
+    way = Candidate("balanced", 0.4, options, remainder=True)
     grid = TokenGrid(3, 8, 9)
     generator = torch.Generator().manual_seed(0)
     before, now = torch.randn(2, 3, 1, grid.total_tokens, 2, 16, generator=generator)
@@ -125,26 +126,6 @@ def test_blocks_are_those_of_the_step_before_as_in_a_run(tiny, branches):
     # Blocks that were built for other tokens fit these less well.
     for stale, fresh in zip(errors[False], errors[True], strict=True):
         assert (stale > 1.05 * fresh).all()
-
-
-def test_branches_that_share_a_choice_go_on_with_what_the_first_one_left(tiny):
-    way = Candidate("balanced", 0.4, (("branches", "shared"),))
-    grid = TokenGrid(3, 8, 9)
-    generator = torch.Generator().manual_seed(0)
-    before, now = torch.randn(2, 3, 1, grid.total_tokens, 2, 16, generator=generator)
-    errors = []
-    for first in (before, now):
-        model = tiny("wan", layers=1)
-        recorder = Recorder((Candidate("dense", 1.0), way), {1: 0}, 1, 3, downstream=False)
-        with listening(model.transformer, recorder):
-            (state,) = states(model.transformer)
-            for progress, tensors in ((0.1, first), (0.2, now)):
-                for branch in ("cond", "uncond"):
-                    state.begin(grid, progress, branch)
-                    state.capture(0, *tensors, None)
-                    state.end()
-        errors.append(recorder.sums["cond"].error[..., 1].clone())
-    assert (errors[0] > 1.05 * errors[1]).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
