@@ -1,15 +1,16 @@
 """Watches a calibrated plan while it runs: heads that err far more than they did at calibration go dense.
 
 Every few steps each sparse layer's output is compared, at a few query rows, with exact attention. The comparison stays
-on the device and its verdicts are read once, when the next forward begins; only in the first forward of each guidance
-branch, which lays the picture out, they are read after each layer, and a layer that errs runs again at once.
+on the device and its verdicts are read once, when the next forward begins. Only where heads have just been given their
+patterns, in the first forward of each range of the plan and guidance branch, they are read after each layer, and a layer
+that errs runs again at once.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -92,16 +93,19 @@ class Guard:
         """For a new generation."""
         return GuardMemory({}, torch.zeros(self._shape, dtype=torch.bool, device="cpu"))
 
-    def due(self, memory: GuardMemory, branch: str, layer: int, forward: int, number: int) -> bool:
-        """Whether a layer is checked in the forward with this number in its branch; then it counts as checked.
+    def due(
+        self, memory: GuardMemory, branch: str, layer: int, forward: int, number: int
+    ) -> Literal["", "later", "now"]:
+        """When the verdict on a layer is wanted in the forward with this number in its branch; it counts as checked.
 
-        number: of the plan's range.
+        Not at all, when the next forward begins, or before the next layer, where the plan's range `number` begins.
         """
         before = memory.last.get((branch, layer))
-        if before is not None and forward - before[0] < self.every and number == before[1]:
-            return False
+        entered = before is None or number != before[1]
+        if before is not None and not entered and forward - before[0] < self.every:
+            return ""
         memory.last[branch, layer] = forward, number
-        return True
+        return "now" if entered else "later"
 
     def row(self, row: Tensor, layer: int, memory: GuardMemory) -> Tensor:
         """Candidate numbers of a layer's heads with those made dense replaced."""

@@ -278,10 +278,9 @@ def _planned(
     output, density = run(row)
     guard = state.guard
     number = state.plan.range_at(state.progress)
-    if guard is not None and guard.due(state.guarded, state.branch, layer, state.forwards, number):
+    if guard is not None and (when := guard.due(state.guarded, state.branch, layer, state.forwards, number)):
         guard.check(query, key, value, output, number, layer, state.guarded, scale=scale, key_mask=key_mask)
-        # The first forward lays the picture out: what is wrong there is put right at once.
-        if state.forwards == 1 and guard.settle(state.guarded):
+        if when == "now" and guard.settle(state.guarded):
             row, dense = state.row(layer)
             if dense:
                 state.record(pairs, 1.0, sparse=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +218,26 @@ def problem() -> Callable[..., Problem]:
         return Problem(q, k, v, index, key_mask, query_order, key_order, remainder)
 
     return build
+
+
+@pytest.fixture
+def far_apart(tmp_path: Path) -> Callable[[Tensor, int], Tensor]:
+    """`far_apart(tensor, dim)`: a copy whose last element along `dim` lies 2**31 elements behind its first.
+
+    In a file full of holes, so that only what is written takes room.
+    """
+    numbers = itertools.count()
+
+    def spread(tensor: Tensor, dim: int) -> Tensor:
+        step = -(-(2**31) // (tensor.shape[dim] - 1) // 16) * 16 + 16
+        strides = list(tensor.select(dim, 0).contiguous().stride())
+        strides.insert(dim, step)
+        size = step * (tensor.shape[dim] - 1) + tensor.select(dim, 0).numel()
+        path = str(tmp_path / f"far_{next(numbers)}")
+        room = torch.from_file(path, shared=True, size=size, dtype=tensor.dtype)
+        return room.as_strided(tensor.shape, strides).copy_(tensor)
+
+    return spread
 
 
 @pytest.fixture

@@ -296,6 +296,19 @@ def test_most_work_comes_first(random_starts, varying, shared):
     assert heads_by_work(work, batch).tolist() == totals.argsort(descending=True, stable=True).tolist()
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["native", "int8_fp8"])
+def test_tensors_of_more_than_2_to_the_31_elements(problem, far_apart, precision, dim):
+    """An offset of 32 bits would point elsewhere: the batch, the sequence or the heads lie far apart."""
+    case = problem(torch.float16, batch=3, heads=3, seq_q=40, seq_k=70, dim=32, orders=3, remainder=True)
+    given = case.options | {"precision": precision, "backend": "triton", "return_lse": True}
+    near = block_sparse_attention(*case.arguments, **given)
+    far = [far_apart(x, dim) for x in case.arguments[:3]]
+    assert all(x.stride(dim) * (x.shape[dim] - 1) >= 2**31 for x in far)
+    for got, expected in zip(block_sparse_attention(*far, case.index, **given), near, strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_no_keys_at_all(problem):
     case = problem(torch.float16, density=-1.0)

@@ -65,6 +65,15 @@ def test_kernels_agree_with_float64(dtype, shape, clusters, layout):
     assert (unwritten == 0).all()
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_tensors_of_more_than_2_to_the_31_elements(far_apart, dim):
+    torch.manual_seed(0)
+    tokens = torch.randn(3, 40, 3, 32).half()
+    near, far = (kmeans(x, 5, iterations=2, backend="triton") for x in (tokens, far_apart(tokens, dim)))
+    for name in Clusters.__dataclass_fields__:
+        assert torch.equal(getattr(far, name), getattr(near, name)), name
+
+
 @pytest.mark.usefixtures("poisoned")
 def test_agrees_with_torch():
     """The whole of it, with tokens far from ties, a far-away centroid and one given twice."""

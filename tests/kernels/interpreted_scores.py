@@ -93,6 +93,25 @@ def test_antidiagonal_scores(dtype, shape, more, block, stride):
     check(got, expected, q, k, stride * shape[2])
 
 
+SCORED = {
+    "block_mass": (scores.block_mass, {"block_q": 16, "block_k": 16}),
+    "pooled_scores": (scores.pooled_scores, {"block_q": 16, "block_k": 16, "parts": 2}),
+    "antidiagonal_scores": (scores.antidiagonal_scores, {"block": 16, "stride": 4}),
+    "lowbit_scores": (scores.lowbit_scores, {"block_q": 16, "block_k": 16, "bits": 4}),
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("name", SCORED)
+def test_tensors_of_more_than_2_to_the_31_elements(far_apart, name, dim):
+    function, options = SCORED[name]
+    q, k, more = build(torch.float16, 40, 70, 32, batch=3, heads=3, masked=True)
+    near = function(q, k, backend="triton", **options, **more)
+    far = function(far_apart(q, dim), far_apart(k, dim), backend="triton", **options, **more)
+    pairs = zip(far, near, strict=True) if isinstance(near, tuple) else [(far, near)]
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
 POOLED = [
     pytest.param(torch.float16, (333, 517, 32), {"batch": 2}, (64, 64), 4, id="B2-Q333-K517-D32-fp16"),
     pytest.param(

@@ -442,7 +442,7 @@ def test_interpreted():
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^11 passed", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^14 passed", result.stdout, re.MULTILINE), result.stdout
 
 
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -534,7 +534,7 @@ def test_interpreted():
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^28 passed", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^40 passed", result.stdout, re.MULTILINE), result.stdout
 
 
 # Head dim, blocks, inputs, runs, and the matrix instruction by architecture.
