@@ -26,7 +26,7 @@ from dit_accel.calibration.schedule import range_starts, sampled_steps, span_bou
 from dit_accel.calibration.search import TOLERANCE_DB
 from dit_accel.calibration.stages import LATENCY_STEPS, DenseRun, Stages
 from dit_accel.calibration.tables import build_profile
-from dit_accel.calibration.validate import MAX_TRIALS, Validation, generations_needed
+from dit_accel.calibration.validate import Validation, generations_needed, most_trials
 from dit_accel.candidate import Candidate
 from dit_accel.evaluation.generate import quiet
 from dit_accel.evaluation.models import GenerationSettings
@@ -59,7 +59,7 @@ def calibrate(
     downstream: bool = False,
     cache: bool = False,
     candidates: Sequence[Candidate] | str | None = None,
-    max_trials: int = MAX_TRIALS,
+    max_trials: int | None = None,
     output_dir: str | Path | None = None,
     seed: int = 0,
     held_out_prompts: Sequence[str] | None = None,
@@ -69,7 +69,7 @@ def calibrate(
 
     Prompt i is generated densely once, with the seed `seed + i`, while its attention is profiled and the
     latency of every candidate is measured; then each step range, layer and head gets a candidate. With a target
-    up to five accelerated generations of the first two prompts steer the choice. Two prompts are enough; more
+    some accelerated generations of the first two prompts steer the choice. Two prompts are enough; more
     cost a dense generation each. Exactly one of the targets, `density` and `speedup` is given.
 
     Args:
@@ -93,7 +93,8 @@ def calibrate(
         candidates: what heads may be given, dense among them; `calibration.default_candidates(device, dtype)` if None.
             The name of a published system that its authors calibrate stands for what they choose among, see
             `calibration.published_candidates`.
-        max_trials: most accelerated generations that may steer the choice towards a quality, at least 1.
+        max_trials: most accelerated generations that may steer the choice towards a quality, at least 1; four for a
+            single prompt and six for more if None.
         output_dir: where the plan is written. Finished stages are kept in its folder `calibration`: killed at
             any moment and called again with the same arguments, it continues and ends with the same plan.
             Called with another target_psnr or density, it keeps what was measured and only chooses anew.
@@ -130,6 +131,7 @@ def calibrate(
         "speedup": speedup,
     }
     goal = the_goal(**asked)
+    max_trials = most_trials(len(prompts)) if max_trials is None else max_trials
     if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
         raise ValueError(f"max_trials: expected an integer from 1, got {max_trials!r}")
     if cache and goal.name == "density":

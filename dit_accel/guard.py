@@ -1,20 +1,22 @@
 """Watches a calibrated plan while it runs: heads that err far more than they did at calibration go dense.
 
 Every few steps each sparse layer's output is compared, at a few query rows, with exact attention. The comparison stays
-on the device and its verdicts are read once, when the next forward begins. Only where heads have just been given their
-patterns, in the first forward of each range of the plan and guidance branch, they are read after each layer, and a layer
-that errs runs again at once.
+on the device and its verdicts are read once, when the next forward begins. Where heads have just been given their
+patterns, in the first forward of each range of the plan and guidance branch, the device itself puts exact attention in
+the place of what errs, before the layer's output is used.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dit_accel.kernels import BlockIndex, block_sparse_attention
 
 if TYPE_CHECKING:
     from dit_accel.plan import AccelPlan
@@ -98,7 +100,7 @@ class Guard:
     ) -> Literal["", "later", "now"]:
         """When the verdict on a layer is wanted in the forward with this number in its branch; it counts as checked.
 
-        Not at all, when the next forward begins, or before the next layer, where the plan's range `number` begins.
+        Not at all, when the next forward begins, or before its output is used, where the plan's range `number` begins.
         """
         before = memory.last.get((branch, layer))
         entered = before is None or number != before[1]
@@ -123,8 +125,8 @@ class Guard:
         *,
         scale: float | None,
         key_mask: Tensor | None,
-    ) -> None:
-        """Compare sampled rows of one layer's output with exact attention.
+    ) -> Tensor:
+        """Compare sampled rows of one layer's output with exact attention; bool `[heads]`, the heads that err.
 
         Args:
             query, key, value, output: `[batch, seq, heads, dim]`.
@@ -157,6 +159,34 @@ class Guard:
         # Each element of a batch by itself; NaN too is an error.
         memory.pending[layer] = (~(squares[0] <= limits.square() * squares[1])).any(0)
         memory.checks += 1
+        return memory.pending[layer]
+
+    @staticmethod
+    def repaired(
+        wrong: Tensor,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        block: int,
+        scale: float | None,
+        key_mask: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        """The output with exact attention for the heads in `wrong`, bool `[heads]`, which the host does not read.
+
+        The lists of the other heads are empty, so that on a GPU they cost the writing of zeros.
+        """
+        if wrong.device.type == "cpu" and not wrong.any():
+            return output
+        heads, tokens = query.shape[2], query.shape[1]
+        index = BlockIndex.dense(1, heads, block, block, tokens, tokens, query.device)
+        index = replace(index, counts=index.counts * wrong[None, :, None])
+        exact = block_sparse_attention(
+            query, key, value, index, scale=scale, key_mask=key_mask, backend=backend
+        )
+        return torch.where(wrong[:, None], exact, output)
 
     def settle(self, memory: GuardMemory) -> bool:
         """Read the verdicts that are pending; returns whether a head went dense."""

@@ -250,42 +250,34 @@ def _planned(
         # Norms of queries and keys may leave them in float32, which the model's own attention casts again.
         query, key = query.to(value.dtype), key.to(value.dtype)
     key_mask = _key_mask(attn_mask, query)
-    grid, branch = state.grid, state.branch
-    # Without a second branch there is nobody to keep a choice for; in the first step nobody knows.
-    step = state.step if state.several_branches else None
-    cache, launches = state.cache, state.launches
-
-    def run(row: Tensor) -> tuple[Tensor, float | Tensor]:
-        return attend(
-            query,
-            key,
-            value,
-            grid,
-            state.plan.candidates,
-            row,
-            block=state.plan.block,
-            scale=scale,
-            key_mask=key_mask,
-            backend=state.backend,
-            layer=layer,
-            branch=branch,
-            step=step,
-            paired=state.paired,
-            cache=cache,
-            launches=launches,
-        )
-
-    output, density = run(row)
-    guard = state.guard
-    number = state.plan.range_at(state.progress)
+    block, backend = state.plan.block, state.backend
+    output, density = attend(
+        query,
+        key,
+        value,
+        state.grid,
+        state.plan.candidates,
+        row,
+        block=block,
+        scale=scale,
+        key_mask=key_mask,
+        backend=backend,
+        layer=layer,
+        branch=state.branch,
+        # Without a second branch there is nobody to keep a choice for; in the first step nobody knows.
+        step=state.step if state.several_branches else None,
+        paired=state.paired,
+        cache=state.cache,
+        launches=state.launches,
+    )
+    guard, number = state.guard, state.plan.range_at(state.progress)
     if guard is not None and (when := guard.due(state.guarded, state.branch, layer, state.forwards, number)):
-        guard.check(query, key, value, output, number, layer, state.guarded, scale=scale, key_mask=key_mask)
-        if when == "now" and guard.settle(state.guarded):
-            row, dense = state.row(layer)
-            if dense:
-                state.record(pairs, 1.0, sparse=False)
-                return None
-            output, density = run(row)
+        masked: dict[str, Any] = {"scale": scale, "key_mask": key_mask}
+        wrong = guard.check(query, key, value, output, number, layer, state.guarded, **masked)
+        if when == "now":
+            output = guard.repaired(wrong, output, query, key, value, block=block, backend=backend, **masked)
+            repaired = wrong.float().mean()
+            density += (1.0 - density) * (repaired if query.is_cuda else float(repaired))
     state.record(pairs, density, sparse=True)
     return output.contiguous()
 

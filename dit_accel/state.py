@@ -126,7 +126,10 @@ class AccelState:
     @property
     def guarded_heads(self) -> int:
         """Heads that the guard made dense in this generation."""
-        return 0 if self.guard is None else int(self.guarded.dense.sum())
+        if self.guard is None:
+            return 0
+        self.guard.settle(self.guarded)
+        return int(self.guarded.dense.sum())
 
     @property
     def launches(self) -> dict[Any, Any]:

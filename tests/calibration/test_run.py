@@ -19,7 +19,10 @@ import dit_accel
 from dit_accel import AccelPlan
 from dit_accel.calibration import calibrate, default_candidates, published_candidates, stages
 from dit_accel.calibration.cost import Latency
-from dit_accel.calibration.validate import lower_bound
+from dit_accel.calibration.goals import the_goal
+from dit_accel.calibration.run import _PROFILE_STEPS
+from dit_accel.calibration.stages import LATENCY_STEPS
+from dit_accel.calibration.validate import generations_needed, lower_bound, most_trials
 from dit_accel.candidate import Candidate
 from dit_accel.evaluation.generate import generate
 from dit_accel.evaluation.models import GenerationSettings
@@ -376,6 +379,23 @@ def test_other_arguments_in_the_same_directory_are_refused(pipe, arguments, tmp_
 def test_wrong_arguments_are_refused(pipe, arguments, change, message):
     with pytest.raises(ValueError, match=message):
         calibrate(pipe, **arguments | change)
+
+
+@pytest.mark.usefixtures("density_clock")
+def test_a_target_that_is_missed_says_so_in_one_line(pipe, arguments, capsys):
+    plan = calibrate(pipe, **arguments, target_psnr=90.0, max_trials=1)
+    found = plan.validated["psnr_calibration"]
+    assert not plan.validated["target_met"]
+    assert found < 89.9
+    assert capsys.readouterr().err.splitlines() == [
+        "target_psnr 90 dB was not reached in 1 generations; the plan is the most faithful that was tried, "
+        f"{found:.4g} dB on the calibration prompts"
+    ]
+
+
+def test_calibrating_on_one_prompt_takes_less_than_six_dense_generations():
+    made = generations_needed(1, 0, the_goal(target_psnr=30.0), most_trials(1))
+    assert made + (LATENCY_STEPS + _PROFILE_STEPS) / 20 <= 6
 
 
 @pytest.mark.parametrize("trials", [1, 2])

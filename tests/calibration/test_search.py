@@ -9,6 +9,7 @@ from dit_accel.caching import cache_preset
 from dit_accel.calibration.offers import Offer, Pick
 from dit_accel.calibration.search import TOLERANCE_DB, search
 from dit_accel.calibration.tables import Tables
+from dit_accel.calibration.validate import MAX_TRIALS
 
 
 def tables(layers=6, heads=4) -> Tables:
@@ -46,23 +47,23 @@ class Curve:
 def test_target_is_met_within_the_tolerance(target, height, slope, offsets):
     t = tables()
     curve = Curve(height, slope, offsets)
-    found = search([Offer(None, t)], len(offsets), target, curve, max_trials=6)
+    found = search([Offer(None, t)], len(offsets), target, curve, MAX_TRIALS[len(offsets)])
     assert found.met
     # Plans are discrete; and with two prompts one may be measured on the first only, and read off the line.
     slack = 0.2 if len(offsets) == 1 else 0.3
     assert target - slack <= curve.mean(found.pick)
-    if len(offsets) == 1 or len(found.trials) < 6:
+    if len(offsets) == 1 or len(found.trials) < MAX_TRIALS[2]:
         assert curve.mean(found.pick) <= target + TOLERANCE_DB + slack
     else:  # a plan that was measured on both is preferred to one that was not
         assert curve.mean(found.pick) <= target + 2.0
     assert found.quality == pytest.approx(curve.mean(found.pick), abs=0.2)
-    assert len(curve.asked) == len(found.trials) <= 6
+    assert len(curve.asked) == len(found.trials) <= MAX_TRIALS[len(offsets)]
 
 
 def test_prompts_take_turns():
     t = tables()
     curve = Curve(10, 8, (2.0, -2.0))
-    search([Offer(None, t)], 2, 28.0, curve, max_trials=6)
+    search([Offer(None, t)], 2, 28.0, curve, MAX_TRIALS[2])
     assert curve.asked[:2] == [0, 1]
 
 
@@ -115,7 +116,7 @@ def test_higher_targets_cost_more():
     t = tables()
     costs = []
     for target in (22.0, 26.0, 30.0, 34.0):
-        found = search([Offer(None, t)], 1, target, Curve(10, 8, (0.0,)), max_trials=6)
+        found = search([Offer(None, t)], 1, target, Curve(10, 8, (0.0,)), MAX_TRIALS[1])
         costs.append(found.pick.cost)
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
@@ -124,10 +125,10 @@ def test_higher_targets_cost_more():
 def test_what_other_searches_found_says_where_to_begin():
     t = tables()
     curve = Curve(22, 5, (1.5, -1.5))
-    first = search([Offer(None, t)], 2, 30.0, curve, max_trials=6)
+    first = search([Offer(None, t)], 2, 30.0, curve, MAX_TRIALS[2])
     blind, knowing = Curve(22, 5, (1.5, -1.5)), Curve(22, 5, (1.5, -1.5))
-    search([Offer(None, t)], 2, 33.0, blind, max_trials=6)
-    found = search([Offer(None, t)], 2, 33.0, knowing, max_trials=6, known=first.trials)
+    search([Offer(None, t)], 2, 33.0, blind, MAX_TRIALS[2])
+    found = search([Offer(None, t)], 2, 33.0, knowing, MAX_TRIALS[2], known=first.trials)
     assert found.met
     assert len(knowing.asked) < len(blind.asked)
     # what is known is not a trial of this search
@@ -138,11 +139,11 @@ def test_what_other_searches_found_says_where_to_begin():
 def test_trials_of_another_kind_only_say_where_to_begin(apart):
     """At the same predicted error plans that leave out steps come out 7 dB worse, or 5 better: the search notices."""
     attention = Curve(8, 9, (0.0,))
-    first = search([Offer(None, tables())], 1, 30.0, attention, max_trials=6)
+    first = search([Offer(None, tables())], 1, 30.0, attention, MAX_TRIALS[1])
     assert [trial.steps for trial in first.trials] == [False] * len(first.trials)
     with_steps = [Offer(cache_preset("cg-taylor"), tables(), error=1e-5, saved=50.0)]
     curve = Curve(8 + apart, 9, (0.0,))
-    found = search(with_steps, 1, 30.0, curve, max_trials=5, known=first.trials)
+    found = search(with_steps, 1, 30.0, curve, MAX_TRIALS[1], known=first.trials)
     assert [trial.steps for trial in found.trials] == [True] * len(found.trials)
     assert found.met
     assert 30.0 <= curve.mean(found.pick) <= 30.0 + TOLERANCE_DB
