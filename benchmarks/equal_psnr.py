@@ -19,9 +19,7 @@ command goes on where it was.
 
 import argparse
 import hashlib
-import itertools
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +35,7 @@ from dit_accel.candidate import Candidate
 from dit_accel.evaluation.files import write_json
 from dit_accel.evaluation.metrics import PSNR_CEILING_DB
 from dit_accel.evaluation.run import evaluate
-from dit_accel.evaluation.tuning import Dial, Tuned, Tuning
+from dit_accel.evaluation.tuning import Dial, Tuned, Tuning, speedup_at
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, plan_variant
 from dit_accel.plan import AccelPlan
 from dit_accel.presets import PRESETS
@@ -46,7 +44,6 @@ FORMAT_VERSION = 1
 PUBLISHED_STEPS = 50
 HELD_OUT_SEED = 1000  # added to the seed: tuning has seen none of these
 MEANS = "+means"
-SLACK_DB = 0.5  # what is tuned to a PSNR misses it on other prompts
 
 
 def dial_of(label: str, steps: int) -> Dial:
@@ -284,27 +281,6 @@ def measured_points(
         if row["row"] in found:
             points[row["label"]].append(found[row["row"]])
     return points
-
-
-def speedup_at(points: Sequence[tuple[float, float]], psnr: float) -> float | None:
-    """The speed-up that a row has at a PSNR, on the best of what was measured.
-
-    Between two points the logarithm of the speed-up is taken for linear in PSNR. Below the lowest PSNR it is the
-    largest speed-up that was measured, up to `SLACK_DB` above the highest the smallest; further up it is unknown.
-    """
-    best: list[tuple[float, float]] = []  # from the highest PSNR downwards, faster at each
-    for point in sorted(points, reverse=True):
-        if not best or point[1] > best[-1][1]:
-            best.append(point)
-    if not best or psnr > best[0][0] + SLACK_DB:
-        return None
-    if psnr >= best[0][0]:
-        return best[0][1]
-    for (above, slow), (below, fast) in itertools.pairwise(best):
-        if psnr >= below:
-            share = (above - psnr) / (above - below)
-            return math.exp((1 - share) * math.log(slow) + share * math.log(fast))
-    return best[-1][1]
 
 
 def prepared(args: argparse.Namespace) -> Bench:

@@ -125,7 +125,7 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """A plan of ours at one density."""
+    """A plan of ours at one density, which a guard would move."""
 
     plan: AccelPlan
     label: str = "calibrated"
@@ -133,12 +133,11 @@ class Calibrated:
     @property
     def name(self) -> str:
         """Tells plans apart."""
-        return (
-            f"{self.label} {hashlib.sha256(plan_variant(self.plan, '').identity.encode()).hexdigest()[:12]}"
-        )
+        identity = plan_variant(self.plan, "", guard=False).identity
+        return f"{self.label} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     def variant(self) -> Variant:
-        return plan_variant(self.plan, self.name)
+        return plan_variant(self.plan, self.name, guard=False)
 
 
 # What a generation may run with.

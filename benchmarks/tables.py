@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from dit_accel.evaluation import markdown_table
+from dit_accel.evaluation.tuning import speedup_at
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -89,6 +90,10 @@ def _cpu_attention(report: dict[str, Any]) -> str:
     )
 
 
+def _least(numbers: list[int | None]) -> str:
+    return "–" if None in numbers else str(min(n for n in numbers if n is not None))
+
+
 def _compile_gate(report: dict[str, Any]) -> str:
     """One line per architecture and precision: the worst of all its configurations."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -104,6 +109,7 @@ def _compile_gate(report: dict[str, Any]) -> str:
                 str(max(row["registers"] for row in members)),
                 f"{max(row['stack'] + row['local'] for row in members)} B",
                 f"{max(row['shared'] for row in members) / 1024:.0f} KiB",
+                _least([row["in_flight"] for row in members]),
                 " ".join(sorted({name for row in members for name in row["matrix_instructions"]})),
             ]
         )
@@ -115,6 +121,7 @@ def _compile_gate(report: dict[str, Any]) -> str:
             "registers",
             "spilled",
             "shared memory",
+            "copies in flight",
             "matrix instructions",
         ],
         rows,
@@ -316,6 +323,22 @@ def _equal_psnr(report: dict[str, Any]) -> str:
         f"{evaluation['dense_backend']}; {_where(evaluation['machine'])}{_resumed(evaluation)}."
     ]
     others = {row["label"] for row in report["rows"] if not row["ours"]}
+    curves = {
+        label: [
+            (one["psnr_mean"], one["speedup"])
+            for row in report["rows"]
+            if row["label"] == label and not (one := found[row["row"]])["identical_to_dense"]
+        ]
+        for label in report["speedup_at"]
+    }
+    if others and "plan" in curves:
+        ahead = [
+            f"`{label}` at {psnr:.1f} dB"
+            for label in sorted(others)
+            for psnr, speedup in curves[label]
+            if (speedup_at(curves["plan"], psnr) or 0.0) < speedup
+        ]
+        notes.append(f"Measured points above the plan's curve: {', '.join(ahead) or 'none'}.")
     for place, target in enumerate(targets):
         known = {label: at[place] for label, at in report["speedup_at"].items() if at[place] is not None}
         rivals = {label: speedup for label, speedup in known.items() if label in others}
@@ -403,6 +426,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "preset_heads": (("presets_heads.json",), _preset_heads),
     "preset_generations": (("presets.json",), _preset_generations),
     "equal_psnr": (("equal_psnr_presets.json",), _equal_psnr),
+    "equal_psnr_full": (("equal_psnr_full.json",), _equal_psnr),
     "ablation": (("equal_psnr_ablation.json",), _equal_psnr),
     "caches": (("caches.json",), _caches),
     "elastic": (("elastic.json",), _elastic),

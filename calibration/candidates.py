@@ -42,6 +42,16 @@ _PUBLISHED: dict[str, tuple[Candidate, ...]] = {
         for channels in (8, 16, 32)
         for density in _BUDGETS
     ),
+    # Columns and diagonals, an A shape, pooled blocks.
+    "minference": tuple(
+        Candidate(family, density, options)
+        for family, options in (
+            ("stripes", (("slashes", 1),)),
+            ("bands", (("sinks", 1),)),
+            ("pooled", (("order", "frame"), ("parts", 1))),
+        )
+        for density in _BUDGETS
+    ),
     # Spans are shares of the sequence, so a plan serves other lengths; the authors' α, tokens that do not grow, is left
     # out.
     "moa": tuple(Candidate("bands", density, (("sinks", 1),)) for density in (0.05, *_BUDGETS, 0.75)),
@@ -49,6 +59,11 @@ _PUBLISHED: dict[str, tuple[Candidate, ...]] = {
         Candidate("bands", density, (("order", order),)) for order in AXIS_ORDERS for density in _BUDGETS
     ),
     "sale": tuple(Candidate("lowbit", density, (("order", "frame"),)) for density in _BUDGETS),
+    "sparge": tuple(
+        Candidate("pooled", 1.0, (("guard", guard), ("parts", 1), ("top_p", top_p)))
+        for guard in (0.1, 0.5)
+        for top_p in (0.5, 0.7, 0.9, 0.95)
+    ),
     "sparse-vdit": (
         Candidate("skip", 0.0),
         *(

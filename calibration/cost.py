@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean, median
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.attention import attend
+from dit_accel.bench.timing import milliseconds
 from dit_accel.candidate import Candidate
-from dit_accel.evaluation.timing import now
 from dit_accel.grid import TokenGrid
 from dit_accel.patterns import FAMILIES
 from dit_accel.patterns.base import SHARED
@@ -60,7 +61,8 @@ def measure_latency(
     option `reuse` saves is not counted. One that chooses once for all guidance branches is timed over all of them, one
     that rebuilds its blocks every few steps in a step that does and in one that does not.
     Every few calls the original attention is timed too, and candidates are taken relative to it, so that a machine that
-    slows down half-way does not favour the candidates measured first. Median of three rounds after one warm-up.
+    slows down half-way does not favour the candidates measured first. Median of three rounds after one warm-up; on a
+    GPU of the device's own time.
 
     Args:
         original: the attention that an all-dense layer runs.
@@ -70,73 +72,116 @@ def measure_latency(
     """
     heads = query.shape[2]
     kinds = _kinds(candidates)
-
-    def seconds(call: Callable[[], object]) -> float:
-        start = now(query.device)
-        call()
-        return now(query.device) - start
-
-    def sparse(
-        row: list[int], kept: dict[str, dict[Any, Any]], step: int, branch: int
-    ) -> Callable[[], object]:
-        return lambda: attend(
-            query,
-            key,
-            value,
-            grid,
-            fresh,
-            row,
-            block=block,
-            key_mask=key_mask,
-            backend=backend,
-            layer=0,
-            branch=str(branch),
-            step=step,
-            paired=paired,
-            cache=kept["patterns"],
-            launches=kept["launches"],
-        )
-
-    def over_branches(row: list[int], kept: dict[str, dict[Any, Any]], step: int) -> float:
-        """Seconds of a call, mean over those of a step."""
-        shared = any(("branches", SHARED) in fresh[number].options for number in row)
-        turns = range(branches if shared else 1)
-        return fmean(seconds(sparse(row, kept, step, turn)) for turn in turns)
-
-    def over_steps(row: list[int], kept: dict[str, dict[Any, Any]], round_number: int) -> float:
-        """Seconds of a call, mean over the steps from one rebuilding to the next."""
-        every = max(int(options_of[number].get("rebuild", 1)) for number in row)
-        built = over_branches(row, kept, round_number * every)
-        if every == 1:
-            return built
-        return (built + (every - 1) * over_branches(row, kept, round_number * every + 1)) / every
-
-    fresh = [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in kinds]
-    options_of = [FAMILIES[c.family].with_defaults(dict(c.options)) for c in kinds]
+    layer = _Layer(query, key, value, grid, _fresh(kinds), block, key_mask, backend, branches, paired)
     caches = [_memory() for _ in kinds]
     relative: list[list[float]] = [[] for _ in kinds]
     references: list[float] = []
     for round_number in range(_ROUNDS + 1):
         for number in range(len(kinds)):
             if number % _CANDIDATES_PER_REFERENCE == 0:
-                reference = seconds(lambda: original(query, key, value))
-            taken = over_steps([number], caches[number], round_number)
+                reference = milliseconds(lambda: original(query, key, value), query.device)
+            taken = layer.over_steps([number], caches[number], round_number)
             if round_number > 0:
                 references.append(reference)
                 relative[number].append(taken / reference)
             if on_call is not None:
                 on_call()
-    plain = 1000 * median(references) / heads
+    plain = median(references) / heads
     of_kinds = torch.tensor([plain * median(ratios) for ratios in relative], dtype=torch.float64)
     found = of_kinds[[kinds.index(_kind(candidate)) for candidate in candidates]]
     pair = _in_two_precisions(kinds)
     if pair is None or heads < 2:
         return Latency(found, plain)
     row = [pair[head % 2] for head in range(heads)]
-    kept = _memory()
-    calls = [over_steps(row, kept, round_number) for round_number in range(_ROUNDS + 1)][1:]
     alone = float(of_kinds[row].sum())
-    return Latency(found, plain, max(0.0, 1000 * median(calls) - alone))
+    return Latency(found, plain, max(0.0, layer.milliseconds(row) - alone))
+
+
+def measure_layers(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: TokenGrid,
+    candidates: Sequence[Candidate],
+    rows: Sequence[Sequence[int]],
+    *,
+    block: int = 64,
+    key_mask: Tensor | None = None,
+    backend: str = "auto",
+    branches: int = 1,
+    paired: bool = False,
+) -> list[float]:
+    """Milliseconds of a layer whose heads have the candidates of a row, for each row; as `measure_latency` else.
+
+    What the sum over the heads of their own latencies is checked with.
+    """
+    layer = _Layer(query, key, value, grid, _fresh(candidates), block, key_mask, backend, branches, paired)
+    return [layer.milliseconds(list(row)) for row in rows]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """Times a layer on the tensors of one call, as in the middle of a generation."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grid: TokenGrid
+    candidates: Sequence[Candidate]
+    block: int
+    key_mask: Tensor | None
+    backend: str
+    branches: int
+    paired: bool
+
+    def milliseconds(self, row: list[int]) -> float:
+        """Of a call: median of three rounds after one."""
+        kept = _memory()
+        return median([self.over_steps(row, kept, number) for number in range(_ROUNDS + 1)][1:])
+
+    def over_steps(self, row: list[int], kept: dict[str, dict[Any, Any]], round_number: int) -> float:
+        """Milliseconds of a call, mean over the steps from one rebuilding to the next."""
+        every = max(int(_options(self.candidates[number]).get("rebuild", 1)) for number in row)
+        built = self._over_branches(row, kept, round_number * every)
+        if every == 1:
+            return built
+        return (built + (every - 1) * self._over_branches(row, kept, round_number * every + 1)) / every
+
+    def _over_branches(self, row: list[int], kept: dict[str, dict[Any, Any]], step: int) -> float:
+        """Milliseconds of a call, mean over those of a step."""
+        shared = any(("branches", SHARED) in self.candidates[number].options for number in row)
+        turns = range(self.branches if shared else 1)
+        return fmean(
+            milliseconds(partial(self._call, row, kept, step, turn), self.query.device) for turn in turns
+        )
+
+    def _call(self, row: list[int], kept: dict[str, dict[Any, Any]], step: int, branch: int) -> object:
+        return attend(
+            self.query,
+            self.key,
+            self.value,
+            self.grid,
+            self.candidates,
+            row,
+            block=self.block,
+            key_mask=self.key_mask,
+            backend=self.backend,
+            layer=0,
+            branch=str(branch),
+            step=step,
+            paired=self.paired,
+            cache=kept["patterns"],
+            launches=kept["launches"],
+        )
+
+
+def _options(candidate: Candidate) -> dict[str, Any]:
+    return FAMILIES[candidate.family].with_defaults(dict(candidate.options))
+
+
+def _fresh(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates that choose anew in every step."""
+    return [replace(c, options=tuple(o for o in c.options if o[0] != "reuse")) for c in candidates]
 
 
 def _memory() -> dict[str, dict[Any, Any]]:

@@ -36,7 +36,7 @@ from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, config_hash_of
 from dit_accel.state import check_plain
 
-_STAGES = 7  # raised when what a stage writes, or what it means, changes
+_STAGES = 8  # raised when what a stage writes, or what it means, changes
 _PROFILE_STEPS = 8  # what profiling one prompt takes, in steps of a dense generation
 # What a calibration depends on besides its arguments and the model: latencies belong to a machine.
 _MACHINE = ("cpu", "gpu", "threads", "dtype", "torch", "diffusers", "dit_accel")

@@ -15,10 +15,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 from tqdm import tqdm
 
+from dit_accel.bench.timing import milliseconds
 from dit_accel.calibration.caching import StepProducts, StepRecorder
 from dit_accel.calibration.capture import Recorder
 from dit_accel.calibration.checkpoint import Checkpoint, Stage
-from dit_accel.calibration.cost import Latency, latency_calls, measure_latency
+from dit_accel.calibration.cost import Latency, latency_calls, measure_latency, measure_layers
 from dit_accel.calibration.tables import ProfileSums
 from dit_accel.candidate import Candidate
 from dit_accel.evaluation.attention_time import attention_watched
@@ -34,6 +35,7 @@ from dit_accel.switch import disable, enable, states
 
 # The latency measurement on the progress bar, in steps of a generation.
 LATENCY_STEPS = 5
+_LAYERS_TIMED = 3  # of a plan, after each of its generations
 
 logger = logging.getLogger("dit_accel")
 
@@ -70,6 +72,7 @@ class AcceleratedRun:
     guarded_heads: that the guard made dense.
     attention_ms: of the swapped attention, all calls together.
     plain_ms: of a head on the original path, measured right after the generation, see `Latency.plain`.
+    layer_errors: by how much a few of the plan's layers, timed then too, take longer than is predicted of their heads.
     """
 
     psnr: float
@@ -79,6 +82,7 @@ class AcceleratedRun:
     guarded_heads: int
     attention_ms: float
     plain_ms: float
+    layer_errors: list[float]
 
 
 class Stages:
@@ -237,7 +241,7 @@ class Stages:
                 "seconds": made.seconds,
                 "guarded_heads": guarded,
                 "attention_ms": 1000 * attention.seconds(),
-                "plain_ms": self._plain_ms(*calls[0]),
+                **self._timed_alone(plan, all_states[0], *calls[0]),
             }
             stage = self._checkpoint.save(name, {"choice": plan.choice}, values)
         return AcceleratedRun(**stage[1])
@@ -295,15 +299,52 @@ class Stages:
         backend = getattr(next(iter(self._attention.values())).processor, "_attention_backend", None)
         return lambda q, k, v: dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
 
+    def _timed_alone(
+        self,
+        plan: AccelPlan,
+        state: AccelState,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+    ) -> dict[str, Any]:
+        """What `AcceleratedRun` has of the original path and of single layers, on the tensors of one call."""
+        plain, latency = self._plain_ms(query, key, value, key_mask), self.latency()
+        found: dict[str, Any] = {"plain_ms": plain, "layer_errors": []}
+        if state.grid is None:
+            return found
+        rows = [row for row in plan.choice.flatten(0, 1).unique(dim=0).tolist() if not self._is_dense(row)]
+        places = {number * len(rows) // _LAYERS_TIMED for number in range(_LAYERS_TIMED)} if rows else ()
+        rows = [rows[place] for place in sorted(places)]
+        with torch.no_grad():
+            taken = measure_layers(
+                query,
+                key,
+                value,
+                state.grid,
+                plan.candidates,
+                rows,
+                block=plan.block,
+                key_mask=key_mask,
+                branches=2 if state.several_branches else 1,
+                paired=state.paired,
+            )
+        for row, measured in zip(rows, taken, strict=True):
+            launches = len({self._candidates[number].precision for number in row})
+            predicted = float(latency.candidates[row].sum()) + (launches - 1) * latency.split
+            if predicted > 0:  # calibrations that price by pairs have heads that cost nothing
+                found["layer_errors"].append(measured / (predicted * plain / latency.plain) - 1)
+        return found
+
+    def _is_dense(self, row: Sequence[int]) -> bool:
+        return all(self._candidates[number].is_dense for number in row)
+
     def _plain_ms(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> float:
         """Of a head on the original path, as fast as the machine is now: median of three calls after one."""
-        original, taken = self._original(key_mask), []
+        original = self._original(key_mask)
         with torch.no_grad():
-            for _ in range(4):
-                start = now(query.device)
-                original(query, key, value)
-                taken.append(now(query.device) - start)
-        return 1000 * median(taken[1:]) / query.shape[2]
+            taken = [milliseconds(lambda: original(query, key, value), query.device) for _ in range(4)]
+        return median(taken[1:]) / query.shape[2]
 
     def _measure_latency(
         self,

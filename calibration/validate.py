@@ -140,7 +140,8 @@ class Validation:
         are any, else on the calibration prompts; `psnr_held_out_low`, or that of the goal's own measure, is what the
         mean over all prompts is better than with 95 % confidence; `calibration_dense_generations` is what it all
         took, held-out prompts apart, in units of one dense generation; `attention_error` is by how much attention took
-        longer than the tables say, at the speed that the machine then had. `trials` are the generations with plans,
+        longer than the tables say, at the speed that the machine then had, `layer_error` the same of a few layers timed
+        alone, of the one that is furthest off. `trials` are the generations with plans,
         `frontier` the plans that the tables offer, `ranges` what each step range spends, `parts` what attention and
         steps do.
         """
@@ -184,6 +185,8 @@ class Validation:
         if own and found.attention_ms > 0:
             measured = fmean(run.attention_ms / self._drift(run) for run in own)
             values["attention_error"] = measured / found.attention_ms - 1
+        if errors := [error for run in own for error in run.layer_errors]:
+            values["layer_error"] = max(errors, key=abs)
         values["calibration_dense_generations"] = sum(spent) / fmean(run.seconds for run in self._runs)
         values["trials"] = [self._trial(tried, chosen=tried.pick.name == name) for tried in self._tried]
         values["frontier"] = self._frontier()

@@ -12,6 +12,9 @@ from torch import Tensor
 __all__ = ["Clock"]
 
 _ROUNDED = 2.0**-8  # of progress: what bfloat16 leaves of a timestep
+_STANDS_STILL = (
+    3  # steps of a transformer during which a scheduler that is not stepped is taken for another's
+)
 
 
 class Clock:
@@ -33,11 +36,16 @@ class Clock:
         self.memory: dict[str, Any] = {}
         self.on_new: list[Callable[[], None]] = []
 
+    def forget(self) -> None:
+        """A generation is over: whatever comes next is another one."""
+        self._timesteps, self._progress, self._values, self.memory = None, None, None, {}
+
     def generation(self) -> Tensor | None:
         """The timesteps of the running generation, the same object throughout it; None without a scheduler."""
         timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
         if timesteps is not self._timesteps:
-            self._timesteps, self._progress, self._values, self.memory = timesteps, None, None, {}
+            self.forget()
+            self._timesteps = timesteps
             for forget in self.on_new:
                 forget()
         return timesteps
@@ -67,6 +75,14 @@ class Clock:
     def step_index(self) -> int | None:
         """How often the scheduler has stepped in this generation, as far as it tells."""
         return getattr(getattr(self._pipe, "scheduler", None), "step_index", None)
+
+    def stands_still(self, progress: float) -> bool:
+        """Whether forwards went on, the one at `progress` included, while the scheduler did not: it is not theirs."""
+        if not hasattr(getattr(self._pipe, "scheduler", None), "step_index"):
+            return False
+        first, seen = self.memory.setdefault("seen", (self.step_index(), set()))
+        seen.add(progress)
+        return len(seen) >= _STANDS_STILL and self.step_index() == first
 
     def progress(self) -> list[float]:
         """Progress of every step that the scheduler has for this generation, see `ModelFamily.progress`.

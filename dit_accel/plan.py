@@ -193,7 +193,7 @@ class AccelPlan:
             if published.calibrated:
                 objective["uncalibrated"] = (
                     f"its authors calibrate {published.calibrated}, here all heads are alike; "
-                    f"dit_accel.calibrate(..., candidates={name!r}) chooses for each"
+                    f"dit_accel.calibrate(..., candidates={name!r}) gives each head {published.chosen}"
                 )
             name, options = published.family, {**published.options, **options}
             density = published.density if density is None else density

@@ -17,7 +17,8 @@ class Preset:
     """A family with its density, options, tokens per block, dense beginning (progress from 0 to 1) and remainder.
 
     dense_layers: share of the layers, the first ones, that stay dense.
-    calibrated: what the authors calibrate, where one choice for all heads stands in for it here.
+    calibrated: what the authors calibrate, where one choice for all heads stands in for it here; chosen: what
+        `calibrate(..., candidates=NAME)` chooses for each head in its place.
     """
 
     family: str
@@ -28,6 +29,7 @@ class Preset:
     dense_layers: float = 0.0
     remainder: bool = False
     calibrated: str = ""
+    chosen: str = ""
 
 
 PRESETS: dict[str, Preset] = {
@@ -38,7 +40,13 @@ PRESETS: dict[str, Preset] = {
     "clear": Preset("window", 0.2, {"order": "tile:1x8x8", "shape": "ball"}),
     # The 16 channels that weigh most (an eighth of 128), calibrated by the authors, here found in each call.
     # https://arxiv.org/abs/2408.07092
-    "doublesparsity": Preset("channels", 0.25, {"order": "frame"}, calibrated="the channels"),
+    "doublesparsity": Preset(
+        "channels",
+        0.25,
+        {"order": "frame"},
+        calibrated="the channels",
+        chosen="how many channels count, and the share of its blocks",
+    ),
     # Means of 8 x 16 patches of a frame, the best quarter (Wan) of a head's whole map; a row keeps its own patch in any
     # case. https://arxiv.org/abs/2505.14708
     "draft": Preset("pooled", 0.25, {"order": "tile:1x8x16", "parts": 1, "budget": "map"}, block=128),
@@ -49,10 +57,16 @@ PRESETS: dict[str, Preset] = {
     "hyperattention": Preset("hashed", 0.25),
     # Columns, diagonals and sinks; the authors calibrate which heads are A-shaped or pooled instead.
     # https://arxiv.org/abs/2407.02490
-    "minference": Preset("stripes", 0.3, {"slashes": 1}),
+    "minference": Preset(
+        "stripes",
+        0.3,
+        {"slashes": 1},
+        calibrated="which heads are A-shaped or pooled",
+        chosen="columns and diagonals, sinks and neighbours or pooled blocks, and their share",
+    ),
     # Sinks and a span that grows with the sequence; the authors calibrate each head's α + β · length, here β is the
     # density of all. https://arxiv.org/abs/2406.14909
-    "moa": Preset("bands", 0.3, {"sinks": 1}, calibrated="the span of each head"),
+    "moa": Preset("bands", 0.3, {"sinks": 1}, calibrated="the span of each head", chosen="its span"),
     # A box around every query. https://arxiv.org/abs/2504.16922
     "natten": Preset("window", 0.3, {"shape": "clamped"}),
     # The axis order in which each head is most local; the authors calibrate it, and masks of blocks in it, where here
@@ -62,6 +76,7 @@ PRESETS: dict[str, Preset] = {
         0.3,
         {"orders": "fhw+fwh+hfw+hwf+wfh+whf"},
         calibrated="the axis order and the mask of each head",
+        chosen="an axis order and the width of a band in it",
     ),
     # Keys sorted in segments of 256, then means until .9 of the mass. https://arxiv.org/abs/2510.21270
     "pbs": Preset("pooled", 1.0, {"order": "frame", "parts": 1, "segment": 256, "top_p": 0.9}, block=128),
@@ -73,14 +88,31 @@ PRESETS: dict[str, Preset] = {
     "scatterbrain": Preset("hashed", 0.25, remainder=True),
     # Bands, skipped and dense heads, found by calibration; without it all heads are bands.
     # https://arxiv.org/abs/2506.03065
-    "sparse-vdit": Preset("bands", 0.4, calibrated="bands, skipping or dense attention for each head"),
+    "sparse-vdit": Preset(
+        "bands",
+        0.4,
+        calibrated="bands, skipping or dense attention for each head",
+        chosen="bands, columns, skipping or dense attention",
+    ),
     # Means until .9 of the mass, with the self-similarity guard; the authors calibrate both thresholds per head, these
     # are their defaults. Theirs are blocks of 128 queries and 64 keys, in 8 bits, and products with values that weigh
     # nothing are skipped. https://arxiv.org/abs/2502.18137
-    "sparge": Preset("pooled", 1.0, {"parts": 1, "guard": 0.1, "top_p": 0.9}),
+    "sparge": Preset(
+        "pooled",
+        1.0,
+        {"parts": 1, "guard": 0.1, "top_p": 0.9},
+        calibrated="both thresholds of each head",
+        chosen="its share of the mass and the least similarity of its blocks",
+    ),
     # 4-bit estimates; the authors keep the blocks with a score over a threshold, relative to the sinks and the
     # neighbourhood and calibrated for each head, here each row keeps its best. https://arxiv.org/abs/2505.24179
-    "sale": Preset("lowbit", 0.3, {"order": "frame"}, calibrated="the threshold of each head"),
+    "sale": Preset(
+        "lowbit",
+        0.3,
+        {"order": "frame"},
+        calibrated="the threshold of each head",
+        chosen="the share of its blocks",
+    ),
     # Bands in frame-major or space-major order, whichever serves 64 rows better; ten dense steps of 50; a sink as on
     # Wan (HunyuanVideo has none). https://arxiv.org/abs/2502.01776
     "svg": Preset(
@@ -105,9 +137,17 @@ PRESETS: dict[str, Preset] = {
         block=128,
         warm_up=0.06,
         calibrated="the window of each head",
+        chosen="its window",
     ),
     # Clusters with a density per head, found by calibration; without it all heads have one.
-    "svoo": Preset("clustered", 0.3, {"iterations": 50}, block=128, calibrated="the density of each head"),
+    "svoo": Preset(
+        "clustered",
+        0.3,
+        {"iterations": 50},
+        block=128,
+        calibrated="the density of each head",
+        chosen="its density",
+    ),
     # Stride 8 until .95 of the mass, in blocks of 128, five dense steps of 50. https://arxiv.org/abs/2503.16428
     "xattention": Preset(
         "antidiagonal", 1.0, {"order": "frame", "stride": 8, "top_p": 0.95}, block=128, warm_up=0.02

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.attention import attend
-from dit_accel.state import AccelState
+from dit_accel.state import AccelState, ForwardError
 
 _LAYER_ATTRIBUTE = "_dit_accel_layer"
 
@@ -159,6 +159,7 @@ def _attention_function(redirect: Redirect, cursor: LayerCursor) -> Callable[...
                 parallel_config=parallel_config,
             )
         name = None if backend is None else str(getattr(backend, "value", backend))
+        query, key, value = _as_autocast(query, key, value)
         return _attention_op(
             query, key, value, attn_mask, cursor.layer, redirect.handle, dropout_p, is_causal, scale, name
         )
@@ -172,13 +173,25 @@ def _attention_function(redirect: Redirect, cursor: LayerCursor) -> Callable[...
         is_causal: bool = False,
         scale: float | None = None,
     ) -> Tensor:
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key, value = _as_autocast(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         output = _attention_op(
             query, key, value, attn_mask, cursor.layer, redirect.handle, dropout_p, is_causal, scale, None
         )
         return output.transpose(1, 2)
 
     return scaled_dot_product_attention if redirect.heads_first else dispatch_attention
+
+
+def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch's own attention would get under autocast: norms of queries and keys may leave them in float32.
+
+    Outside the op, since a compiled graph has casts written down and runs with autocast off.
+    """
+    device = query.device.type
+    if not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 # A CUDA graph would replay the choice that was right when it was recorded.
@@ -241,14 +254,11 @@ def _planned(
         state.record(pairs, 1.0, sparse=False)
         return None
     if is_causal or dropout_p:
-        raise ValueError("dit-accel: a sparse plan cannot run causal attention or attention with dropout")
+        raise ForwardError("dit-accel: a sparse plan cannot run causal attention or attention with dropout")
     if state.grid is None or state.grid.total_tokens != tokens:
-        raise ValueError(
+        raise ForwardError(
             f"dit-accel: layer {layer}: expected the tokens of {state.grid}, got a sequence of {tokens}"
         )
-    if torch.is_autocast_enabled(query.device.type):
-        # Norms of queries and keys may leave them in float32, which the model's own attention casts again.
-        query, key = query.to(value.dtype), key.to(value.dtype)
     key_mask = _key_mask(attn_mask, query)
     block, backend = state.plan.block, state.backend
     output, density = attend(
@@ -266,7 +276,7 @@ def _planned(
         branch=state.branch,
         # Without a second branch there is nobody to keep a choice for; in the first step nobody knows.
         step=state.step if state.several_branches else None,
-        paired=state.paired,
+        paired=state.holds_both(query),
         cache=state.cache,
         launches=state.launches,
     )
@@ -277,7 +287,8 @@ def _planned(
         if when == "now":
             output = guard.repaired(wrong, output, query, key, value, block=block, backend=backend, **masked)
             repaired = wrong.float().mean()
-            density += (1.0 - density) * (repaired if query.is_cuda else float(repaired))
+            # Not in place: a launch that is kept has its density on the device.
+            density = density + (1.0 - density) * (repaired if query.is_cuda else float(repaired))
     state.record(pairs, density, sparse=True)
     return output.contiguous()
 
@@ -289,7 +300,7 @@ def _key_mask(attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
     batch, tokens = query.shape[:2]
     shape = tuple(attn_mask.shape)
     if attn_mask.dtype != torch.bool or shape not in {(batch, 1, 1, tokens), (1, 1, 1, tokens)}:
-        raise ValueError(
+        raise ForwardError(
             f"attn_mask: expected a key-padding mask, bool [{batch}, 1, 1, {tokens}], got {attn_mask.dtype} "
             f"{list(shape)}; only a plan with every head dense can run with other masks"
         )

@@ -60,6 +60,10 @@ class Stats:
         )
 
 
+class ForwardError(ValueError):
+    """A plan cannot follow a forward of its transformer."""
+
+
 class AccelState:
     """The plan of one transformer and the position of its running forward.
 
@@ -74,6 +78,7 @@ class AccelState:
         step: number of the denoising step, as far as the transformer saw them.
         several_branches: whether a step of this generation has run more than one guidance branch.
         paired: whether the batch of the running forward holds two guidance branches, the unconditional one first.
+        batch: of the running forward; 0 where nobody said.
         running: whether a forward is under way.
         guard: checks the plan's heads while they run; None leaves them alone.
         stats: counts of the generation that runs, or ran last.
@@ -102,6 +107,7 @@ class AccelState:
         self.branch = ""
         self.step = 0
         self.paired = False
+        self.batch = 0
         self.running = False
         self.stats = Stats()
         self.memory: dict[str, Any] = {}
@@ -173,12 +179,13 @@ class AccelState:
         new: bool | None = None,
         *,
         paired: bool = False,
+        batch: int = 0,
     ) -> None:
         """Enter a forward. A generation that ended, failed or was interrupted is forgotten.
 
         Args:
             new: whether another generation began since the last forward; None if nobody knows.
-            paired: see there.
+            paired, batch: see there.
         """
         if self.running or self._finished or new or self._starts_over(progress, branch, new is None):
             self.reset()
@@ -187,7 +194,7 @@ class AccelState:
             self.several_branches |= len(self._in_step) > 1
             self._in_step.clear()
         self._in_step.add(branch)
-        self.grid, self.progress, self.branch, self.paired = grid, progress, branch, paired
+        self.grid, self.progress, self.branch, self.paired, self.batch = grid, progress, branch, paired, batch
         self._compare(grid)
         position = self._branches.setdefault(branch, BranchState(progress, progress))
         position.progress = progress
@@ -195,6 +202,10 @@ class AccelState:
         if self.guard is not None:
             self.guard.settle(self.guarded)
         self.running = True
+
+    def holds_both(self, query: Tensor) -> bool:
+        """Whether a call's batch holds two guidance branches: FasterCache leaves one out inside a forward."""
+        return self.paired and self.batch in (0, query.shape[0])
 
     def end(self) -> None:
         """Leave the forward. One that raised never gets here, and the next `begin` sees it."""
@@ -301,7 +312,14 @@ class AccelHook(ModelHook):
         if self.steps is not None:
             self.steps.release(self.state.memory)
         self.state.finish()
+        if self._clock is not None:
+            self._clock.forget()
         return module
+
+    def __deepcopy__(self, memo: Any) -> AccelHook:
+        raise ValueError(
+            "dit-accel: a copy would share the plan of the original; disable(pipe) before copying it"
+        )
 
     # May read the timestep's value, which a compiler cannot trace; blocks are compiled below this.
     @torch.compiler.disable
@@ -315,6 +333,13 @@ class AccelHook(ModelHook):
             )
         self._check_processors()
         arguments = state.family.bind(module, args, kwargs)
+        try:
+            self._enter(module, arguments)
+        except ValueError as error:
+            raise ForwardError(str(error)) from error
+
+    def _enter(self, module: nn.Module, arguments: Mapping[str, Any]) -> None:
+        state = self.state
         grid = (
             None if state.all_dense and state.capture is None else state.family.read_grid(module, arguments)
         )
@@ -325,7 +350,8 @@ class AccelHook(ModelHook):
             before, self._generation = self._generation, self._clock.generation()
             new = None if self._generation is None else self._generation is not before
         paired = self._holds_both(arguments["hidden_states"])
-        state.begin(grid, progress, self._branch(progress, bool(new)), new, paired=paired)
+        batch = len(arguments["hidden_states"])
+        state.begin(grid, progress, self._branch(progress, bool(new)), new, paired=paired, batch=batch)
         if self.steps is not None:
             other = other_cache(module)
             if other is not None:
@@ -396,6 +422,11 @@ class AccelHook(ModelHook):
         share one generation, so steps are counted from where this transformer came in.
         """
         state, progress = self.state, clock.progress()
+        if clock.stands_still(state.progress):
+            raise RuntimeError(
+                "dit-accel: expected the scheduler of the pipeline that the plan was enabled on to run, got one that "
+                "stood still over three steps; a pipeline that shares the transformer needs enable(pipe, plan) itself"
+            )
         if state.forwards == 1:
             distance = [abs(p - state.progress) for p in progress]
             state.here.first_step = distance.index(min(distance))

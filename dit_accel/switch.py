@@ -222,7 +222,7 @@ def _install(
             uninstall()
         # Removing a diffusers hook puts `forward` back to what it was before, without what came on top since.
         forward = transformer.forward
-        registry.remove_hook(HOOK_NAME, recurse=False)
+        _remove_hook(registry)
         if forward is not hooked_forward:
             transformer.forward = forward
         state.reset()
@@ -238,3 +238,16 @@ def _install(
     registry.register_hook(AccelHook(state, restore, swapped, steps, clock), HOOK_NAME)
     hooked_forward = transformer.forward
     return processors
+
+
+def _remove_hook(registry: HookRegistry) -> None:
+    """Take the hook off a transformer and leave those behind it as they are.
+
+    Diffusers gives the hook behind a removed one the plain forward, even if it has one of its own (FasterCache).
+    """
+    place = registry._hook_order.index(HOOK_NAME)
+    behind = [r for r in registry._fn_refs[place + 1 : place + 2] if r.original_forward is not None]
+    own = [reference.forward for reference in behind]
+    registry.remove_hook(HOOK_NAME, recurse=False)
+    for reference, forward in zip(behind, own, strict=True):
+        reference.original_forward, reference.forward = reference.forward, forward

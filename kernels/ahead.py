@@ -38,6 +38,9 @@ _MULTIPLIES = {
 # Matrix instructions by generation; the digits behind are shapes and types.
 _MATRIX = re.compile(r"\b(HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|OMMA|UTC[A-Z]*MMA|v_mfma_[a-z0-9_]+)\b")
 
+# The first wait inside a loop; those behind it, for all that is left, come after.
+_WAIT = re.compile(r"scf\.for (?:(?!scf\.for ).)*?async_wait [^\n]*?num = (\d+)", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -59,6 +62,8 @@ class Compiled:
     """What came out: registers per thread, bytes of stack and local memory per thread, shared bytes per program.
 
     missing: matrix instructions that the precision is meant to run on and that are not among those found.
+    in_flight: copies to shared memory that the loops over keys and means leave under way while they compute, in the
+        loop that leaves fewest; None where nothing is copied in the background.
     """
 
     registers: int
@@ -67,6 +72,7 @@ class Compiled:
     shared: int
     matrix_instructions: tuple[str, ...]
     missing: tuple[str, ...]
+    in_flight: int | None
 
 
 def multiplies_e4m3(architecture: str) -> bool:
@@ -123,6 +129,7 @@ def compile_attention(configuration: Configuration, architecture: str) -> Compil
         chip_named(architecture),
         varying=c.varying,
         remainder=c.remainder,
+        masked=c.masked,
     )
     build = {"enable_fp_fusion": True, **{name: options.pop(name) for name in ("num_warps", "num_stages")}}
     constants = {
@@ -185,7 +192,10 @@ def compile_attention(configuration: Configuration, architecture: str) -> Compil
         local = 4 * spilled
     found = tuple(sorted(set(_MATRIX.findall(code))))
     missing = tuple(name for name in wanted if not any(one.startswith(name) for one in found))
-    return Compiled(registers, stack, local, compiled.metadata.shared, found, missing)
+    waits = [int(wait) for wait in _WAIT.findall(compiled.asm["ttgir"])]
+    return Compiled(
+        registers, stack, local, compiled.metadata.shared, found, missing, min(waits, default=None)
+    )
 
 
 def _number(pattern: str, text: str) -> int:

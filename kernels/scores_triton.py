@@ -71,11 +71,11 @@ def _tile_logits(
     m_d = o_d < DIM
     PIECES: tl.constexpr = (DIM + TILE_D - 1) // TILE_D
     m_k = m_tile & (start + o_tile < (seq_k + MEMBERS - 1) // MEMBERS)
+    # Keys that are there but may not be read are loaded all the same: a load that waits for the bias comes late.
+    b_bias = tl.where(m_k, 0.0, -float("inf"))
     if BIASED:
         b_bias = tl.load(p_bias + start + o_tile, mask=m_k, other=-float("inf"))
-        m_k = b_bias > -float("inf")
-    else:
-        b_bias = tl.where(m_k, 0.0, -float("inf"))
+    m_read = b_bias > -float("inf")
     p_tile = p_k + start.to(tl.int64) * (MEMBERS * stride_ks)
     if STREAMED:
         b_s = tl.zeros([TILE_Q, TILE_K], tl.float32)
@@ -101,7 +101,7 @@ def _tile_logits(
             b_s = tl.dot(b_q_piece, b_k, b_s, input_precision="ieee")
         if MEMBERS > 1:
             # The mean over the keys whose number the bias tells.
-            b_s = b_s * tl.exp2(tl.where(m_k, -b_bias, 0.0))[None, :]
+            b_s = b_s * tl.exp2(tl.where(m_read, -b_bias, 0.0))[None, :]
     else:
         # [TILE_D, TILE_K]
         b_k = tl.load(
@@ -117,7 +117,7 @@ def _tile_logits(
             b_s = b_products.to(tl.float32) * b_k_scale[None, :]
         else:
             b_s = tl.dot(b_q, b_k, input_precision="ieee")
-    return b_s * b_scale[:, None] + b_bias[None, :]
+    return tl.where(m_read[None, :], b_s * b_scale[:, None] + b_bias[None, :], -float("inf"))
 
 
 # Sequence lengths change with every resolution and must not compile anew.

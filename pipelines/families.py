@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_accel.grid import TokenGrid
 
@@ -139,12 +140,24 @@ def _ltx_grid(transformer: Any, arguments: Arguments) -> TokenGrid:
 
 
 def _flux_grid(transformer: Any, arguments: Arguments) -> TokenGrid:
-    ids = arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    # Ids are (image, row, column); a reference image of the same size is a second "frame".
-    sizes = tuple(int(size) + 1 for size in (ids.amax(0) - ids.amin(0)).tolist())
+    sizes = _id_sizes(arguments["img_ids"])
     text_tokens = arguments["encoder_hidden_states"].shape[1]
     return _packed("Flux", "img_ids", sizes, arguments["hidden_states"].shape[1], text_tokens)
+
+
+# The sizes that ids speak of, which pipelines make once and pass in every step: the host waits for a GPU to tell them.
+_sizes_of_ids = WeakTensorKeyDictionary()
+
+
+def _id_sizes(ids: Tensor) -> tuple[int, ...]:
+    """Images, rows and columns of FLUX's ids; a reference image of the same size is a second "frame"."""
+    version = 0 if ids.is_inference() else ids._version
+    known = _sizes_of_ids.get(ids)
+    if known is None or known[0] != version:
+        flat = ids[0] if ids.ndim == 3 else ids
+        known = version, tuple(int(size) + 1 for size in (flat.amax(0) - flat.amin(0)).tolist())
+        _sizes_of_ids[ids] = known
+    return known[1]
 
 
 def _packed(model: str, source: str, sizes: tuple[int, ...], tokens: int, text_tokens: int = 0) -> TokenGrid:

@@ -93,6 +93,7 @@ def as_text(rows: Iterable[dict[str, Any]]) -> str:
         "regs",
         "stack",
         "shared",
+        "in flight",
         "instructions",
         "ok",
     ]
@@ -110,6 +111,7 @@ def as_text(rows: Iterable[dict[str, Any]]) -> str:
                 str(row["registers"]),
                 str(row["stack"]),
                 f"{row['shared'] / 1024:.0f}K",
+                "-" if row["in_flight"] is None else str(row["in_flight"]),
                 " ".join(row["matrix_instructions"]),
                 "yes" if row["ok"] else " ".join(("NO", *row["missing"])),
             ]

@@ -62,6 +62,8 @@ class Worker:
 def _attempt(task: Callable[[], Any], device: torch.device) -> tuple[Any, str | None, bool]:
     """What a task returns or how it failed, and whether the device still runs anything."""
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return task(), None, True
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"[:500], _answers(device)

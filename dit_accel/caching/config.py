@@ -221,6 +221,10 @@ class CacheConfig:
         if (self.schedule is not None) != (self.gate == "schedule"):
             expected = "a Schedule" if self.gate == "schedule" else "none"
             raise ValueError(f"schedule: expected {expected} for gate {self.gate!r}, got {self.schedule!r}")
+        if self.schedule is not None and self.target != "output":
+            raise ValueError(
+                f"target: expected 'output' for gate 'schedule', which forecasts outputs, got {self.target!r}"
+            )
 
     def first_choice(self, steps: int) -> int:
         """The first of `steps` steps that a gate may skip."""

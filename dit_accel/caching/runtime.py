@@ -11,7 +11,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.hooks import HookRegistry
@@ -131,7 +131,8 @@ class StepCache:
         """Refuse a forward in which blocks cannot be skipped.
 
         Raises:
-            ValueError: a ControlNet adds to the blocks by their number, or the gate needs weights that are offloaded.
+            ValueError: a ControlNet adds to the blocks by their number, the gate needs weights that are offloaded, or
+                the last blocks begin in the middle of a group that is offloaded together.
         """
         block = next(iter(self._lists[0].children()))
         if self.config.gate == "teacache" and self.family.modulation_has_weights and _is_offloaded(block):
@@ -139,6 +140,15 @@ class StepCache:
                 "cache: expected weights that stay on the device, since the gate 'teacache' reads those of the first "
                 "block before it runs, got a block that is offloaded; use another gate or enable_model_cpu_offload()"
             )
+        if self._end < self._total:
+            after = [block for blocks in self._lists for block in blocks.children()][self._end]
+            leader = _loads(after)
+            if leader is not None and leader is not after:
+                raise ValueError(
+                    f"cache: expected the last {self.config.last_blocks} blocks to begin a group of those that are "
+                    "offloaded together, since a skipped step loads no group from its middle, got a group that begins "
+                    "before; use enable_group_offload(..., num_blocks_per_group=1), or another last_blocks"
+                )
         for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
             if self.config.target == "blocks" and arguments.get(name) is not None:
                 raise ValueError(
@@ -452,6 +462,13 @@ def _is_offloaded(block: nn.Module) -> bool:
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             return True
     return False
+
+
+def _loads(block: nn.Module) -> nn.Module | None:
+    """The module whose forward brings the group of a block to the device; None where it is not offloaded in groups."""
+    registry = getattr(block, "_diffusers_hook", None)
+    hook = registry.get_hook(_GROUP_OFFLOADING) if isinstance(registry, HookRegistry) else None
+    return None if hook is None else cast(Any, hook).group.onload_leader
 
 
 def _asking(hand_out: Callable[[nn.ModuleList], Iterator[Any]]) -> Callable[[nn.ModuleList], Iterator[Any]]:

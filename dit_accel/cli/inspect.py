@@ -141,6 +141,8 @@ def _ranges(plan: AccelPlan) -> list[str]:
         )
     if (error := plan.validated.get("attention_error")) is not None:
         lines.append(f"attention took {1 + error:.2f} times what was predicted of its heads")
+    if (error := plan.validated.get("layer_error")) is not None:
+        lines.append(f"layers timed alone {1 + error:.2f} times, where they are furthest off")
     return lines
 
 

@@ -17,6 +17,7 @@ from dit_accel.evaluation.peers import Watch, can_watch
 from dit_accel.evaluation.timing import now
 from dit_accel.evaluation.variants import DENSE, Variant, plan_variant
 from dit_accel.plan import AccelPlan
+from dit_accel.state import ForwardError
 
 # What a pipeline may need beside a prompt, though it has a default.
 _PICTURES = (
@@ -113,6 +114,8 @@ def generate(
             callback_on_step_end=keep_latents,
             **arguments,
         )
+    except ForwardError:
+        raise
     except (AttributeError, TypeError, ValueError) as error:
         lacking = [name for name in _PICTURES if name in parameters]
         if not lacking or last:

@@ -74,8 +74,12 @@ def pipeline_digest(pipe: Any) -> str:
 
 
 def _weights_digest(model: torch.nn.Module) -> str:
-    """By a few values of each parameter."""
+    """By a few values of each parameter, and what its adapters are set to."""
     digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        if isinstance(scaling := getattr(module, "scaling", None), dict):  # a layer of peft
+            active = getattr(module, "active_adapters", None), getattr(module, "disable_adapters", None)
+            digest.update(f"{name} {sorted(scaling.items())} {active}".encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         # Quantised parameters are tensor subclasses, which need not support indexing.

@@ -8,6 +8,7 @@ killed and started again, a search goes on where it was, and searches for severa
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from dit_accel.evaluation.metrics import psnr
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.store import GenerationStore
 from dit_accel.evaluation.variants import DENSE, Variant
+
+SLACK_DB = 0.5  # what is tuned to a PSNR misses it on other prompts
 
 
 @dataclass(frozen=True)
@@ -201,3 +204,24 @@ class Tuning:
                 write_json(path, {"variant": variant.name, "psnr": near, "saved": 1 - done})
             runs.append(json.loads(path.read_text(encoding="utf-8")))
         return Probe(value, fmean(run["psnr"] for run in runs), fmean(run["saved"] for run in runs))
+
+
+def speedup_at(points: Sequence[tuple[float, float]], psnr: float) -> float | None:
+    """The speed-up that a row has at a PSNR, on the best of what was measured.
+
+    Between two points the logarithm of the speed-up is taken for linear in PSNR. Below the lowest PSNR it is the
+    largest speed-up that was measured, up to `SLACK_DB` above the highest the smallest; further up it is unknown.
+    """
+    best: list[tuple[float, float]] = []  # from the highest PSNR downwards, faster at each
+    for point in sorted(points, reverse=True):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    if not best or psnr > best[0][0] + SLACK_DB:
+        return None
+    if psnr >= best[0][0]:
+        return best[0][1]
+    for (above, slow), (below, fast) in itertools.pairwise(best):
+        if psnr >= below:
+            share = (above - psnr) / (above - below)
+            return math.exp((1 - share) * math.log(slow) + share * math.log(fast))
+    return best[-1][1]

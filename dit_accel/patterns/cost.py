@@ -12,8 +12,8 @@ from dit_accel.grid import TokenGrid
 from dit_accel.kernels.partition import products
 from dit_accel.patterns.base import BlockSpace, Option
 from dit_accel.patterns.clustered import cluster_numbers
+from dit_accel.patterns.pooled import squares_looked_at
 from dit_accel.patterns.profiled import order_names
-from dit_accel.patterns.scored import squares_looked_at
 from dit_accel.patterns.select import family_named
 from dit_accel.patterns.sorted_keys import SAMPLES
 

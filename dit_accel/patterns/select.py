@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
+from dit_accel.patterns.antidiagonal import ANTIDIAGONAL
 from dit_accel.patterns.attention_tile import ATTENTION_TILE
 from dit_accel.patterns.balanced import BALANCED
 from dit_accel.patterns.bands import BANDS
@@ -27,12 +28,15 @@ from dit_accel.patterns.base import (
     lists_of,
     with_text,
 )
+from dit_accel.patterns.channels import CHANNELS
 from dit_accel.patterns.clustered import CLUSTERED
 from dit_accel.patterns.dense import DENSE
 from dit_accel.patterns.hashed import HASHED
+from dit_accel.patterns.lowbit import LOWBIT
+from dit_accel.patterns.pooled import POOLED
 from dit_accel.patterns.profiled import PROFILED
 from dit_accel.patterns.radial import RADIAL
-from dit_accel.patterns.scored import ANTIDIAGONAL, CHANNELS, LOWBIT, POOLED, SEARCHED
+from dit_accel.patterns.searched import SEARCHED
 from dit_accel.patterns.sharded import SHARDED
 from dit_accel.patterns.skip import SKIP
 from dit_accel.patterns.sorted_keys import sorted_keys

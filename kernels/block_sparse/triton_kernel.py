@@ -64,8 +64,12 @@ def _accumulate(
 
 
 @triton.jit
-def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, FP8_V: tl.constexpr, PAD_D: tl.constexpr):
+def _load_tile(
+    p_k, p_v, o_k, o_v, m_k, m_v, m_d, MASKED: tl.constexpr, FP8_V: tl.constexpr, PAD_D: tl.constexpr
+):
     """Keys [TILE_D, TILE_K] and values [TILE_K, TILE_D] of the tile at p_k, p_v; m_d masks padded head dims.
+
+    m_k tells which keys are there, m_v also which may be read: logits are masked, but not what 0 is multiplied by.
 
     The offsets inside a tile, o_k and o_v, are small and the same for all tiles; only the two pointers are 64 bits.
     E4M3 values need no mask of keys: what may not be read is 0 (`prepare`), up to a tile past the end. Since their
@@ -78,12 +82,38 @@ def _load_tile(p_k, p_v, o_k, o_v, m_k, m_d, MASKED: tl.constexpr, FP8_V: tl.con
     else:
         b_k = tl.load(p_k + o_k)
     if MASKED and not FP8_V:
-        b_v = tl.load(p_v + o_v, mask=m_k[:, None] & m_d[None, :], other=0.0)
+        b_v = tl.load(p_v + o_v, mask=m_v[:, None] & m_d[None, :], other=0.0)
     elif PAD_D:
         b_v = tl.load(p_v + o_v, mask=m_d[None, :], other=0.0)
     else:
         b_v = tl.load(p_v + o_v)
     return b_k, b_v
+
+
+@triton.jit
+def _masked_tile(
+    p_list,
+    p_parts,
+    i,
+    count,
+    tiles,
+    HAS_VALID: tl.constexpr,
+    VARYING: tl.constexpr,
+    TILES_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """Tile i of those with a mask: its block, or with VARYING its first key and the keys of it that count."""
+    if VARYING:
+        p_part = p_parts + (i - count) * 2
+        is_part = (i >= count) & (i < tiles)
+        entry = tl.load(p_part, mask=is_part, other=0)
+        bounds = tl.load(p_part + 1, mask=is_part, other=TILE_K * 65536)
+        if HAS_VALID:  # full tiles come here too
+            entry += tl.load(p_list + i, mask=i < count, other=0)
+    else:
+        entry = tl.load(p_list + i // TILES_K, mask=i < tiles, other=0)
+        bounds = entry  # not used
+    return entry, bounds
 
 
 # Lengths change with every resolution, heads of a launch with every layer of a plan: neither must compile anew.
@@ -224,20 +254,24 @@ def block_sparse_forward(
         unmasked = count
         tiles = count + tl.where(first_q < stop_q, tl.load(part_counts + p_lists + row), 0)
     else:
-        p_list = indices + tl.load(offsets + p_lists + row)
+        p_list, p_parts = indices + tl.load(offsets + p_lists + row), parts
         tiles = count * TILES_K
         unmasked = tl.maximum(tiles - TILES_K, 0)
     if MASK_ALL:
         unmasked = 0
+    # The list is read a turn ahead: keys whose address is loaded in the same turn would not be copied turns ahead.
+    entry = tl.load(p_list, mask=unmasked > 0, other=0)
     for i in range(0, unmasked):
         if VARYING:
-            start = tl.load(p_list + i)
-            if FP8_V:
-                start = tl.multiple_of(start, 16)
+            start = entry
+            if FP8_V:  # as it is; a hint does not reach what a loop carries
+                start = entry // 16 * 16
+            entry = tl.load(p_list + i + 1, mask=i + 1 < unmasked, other=0)
         else:
-            start = tl.load(p_list + i // TILES_K) * BLOCK_K + i % TILES_K * TILE_K
+            start = entry * BLOCK_K + i % TILES_K * TILE_K
+            entry = tl.load(p_list + (i + 1) // TILES_K)  # one more block follows these
         p_tile_k, p_tile_v = p_k + start.to(tl.int64) * stride_ks, p_v + start.to(tl.int64) * stride_vs
-        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_d, m_d, False, FP8_V, PAD_D)
+        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_d, m_d, m_d, False, FP8_V, PAD_D)
         b_s = _scores(b_q, b_k, INT8)
         b_factor = b_scale
         if QUANTISED:
@@ -246,28 +280,28 @@ def block_sparse_forward(
             else:
                 b_factor = b_scale * tl.load(k_scale + o_head * groups + start // GROUP)
         b_acc, b_max, b_sum = _accumulate(b_s, b_factor, b_v, b_acc, b_max, b_sum, False, FP8_V, TILE_K)
+    entry, bounds = _masked_tile(p_list, p_parts, unmasked, count, tiles, HAS_VALID, VARYING, TILES_K, TILE_K)
     for i in range(unmasked, tiles):
         if VARYING:
-            p_part = p_parts + (i - count) * 2
-            start = tl.load(p_part, mask=i >= count, other=0)
-            bounds = tl.load(p_part + 1, mask=i >= count, other=TILE_K * 65536)
-            if HAS_VALID:  # full tiles come here too
-                start += tl.load(p_list + i, mask=i < count, other=0)
+            start = entry
             if FP8_V:
-                start = tl.multiple_of(start, 16)
+                start = entry // 16 * 16
             m_k = (o_tile >= bounds % 65536) & (o_tile < bounds // 65536)
         else:
-            block = tl.load(p_list + i // TILES_K) * BLOCK_K
-            start = block + i % TILES_K * TILE_K
-            m_k = start + o_tile < tl.minimum(seq_k, block + BLOCK_K)
+            start = entry * BLOCK_K + i % TILES_K * TILE_K
+            m_k = start + o_tile < tl.minimum(seq_k, entry * BLOCK_K + BLOCK_K)
+        entry, bounds = _masked_tile(
+            p_list, p_parts, i + 1, count, tiles, HAS_VALID, VARYING, TILES_K, TILE_K
+        )
+        m_there = m_k
         if HAS_VALID:
             m_k = m_k & (tl.load(p_valid + start + o_tile, mask=m_k, other=0) != 0)
         p_tile_k, p_tile_v = p_k + start.to(tl.int64) * stride_ks, p_v + start.to(tl.int64) * stride_vs
-        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_k, m_d, True, FP8_V, PAD_D)
+        b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_k, o_v, m_there, m_k, m_d, True, FP8_V, PAD_D)
         b_s = _scores(b_q, b_k, INT8)
         b_factor = b_scale
         if QUANTISED and VARYING:
-            b_s = b_s * tl.load(k_scale + o_head * groups + start + o_tile, mask=m_k, other=1.0)[None, :]
+            b_s = b_s * tl.load(k_scale + o_head * groups + start + o_tile, mask=m_there, other=1.0)[None, :]
         b_s = tl.where(m_k[None, :], b_s, -float("inf"))
         if QUANTISED and not VARYING:
             # A tile past the last group holds no key.
@@ -289,14 +323,15 @@ def block_sparse_forward(
         for first in range(0, means, TILE_MEANS):
             o_c = first + o_mean
             m_c = o_c < cols
-            bits = tl.load(p_read + o_c // 32, mask=m_c, other=0)
-            m_c = m_c & ((bits >> (o_c % 32)) & 1 == 0)
             p_tile_k, p_tile_v = p_mean_k + first * DIM, p_mean_v + first * stride_means
-            b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_mean_k, o_mean_v, m_c, m_d, True, FP8_V, PAD_D)
+            b_k, b_v = _load_tile(p_tile_k, p_tile_v, o_mean_k, o_mean_v, m_c, m_c, m_d, True, FP8_V, PAD_D)
             b_s = _scores(b_q, b_k, INT8) * b_scale[:, None]
             if QUANTISED:
                 b_s = b_s * tl.load(mean_scale + o_head * cols + o_c, mask=m_c, other=0.0)[None, :]
-            b_s = b_s + tl.load(p_bias + o_c, mask=m_c, other=-float("inf"))[None, :]
+            # Only logits are told which blocks were read: a load that waits for another one is not made turns ahead.
+            bits = tl.load(p_read + o_c // 32, mask=m_c, other=0)
+            b_bias = tl.load(p_bias + o_c, mask=m_c, other=-float("inf"))
+            b_s = b_s + tl.where((bits >> (o_c % 32)) & 1 == 0, b_bias, -float("inf"))[None, :]
             b_acc, b_max, b_sum = _accumulate(b_s, b_one, b_v, b_acc, b_max, b_sum, True, FP8_V, TILE_MEANS)
 
     # A query without keys has b_max = -inf and b_sum = 0: output 0, lse -inf.
@@ -367,6 +402,7 @@ def launch_options(
     *,
     varying: bool = False,
     remainder: bool = False,
+    masked: bool = False,
 ) -> dict[str, int]:
     """Tile sizes, warps and stages: the largest that compile without spilling and fit the shared memory.
 
@@ -377,6 +413,7 @@ def launch_options(
         key_bytes, value_bytes: per element.
         varying: whether blocks of keys vary in length.
         remainder: whether means stand for the blocks that are left out.
+        masked: whether some keys may not be read.
     """
     least = 32 if key_bytes == 1 else 16
     tile_d = max(least, triton.next_power_of_2(dim))
@@ -389,8 +426,9 @@ def launch_options(
     else:
         tile_q, tile_k, warps, stages = 64, 64, 4, 3
     if value_bytes == 1 and tile_d == 128:
-        # Beside partial sums of FP8 products a third stage, or a scale per key, finds no registers.
-        tile_k, stages = (32, 3) if varying else (tile_k, 2)
+        # Tiles of half the bytes leave room for one more in flight. Beside partial sums of FP8 products a scale per key
+        # finds no registers, nor do addresses of more tiles beside masks and means.
+        tile_k, stages = (32, 3) if varying else (tile_k, 2 if masked and remainder else 4)
     if tile_d == 128 and not chip.from_shared and (varying or (remainder and key_bytes > 1)):
         # Nor does what these loops hold beside both operands and a long row of output.
         tile_k = 32
@@ -455,6 +493,7 @@ def attention(
         chip_of(device),
         varying=varying,
         remainder=means is not None,
+        masked=p.valid is not None,
     )
     counts, offsets = index.counts.contiguous(), index.offsets.contiguous()
     unused = counts

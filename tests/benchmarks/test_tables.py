@@ -88,14 +88,15 @@ def test_gpu_table_shows_what_failed_as_a_dash() -> None:
 def test_gate_table_shows_the_worst_of_each_precision() -> None:
     row = {"arch": "sm_90", "precision": "int8", "stack": 0, "local": 0, "shared": 2048}
     rows = [
-        row | {"registers": 100, "matrix_instructions": ["IGMMA"]},
-        row | {"registers": 200, "stack": 8, "matrix_instructions": ["HGMMA"]},
-        row | {"arch": "gfx942", "registers": 64, "local": 4, "matrix_instructions": ["v_mfma"]},
+        row | {"registers": 100, "in_flight": 3, "matrix_instructions": ["IGMMA"]},
+        row | {"registers": 200, "in_flight": 2, "stack": 8, "matrix_instructions": ["HGMMA"]},
+        row
+        | {"arch": "gfx942", "registers": 64, "in_flight": None, "local": 4, "matrix_instructions": ["v_mfma"]},
     ]
     lines = tables.TABLES["gate"][1]({"rows": rows}).splitlines()
     assert lines[2:] == [
-        "| sm_90 | `int8` | 2 | 200 | 8 B | 2 KiB | HGMMA IGMMA |",
-        "| gfx942 | `int8` | 1 | 64 | 4 B | 2 KiB | v_mfma |",
+        "| sm_90 | `int8` | 2 | 200 | 8 B | 2 KiB | 2 | HGMMA IGMMA |",
+        "| gfx942 | `int8` | 1 | 64 | 4 B | 2 KiB | – | v_mfma |",
     ]
 
 

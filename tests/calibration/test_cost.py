@@ -29,7 +29,13 @@ def measured(candidates, heads, monkeypatch):
         now += 2e-3 * heads
 
     monkeypatch.setattr(cost, "attend", attend)
-    monkeypatch.setattr(cost, "now", lambda device: now)
+
+    def milliseconds(call, device):
+        start = now
+        call()
+        return 1e3 * (now - start)
+
+    monkeypatch.setattr(cost, "milliseconds", milliseconds)
     query, key, value = torch.randn(3, 1, GRID.total_tokens, heads, 16)
     return cost.measure_latency(query, key, value, GRID, candidates, original, block=16)
 

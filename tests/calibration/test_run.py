@@ -71,7 +71,7 @@ def measured_once(lively_wan_dir, arguments, density_clock, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("system", ["sparse-vdit", "svoo"])
+@pytest.mark.parametrize("system", ["minference", "sparge", "sparse-vdit", "svoo"])
 @pytest.mark.usefixtures("density_clock")
 def test_a_published_system_is_calibrated_by_its_name(pipe, arguments, system):
     plan = calibrate(pipe, **arguments, density=0.6, candidates=system)
@@ -199,6 +199,7 @@ def test_what_the_calibration_saw_is_recorded(uninterrupted, arguments):
     assert expected > 0
     assert plan.validated["attention_error"] == pytest.approx(sum(taken) / 2 - 1)
     assert all(0 < trial["attention_ms"] < 1000 * trial["seconds"] for trial in plan.validated["trials"])
+    assert plan.validated["layer_error"] > -1
     expected = [p["quality_expected"] for p in plan.validated["frontier"] if "quality_expected" in p]
     assert expected == sorted(expected)
     assert len(expected) > 5

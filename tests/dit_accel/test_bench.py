@@ -39,11 +39,12 @@ def test_compile_only_prints_a_row_per_configuration(monkeypatch, capsys, tmp_pa
     assert row["ok"] is True
     assert row["matrix_instructions"] == ["HMMA"]
     assert 0 < row["registers"] <= 255
+    assert row["in_flight"] > 0
     assert json.loads(file.read_text()) == data
     text = gate.as_text(data["rows"])
     assert text.splitlines()[1].split() == [
         "attention", "sm_80", "64", "64x64", "bf16", "native", "-", str(row["registers"]), "0",
-        f"{row['shared'] / 1024:.0f}K", "HMMA", "yes",
+        f"{row['shared'] / 1024:.0f}K", str(row["in_flight"]), "HMMA", "yes",
     ]  # fmt: skip
 
 
@@ -66,8 +67,8 @@ def test_a_configuration_that_fails_the_gate_is_a_failure(monkeypatch, capsys, t
 def spilling(configuration, architecture):
     """As of a compiler that lacks registers for head dim 128."""
     if configuration.dim == 64:
-        return Compiled(168, 0, 0, 65536, ("HGMMA",), ())
-    return Compiled(255, 8, 16, 300000, ("HMMA",), ("HGMMA",))
+        return Compiled(168, 0, 0, 65536, ("HGMMA",), (), 2)
+    return Compiled(255, 8, 16, 300000, ("HMMA",), ("HGMMA",), None)
 
 
 @pytest.mark.parametrize(

@@ -883,6 +883,10 @@ class TestRefusals:
             ({"gate": "always", "curve": (1.0,)}, "curve: expected none for gate 'always'"),
             ({"gate": "schedule"}, "schedule: expected a Schedule for gate 'schedule', got None"),
             (
+                {"gate": "schedule", "schedule": Schedule(STEPS, {})},
+                "target: expected 'output' for gate 'schedule', which forecasts outputs, got 'blocks'",
+            ),
+            (
                 {"gate": "always", "target": "output", "last_blocks": 1},
                 "last_blocks: expected 0 for the target",
             ),
@@ -950,6 +954,32 @@ class TestRefusals:
             ValueError, match="the gate 'teacache' reads those of the first block before it runs"
         ):
             cache.check({})
+
+    def test_groups_that_are_offloaded_begin_with_the_last_blocks(self, tiny):
+        """The first block of a group brings all of it, and a skipped step leaves it out."""
+        transformer = tiny("wan", layers=4).transformer
+        transformer.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=2
+        )
+        for last_blocks, refused in ((0, False), (1, True), (2, False)):
+            cache = StepCache(
+                transformer, family_of(transformer), CacheConfig("always", last_blocks=last_blocks)
+            )
+            expected = pytest.raises(ValueError, match="expected the last 1 blocks to begin a group")
+            with expected if refused else nullcontext():
+                cache.check({})
+
+    def test_a_pipeline_with_a_scheduler_of_its_own(self, wan_pipeline):
+        """It shares the transformer; the cache would read steps off a scheduler that nobody steps."""
+        pipe, other = wan_pipeline(), wan_pipeline()
+        other.transformer = pipe.transformer
+        enable(pipe, cached("taylorseer"))
+        before = pipe.latents(steps=STEPS)
+        with pytest.raises(
+            RuntimeError, match="got one that stood still over three steps; a pipeline that shares"
+        ):
+            other.latents(steps=STEPS)
+        assert torch.equal(pipe.latents(steps=STEPS), before)
 
     def test_beside_a_cache_of_diffusers(self, wan_pipeline):
         pipe = wan_pipeline()

@@ -57,6 +57,7 @@ def plan() -> AccelPlan:
         validated={
             "psnr_calibration": 30.2,
             "attention_error": 0.08,
+            "layer_error": -0.06,
             "sensitivity": (0.01 * measured).tolist(),
             "trials": [trial(1, chosen=False), trial(2, chosen=True)],
             "frontier": points,
@@ -100,6 +101,10 @@ def test_the_text_tells_what_each_range_spends(plan, capsys, tmp_path):
     (head,) = [number for number, line in enumerate(lines) if line.startswith("step range")]
     assert lines[head + 1].split()[-2:] == ["75.0%", "3.00"]
     assert lines[head + 2].split()[-2:] == ["25.0%", "2.50"]
+    assert lines[head + 3 : head + 5] == [
+        "attention took 1.08 times what was predicted of its heads",
+        "layers timed alone 0.94 times, where they are furthest off",
+    ]
     assert any(line.split()[:2] == ["window", "8"] for line in lines)
     assert not any("precision" in line for line in lines)
 

@@ -18,7 +18,7 @@ from dit_accel.evaluation.models import (
 )
 from dit_accel.evaluation.result import Evaluation
 from dit_accel.evaluation.run import evaluate
-from dit_accel.evaluation.timing import dense_backend
+from dit_accel.evaluation.timing import dense_backend, pipeline_digest
 from dit_accel.evaluation.variants import DENSE, Variant, parse_variant, parse_variants
 from dit_accel.switch import stats
 
@@ -77,6 +77,33 @@ def evaluation(pipe, tmp_path_factory) -> tuple[dict, Evaluation]:
         progress=False,
     )
     return json.loads((folder / "evaluation.json").read_text()), result
+
+
+def test_a_digest_tells_weights_schedulers_and_adapters_apart(wan_pipeline):
+    pipe = wan_pipeline()
+    found = [pipeline_digest(pipe)]
+    assert pipeline_digest(wan_pipeline()) == found[0]
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    # What peft keeps on the layers that it adapts; diffusers changes these and no weights.
+    for name, value in (
+        ("scaling", {"style": 1.0}),
+        ("active_adapters", ["style"]),
+        ("disable_adapters", False),
+    ):
+        setattr(layer, name, value)
+    found.append(pipeline_digest(pipe))
+    layer.scaling["style"] = 0.4
+    found.append(pipeline_digest(pipe))
+    layer.disable_adapters = True
+    found.append(pipeline_digest(pipe))
+    layer.active_adapters = ["other"]
+    found.append(pipeline_digest(pipe))
+    with torch.no_grad():
+        layer.weight.view(-1)[0] += 1
+    found.append(pipeline_digest(pipe))
+    pipe.scheduler = type(pipe.scheduler)(shift=4.0)
+    found.append(pipeline_digest(pipe))
+    assert len(set(found)) == len(found) == 7
 
 
 def test_a_generation_is_the_pipelines_own(pipe):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.grid import TokenGrid
-from dit_accel.patterns import FAMILIES, Selection, clustered, scored, select
+from dit_accel.patterns import FAMILIES, Selection, clustered, searched, select
 from dit_accel.patterns.base import BlockSpace, until_share
 from dit_accel.patterns.samples import sampled_rows
 
@@ -263,13 +263,13 @@ def test_a_choice_serves_as_many_steps_as_asked(name: str) -> None:
 def test_a_second_search_reads_the_keys_once_with_the_first_one_s_sums(monkeypatch) -> None:
     grid, memory, given = TokenGrid(5, 7, 9), {}, []
     query, key = tokens(grid)
-    exact = scored.block_mass
+    exact = searched.block_mass
 
     def spied(*arguments, lse, **options):
         given.append(lse)
         return exact(*arguments, lse=lse, **options)
 
-    monkeypatch.setattr(scored, "block_mass", spied)
+    monkeypatch.setattr(searched, "block_mass", spied)
     masks = [
         select("searched", query, key, grid, density=0.3, block=BLOCK, state=memory).index.to_mask()
         for _ in range(2)

@@ -86,14 +86,10 @@ def nearest_needed(pairs: Tensor, distance: Tensor) -> float:
     return int((distance <= furthest + 1e-6).sum(1).max()) / len(pairs)
 
 
-SCORED = ["pooled", "antidiagonal", "lowbit", "channels", "searched"]
+SCORED = ["pooled", "antidiagonal", "lowbit", "searched"]
 DYNAMIC_CASES = [
     *(pytest.param(name, spatial, {"order": "frame"}, id=f"{name}-spatial") for name in SCORED),
-    *(
-        pytest.param(name, temporal, {"order": "space"}, id=f"{name}-temporal")
-        for name in SCORED
-        if name != "channels"  # 143 places have no few strong channels
-    ),
+    *(pytest.param(name, temporal, {"order": "space"}, id=f"{name}-temporal") for name in SCORED),
     *(pytest.param(name, stripes, {"order": "frame"}, id=f"{name}-stripes") for name in SCORED),
     *(pytest.param(name, sinks, {"order": "frame"}, id=f"{name}-sinks") for name in SCORED),
     pytest.param("pooled", spatial, {"order": "frame", "coarse": 3}, id="squares-spatial"),
@@ -115,6 +111,26 @@ def test_scored_families_hold_a_structure_in_as_many_blocks_as_it_touches(
     assert density < 0.5
     mask = select(name, query, key, GRID, density=density, block=BLOCK, **options).mask()[0]
     assert recall(support, mask) >= 0.97
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("structure", "channels"), [(spatial, 7), (stripes, 1), (sinks, 1)])
+def test_the_few_channels_that_tell_are_found_among_many(
+    structure, channels: int, dtype: torch.dtype
+) -> None:
+    """Seven frames are told apart by seven channels, what all queries read by one; 48 others hold noise."""
+    support = support_of(structure)
+    density = blocks_needed(in_blocks(support, GRID, "frame"))
+    query, key = same(*structure(GRID))
+    generator, groups = torch.Generator().manual_seed(1), query.shape[3]
+    noise = torch.randn(2, 1, GRID.video_tokens, 1, 48, generator=generator)
+    query = torch.cat((noise[0], query * ((groups + 48) / groups) ** 0.5), dim=3).to(dtype)
+    key = torch.cat((0.3 * noise[1], key), dim=3).to(dtype)
+    options = {"density": density, "block": BLOCK, "order": "frame"}
+    mask = select("channels", query, key, GRID, channels=channels, **options).mask()[0]
+    assert recall(support, mask) >= 0.97
+    alike = select("channels", query[..., :48], key[..., :48], GRID, channels=channels, **options).mask()[0]
+    assert recall(support, alike) < 0.6  # the noise alone
 
 
 @pytest.mark.parametrize("structure", [spatial, temporal])

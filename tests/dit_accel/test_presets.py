@@ -606,14 +606,15 @@ def test_presets_have_the_numbers_that_were_published(name: str) -> None:
 
 
 def test_what_authors_calibrate_is_said():
-    named = {"sparse-vdit", "sta", "moa", "svoo", "paro", "doublesparsity", "sale"}
+    named = {"doublesparsity", "minference", "moa", "paro", "sale", "sparge", "sparse-vdit", "sta", "svoo"}
     assert {name for name, preset in PRESETS.items() if preset.calibrated} == named
     for name in PRESETS:
         said = AccelPlan.preset(name).objective.get("uncalibrated", "")
-        assert (name in named) == said.endswith(
-            f"dit_accel.calibrate(..., candidates={name!r}) chooses for each"
-        )
+        assert bool(said) == (name in named)
         if name in named:
+            chosen = PRESETS[name].chosen
+            assert said.endswith(f"dit_accel.calibrate(..., candidates={name!r}) gives each head {chosen}")
+            assert chosen
             dense, *others = published_candidates(name)
             assert dense.is_dense
             assert PRESETS[name].family in {c.family for c in others} | {"profiled"}

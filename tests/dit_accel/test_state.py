@@ -36,6 +36,14 @@ def test_branches_are_counted_apart(state):
     assert state.stats.sparse_calls == 4
 
 
+def test_a_batch_that_lost_a_branch_inside_a_forward_holds_one(state):
+    state.begin(GRID, 0.0, paired=True, batch=4)
+    assert [state.holds_both(torch.zeros(batch, 35, 2, 8)) for batch in (4, 2)] == [True, False]
+    state.end()
+    state.begin(GRID, 0.5, paired=False, batch=4)
+    assert not state.holds_both(torch.zeros(4, 35, 2, 8))
+
+
 def test_another_grid_than_the_plan_was_calibrated_on_is_said_once(tiny, caplog):
     calibrated = replace(WINDOW, grid=TokenGrid(1, 5, 8))
     elsewhere = AccelState(calibrated, family_of(tiny("wan").transformer))

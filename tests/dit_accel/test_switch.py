@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
 from torch import nn
 
 import dit_accel
@@ -212,6 +214,45 @@ def test_a_sparse_plan_runs_under_autocast(tiny):
         enable(model.transformer, FULL)
         found = model.run()
     assert (found - plain).norm() / plain.norm() < 0.02
+
+
+@pytest.mark.parametrize("plan", [FULL, DENSE], ids=["sparse", "dense"])
+def test_compiled_blocks_run_under_autocast(tiny, fresh_compiler, plan):
+    """A compiled graph has its casts written down and runs with autocast off."""
+    model = tiny("cogvideox")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model.run()
+        enable(model.transformer, plan)
+        compile_blocks(model, backend="aot_eager")
+        found = model.run()
+    assert (found - plain).norm() / plain.norm() < 0.02
+
+
+def test_a_hook_of_diffusers_that_came_later_stays(tiny):
+    """One with a forward of its own, as that of FasterCache is."""
+
+    class Doubled(DiffusersHook):
+        def new_forward(self, module, *args, **kwargs):
+            return tuple(2 * x for x in self.fn_ref.original_forward(*args, **kwargs))
+
+    model = tiny("wan")
+    plain = model.run()
+    enable(model.transformer, FULL)
+    HookRegistry.check_if_exists_or_initialize(model.transformer).register_hook(Doubled(), "doubled")
+    disable(model.transformer)
+    assert torch.equal(model.run(), 2 * plain)
+    model.transformer._diffusers_hook.remove_hook("doubled", recurse=False)
+    assert torch.equal(model.run(), plain)
+
+
+def test_an_enabled_model_is_not_copied(wan_pipeline):
+    pipe = wan_pipeline()
+    enable(pipe, WINDOW)
+    for part in (pipe.transformer, pipe.components):
+        with pytest.raises(ValueError, match=r"disable\(pipe\) before copying it"):
+            copy.deepcopy(part)
+    disable(pipe)
+    assert copy.deepcopy(pipe.transformer) is not pipe.transformer
 
 
 def test_attn_processors_work_without_enable(any_tiny):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline
+from diffusers import FluxImg2ImgPipeline, LTXConditionPipeline
 
 import dit_accel
 from dit_accel import AccelPlan
@@ -15,6 +15,7 @@ from dit_accel.evaluation.generate import generate, generate_variant
 from dit_accel.evaluation.metrics import latent_rel_l2, psnr
 from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.variants import plan_variant
+from dit_accel.state import ForwardError
 from dit_accel.switch import states
 
 CANDIDATES = (Candidate("dense", 1.0), Candidate("window", 0.4), Candidate("pooled", 0.4, remainder=True))
@@ -57,6 +58,16 @@ def test_a_pipeline_that_lacks_its_picture_says_so(whole_pipeline):
     )
     with pytest.raises(ValueError, match=message):
         generate(pipe, PROMPT, settings("flux"), seed=0)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers' scheduler
+def test_what_a_plan_refuses_is_not_put_down_to_a_missing_picture(whole_pipeline):
+    pipe = LTXConditionPipeline.from_pipe(whole_pipeline("ltx"))
+    dit_accel.enable(pipe, AccelPlan.preset("window", density=0.4))
+    with pytest.raises(ForwardError, match="^LTX: expected .*video_coords cannot run a sparse plan$"):
+        generate(pipe, PROMPT, settings("ltx"), seed=0)
+    dit_accel.disable(pipe)
+    assert generate(pipe, PROMPT, settings("ltx"), seed=0).is_finite
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
