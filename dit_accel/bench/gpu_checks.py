@@ -242,7 +242,8 @@ def check_layer(
     native = [replace(c, precision="native") for c in candidates]
     expected = layer("reference", native, ({}, {}))
     wrong = torch.arange(len(candidates), device=device) % 2 == 0
-    dense = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    heads_first = [x.float().transpose(1, 2) for x in (q, k, v)]
+    dense = F.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2]).transpose(1, 2)
     found = errors(got, expected), errors(repaired(got)[:, :, ::2], dense[:, :, ::2])
     waits = _waits(device, lambda: repaired(layer("triton", candidates, kept)))
     right = all(error <= ALLOWED[c.precision] for error, c in zip(found[0], candidates, strict=True))

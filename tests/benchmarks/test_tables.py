@@ -91,7 +91,13 @@ def test_gate_table_shows_the_worst_of_each_precision() -> None:
         row | {"registers": 100, "in_flight": 3, "matrix_instructions": ["IGMMA"]},
         row | {"registers": 200, "in_flight": 2, "stack": 8, "matrix_instructions": ["HGMMA"]},
         row
-        | {"arch": "gfx942", "registers": 64, "in_flight": None, "local": 4, "matrix_instructions": ["v_mfma"]},
+        | {
+            "arch": "gfx942",
+            "registers": 64,
+            "in_flight": None,
+            "local": 4,
+            "matrix_instructions": ["v_mfma"],
+        },
     ]
     lines = tables.TABLES["gate"][1]({"rows": rows}).splitlines()
     assert lines[2:] == [
