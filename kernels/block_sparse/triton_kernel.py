@@ -426,9 +426,9 @@ def launch_options(
     else:
         tile_q, tile_k, warps, stages = 64, 64, 4, 3
     if value_bytes == 1 and tile_d == 128:
-        # Tiles of half the bytes leave room for one more in flight. Beside partial sums of FP8 products a scale per key
-        # finds no registers, nor do addresses of more tiles beside masks and means.
-        tile_k, stages = (32, 3) if varying else (tile_k, 2 if masked and remainder else 4)
+        # Tiles of half the bytes leave room for more of them in flight. Beside partial sums of FP8 products a scale per
+        # key finds no registers. With masks and means 3 and 4 stages spill a few bytes, 5 do not.
+        tile_k, stages = (32, 3) if varying else (tile_k, 5 if masked and remainder else 4)
     if tile_d == 128 and not chip.from_shared and (varying or (remainder and key_bytes > 1)):
         # Nor does what these loops hold beside both operands and a long row of output.
         tile_k = 32
@@ -438,6 +438,11 @@ def launch_options(
     tile_means = min(tile_k, 32) if value_bytes == 1 or (tile_d > 64 and key_bytes > 1) else tile_k
     if tile_d == 128 and not chip.from_shared and key_bytes < value_bytes and not varying:
         tile_means = 16
+    if chip.lanes == 64 and tile_d == 128 and varying:
+        tile_means = 16
+    if chip.lanes == 64 and key_bytes == 1:
+        # What is on its way there waits in registers.
+        stages = min(stages, 2)
     stage = tile_k * tile_d * (key_bytes + value_bytes)
     while stages > 1 and tile_q * tile_d * key_bytes + stages * stage > chip.shared:
         stages -= 1

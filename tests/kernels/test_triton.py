@@ -100,6 +100,9 @@ def test_compiles(architecture, configuration, tmp_path, monkeypatch):
     assert not compiled.stack, compiled
     assert not compiled.local, compiled
     assert compiled.shared <= SHARED_LIMITS[architecture], compiled
+    if architecture == "sm_90" and configuration.dim <= 128:
+        # Keys and values of a tile beyond the one that is multiplied are on their way, in every loop.
+        assert compiled.in_flight >= 2, compiled
 
 
 ORDER = {"order": "*i64", "mask": "*i1", "mean": "*fp32", "scales": "*fp32"}
