@@ -216,6 +216,25 @@ def test_what_is_identical_to_dense_is_nobody_s_success(killed_then_finished):
     assert "100.0 dB" not in line
 
 
+@pytest.mark.parametrize(("speedup", "told"), [(2.2, "`sparge+means` at 33.0 dB"), (1.9, "none")])
+def test_points_above_the_plan_s_curve_are_told(killed_then_finished, speedup, told):
+    report = copy.deepcopy(killed_then_finished)
+    variants = {row["name"]: row for row in report["evaluation"]["variants"]}
+    measured = {
+        ("plan", 26.0): (27.0, 3.0),
+        ("plan", 34.0): (34.0, 1.8),  # between them 1.94 at 33 dB
+        ("sparge+means", 26.0): (33.0, speedup),
+        ("sparge+means", 34.0): (60.0, 0.9),  # slower than dense
+        ("sta", 26.0): (26.0, 2.9),
+        ("sta", 34.0): (26.0, 2.9),
+    }
+    for row in report["rows"]:
+        level, faster = measured.get((row["label"], row["target"]), (100.0, 1.0))
+        variants[row["row"]].update(psnr_mean=level, speedup=faster, identical_to_dense=level == 100.0)
+    lines = tables.TABLES["equal_psnr"][1](report).splitlines()
+    assert f"Measured points above the plan's curve: {told}." in lines
+
+
 def test_the_table_reads_speedups_and_names_the_best_of_the_others(killed_then_finished):
     report = copy.deepcopy(killed_then_finished)
     report["speedup_at"] |= {"sta": [2.0, None], "sparge+means": [1.5, 1.2], "plan": [3.0, 1.8]}
