@@ -66,7 +66,9 @@ def dial_of(label: str, steps: int) -> Dial:
     }
     if "reuse" in options:
         options["reuse"] = max(1, round(int(options["reuse"]) * steps / PUBLISHED_STEPS))
-    options["remainder"] = preset.remainder or label.endswith(MEANS)
+    if label.endswith(MEANS):
+        options["remainder"] = True
+        options.pop("features", None)  # they are in the place of the means
     by_mass = options.pop("top_p", None) is not None
     settings = "".join(f":{option}={value}" for option, value in options.items())
     if by_mass:
@@ -82,9 +84,8 @@ def best_presets(report: dict[str, Any], count: int) -> list[str]:
     ways: list[tuple[float, str]] = []
     for row in report["generations"]["rows"]:
         name = row["preset"]
-        if name in PRESETS and row["remainder"] >= PRESETS[name].remainder and row["speedup"] > 1:
-            added = row["remainder"] and not PRESETS[name].remainder
-            ways.append((row["psnr_mean"], f"{name}{MEANS}" if added else name))
+        if name in PRESETS and row["speedup"] > 1:
+            ways.append((row["psnr_mean"], f"{name}{MEANS}" if row["remainder"] else name))
     chosen: dict[str, str] = {}  # labels by the dial, which tells systems that are one
     for _, label in sorted(ways, reverse=True):
         if label.removesuffix(MEANS) not in {other.removesuffix(MEANS) for other in chosen.values()}:

@@ -28,7 +28,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from types import ModuleType
@@ -85,9 +85,9 @@ class Setting:
     block: int
 
     def with_and_without(self) -> list[Candidate]:
-        """The candidate without remainder and with it, where it leaves anything out."""
+        """The candidate as published and with the means of what it leaves out, if it leaves anything out."""
         leaves_out = FAMILIES[self.candidate.family].density != 1.0
-        return [replace(self.candidate, remainder=way) for way in ((False, True) if leaves_out else (False,))]
+        return [self.candidate, self.candidate.with_means()] if leaves_out else [self.candidate]
 
     @property
     def label(self) -> str:

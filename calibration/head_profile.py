@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel.kernels.low_rank import Features
 from dit_accel.kernels.prepare import E4M3_MAX, TINY, key_group, quantise
 
 EVERY = 8  # rows from one whose error is kept to the next
@@ -16,6 +17,7 @@ SUMS = ("mass", "error", "effect", "norm", "rows")
 # Key blocks of varying length are cut into tiles of this many tokens, the last one of a block partly empty.
 _VARYING_TILE = 16
 _TINY = 1e-30
+_MOST = 80.0  # a weight's logarithm in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +70,20 @@ def profile_head(
     kept: Tensor,
     keeps: Tensor,
     remainder: Tensor,
-    precisions: Sequence[str],
+    ways: Sequence[tuple[str, tuple[int, int] | None]],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The sums `SUMS` of a head in one arrangement, `[5, candidates]`, and the errors of every eighth row of each run.
 
     lengths: rows of each run of rows that read the same blocks; kept: bool `[patterns, runs, blocks]`; keeps: int64
-    `[candidates]`, the pattern of each; remainder: float `[candidates]`, what the means of the rest weigh;
-    precisions: of the candidates.
+    `[candidates]`, the pattern of each; remainder: float `[candidates]`, what stands for the rest weighs;
+    ways: of the candidates, their precision, and their random features, see `Candidate.features`.
     """
     candidates, everything = len(keeps), len(kept)
     dim = head.query.shape[1]
-    members = {p: [m for m, own in enumerate(precisions) if own == p] for p in ("native", *precisions)}
-    operands = {p: _operands(head, tiles, hidden, p, scale) for p in members}
+    exactly = ("native", None)
+    members = {way: [m for m, own in enumerate(ways) if own == way] for way in (exactly, *ways)}
+    operands = {way: _operands(head, tiles, hidden, *way, scale) for way in members}
     # One more pattern that keeps everything gives the dense output from the same sums.
     selected = F.pad(kept.to(torch.float32), (0, 0, 0, 0, 0, 1), value=1.0)
     left_out = 1 - selected
@@ -95,17 +98,17 @@ def profile_head(
         start, stop = stop, stop + length
         real = None if head.real is None else head.real[start:stop, None]
         error = torch.empty(candidates, length, dim, device=head.query.device)
-        for precision, of_precision in members.items():
-            parts, mass, rest, rest_mass = operands[precision].attend(
+        for way, of_way in members.items():
+            parts, mass, rest, rest_mass = operands[way].attend(
                 slice(start, stop), selected[:, number], left_out[:, number], real
             )
-            if precision == "native":
+            if way == exactly:
                 # Of exact weights, whatever the precision a candidate runs in.
                 exact = mass
                 dense = parts[everything] / mass[everything].clamp(min=_TINY)[:, None]
-            own, weight = keeps[of_precision], remainder[of_precision][:, None]
+            own, weight = keeps[of_way], remainder[of_way][:, None]
             total = (mass[own] + weight * rest_mass[own]).clamp(min=_TINY)
-            error[of_precision] = (parts[own] + weight[..., None] * rest[own]) / total[..., None] - dense
+            error[of_way] = (parts[own] + weight[..., None] * rest[own]) / total[..., None] - dense
         sums[0] += (exact[keeps] / exact[everything].clamp(min=_TINY)).sum(-1)
         sums[1] += error.square().sum((1, 2))
         some_errors.append(error[:, ::EVERY].to("cpu", torch.bfloat16))
@@ -120,8 +123,9 @@ def profile_head(
 class _Operands:
     """One head in one precision, as float32 numbers that the precision has.
 
-    query `[rows, dim]`, with the softmax scale in it; key `[dim, tiles * tile]`; value `[tiles, tile, dim]`; of every
-    key block the mean key and value `[blocks, dim]` and the number of its keys `[blocks]`.
+    query `[rows, dim]`, with the softmax scale in it, and `plain_query` as it was; key `[dim, tiles * tile]`; value
+    `[tiles, tile, dim]`; of every key block the mean key and value `[blocks, dim]` and the number of its keys
+    `[blocks]`, or random features.
     """
 
     query: Tensor
@@ -132,11 +136,14 @@ class _Operands:
     counts: Tensor
     hidden: Tensor | None
     e4m3: bool
+    plain_query: Tensor
+    features: Features | None
 
     def attend(
         self, rows: slice, selected: Tensor, left_out: Tensor, real: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums of weighted values `[patterns, rows, dim]` and of weights `[patterns, rows]`, of keys and of means.
+        """Sums of weighted values `[patterns, rows, dim]` and of weights `[patterns, rows]`, of keys and of what stands
+        for the others, their means or random features.
 
         selected: `[patterns, tiles]`; left_out: `[patterns, blocks]`; real: bool `[rows, 1]`, rows of padding count
         nothing. Weights are relative to the row's largest of a key.
@@ -155,6 +162,13 @@ class _Operands:
         parts = torch.bmm(by_tile.transpose(0, 1), self.value)
         output = (selected @ parts.view(count, -1)).view(len(selected), -1, dim)
         mass = selected @ by_tile.sum(-1).T
+        if self.features is not None:
+            wanted = self.plain_query[rows].expand(len(left_out), -1, -1)
+            rest, logarithms = self.features.attend(wanted, left_out)
+            weight = (logarithms - largest[:, 0]).clamp(max=_MOST).exp()
+            if real is not None:
+                weight = weight * real[:, 0]
+            return output, mass, rest * weight[..., None], weight
         means = (query @ self.mean_key.T - largest).exp_() * self.counts
         # A block's stand-in may weigh more than any single key.
         top = means.amax(-1, keepdim=True).clamp_(min=1)
@@ -168,11 +182,23 @@ class _Operands:
         return (weights * E4M3_MAX).to(torch.float8_e4m3fn).float() / E4M3_MAX if self.e4m3 else weights
 
 
-def _operands(head: Head, tiles: Tiles, hidden: Tensor, precision: str, scale: float) -> _Operands:
-    """See `dit_accel.kernels.prepare` for what a precision does to its operands."""
+def _operands(
+    head: Head,
+    tiles: Tiles,
+    hidden: Tensor,
+    precision: str,
+    features: tuple[int, int] | None,
+    scale: float,
+) -> _Operands:
+    """See `dit_accel.kernels.prepare` for what a precision does to its operands; random features are not rounded."""
     dim, count = head.query.shape[1], tiles.blocks if tiles.block is None else len(tiles.block)
     query, keys, values = head.query, head.key.float(), head.value.float()
     real = ~hidden
+    of_keys = None
+    if features is not None:
+        rank, seed = features
+        length = len(hidden) // count
+        of_keys = Features.of_keys(keys, values, real, block=length, features=rank, seed=seed, scale=scale)
     if precision != "native":
         keys = keys - (keys * real[:, None]).sum(0) / real.sum().clamp(min=1)
     shown = [x.masked_fill(hidden[:, None], 0).view(count, -1, dim).sum(1) for x in (keys, values)]
@@ -198,6 +224,8 @@ def _operands(head: Head, tiles: Tiles, hidden: Tensor, precision: str, scale: f
         counts,
         hidden if hidden.any() else None,
         e4m3,
+        head.query,
+        of_keys,
     )
 
 

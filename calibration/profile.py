@@ -155,10 +155,11 @@ def profile_call(
     arrangements = memory.chosen + chosen(own, False)
     density = torch.zeros(len(candidates), dtype=torch.float64)
     sums = torch.zeros(len(SUMS), heads, len(candidates), dtype=torch.float64)
-    remainder = torch.tensor([c.remainder for c in candidates], device=query.device)
+    # What is made of random features stands for what is left out with its own weight.
+    remainder = torch.tensor([1.0 if c.features else c.remainder for c in candidates], device=query.device)
     plain = torch.tensor([c.precision == "native" and c.remainder in (0, 1) for c in candidates])
     patterns = plain.cumsum(0) - 1
-    precisions = [c.precision for c in candidates]
+    ways = [(c.precision, c.features) for c in candidates]
     places_each = sum(-(-(stop - start) // EVERY) for start, stop in _stretches(picks, block, seq))
     errors = torch.zeros(heads, int(plain.sum()), batch, places_each, dim, dtype=torch.bfloat16)
     for group in arrangements:
@@ -189,7 +190,7 @@ def profile_call(
                     group.kept[b][:, h, : len(lengths)],
                     keeps,
                     remainder[at],
-                    [precisions[member] for member in group.members],
+                    [ways[member] for member in group.members],
                     scale,
                 )
                 sums[:, h, at] += sums_of_head
@@ -279,7 +280,8 @@ def _arranged(
             spans.append([_spans(first.index, b, h, picks, block) for h in range(query.shape[2])])
             width = max(len(one) for one in spans[b])
             rows = torch.tensor([[row for *_, row in s] + [0] * (width - len(s)) for s in spans[b]])
-            kept.append(torch.stack([_kept_blocks(one.index, b, rows.to(query.device)) for one in distinct]))
+            rows = rows.to(query.device)
+            kept.append(torch.stack([one.index.kept_blocks(b, rows) for one in distinct]))
         arrangements.append(
             _Arrangement(
                 members,
@@ -314,20 +316,6 @@ def _spans(index: BlockIndex, b: int, h: int, picks: Sequence[int], block: int) 
             spans.append((start, min(stop, starts[row + 1]), row))
             start = spans[-1][1]
     return spans
-
-
-def _kept_blocks(index: BlockIndex, batch: int, rows: Tensor) -> Tensor:
-    """bool `[heads, rows, cols]`: kept key blocks of query blocks `[heads, rows]`, without the whole mask."""
-    b = batch % index.batch
-    counts, offsets = (x[b].expand(len(rows), -1).gather(1, rows) for x in (index.counts, index.offsets))
-    entry = torch.arange(max(int(counts.max()), 1), device=counts.device)
-    valid = entry < counts[..., None]
-    kept = torch.zeros(*counts.shape, index.cols + 1, dtype=torch.bool, device=counts.device)
-    if index.indices.numel():
-        place = (offsets[..., None] + entry).clamp(max=index.indices.numel() - 1)
-        # Entries past a row's end go to one extra column, which is cut off.
-        kept.scatter_(-1, torch.where(valid, index.indices[place].long(), index.cols), True)
-    return kept[..., :-1]
 
 
 def _spread(total: int, count: int, phase: float) -> Tensor:

@@ -14,6 +14,7 @@ from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
 from dit_accel.kernels import BlockIndex, block_sparse_attention, resolve_backend, resolve_precision
 from dit_accel.kernels.backend import on_device
+from dit_accel.kernels.low_rank import add_low_rank
 from dit_accel.patterns import FAMILIES, Selection, select
 from dit_accel.patterns.base import SHARED
 
@@ -134,6 +135,7 @@ class _Launch:
     key_order: Tensor | None
     # weight of the means: float64 `[heads]`, or alike for all
     remainder: Tensor | bool
+    low_rank: Sequence[_LowRank] = ()
 
     def run(
         self,
@@ -145,7 +147,8 @@ class _Launch:
         backend: str,
         precision: str,
     ) -> Tensor:
-        return block_sparse_attention(
+        attention = functools.partial(
+            block_sparse_attention,
             query,
             key,
             value,
@@ -158,6 +161,47 @@ class _Launch:
             key_order=self.key_order,
             remainder=self.remainder,
         )
+        if not self.low_rank:
+            return attention()
+        output, lse = attention(return_lse=True)
+        for part in self.low_rank:
+            part.complete(output, lse, query, key, value, scale, key_mask)
+        return output
+
+
+@dataclass(frozen=True, eq=False)
+class _LowRank:
+    """Heads of a launch whose left-out blocks contribute through random features."""
+
+    selection: Selection
+    members: tuple[int, ...]
+    features: int
+    seed: int
+
+    def complete(
+        self,
+        output: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        key_mask: Tensor | None,
+    ) -> None:
+        at = on_device(self.members, query.device)
+        completed, _ = add_low_rank(
+            output.index_select(2, at),
+            lse.index_select(1, at),
+            *(x.index_select(2, at) for x in (query, key, value)),
+            self.selection.index,
+            features=self.features,
+            seed=self.seed,
+            scale=scale,
+            key_mask=key_mask,
+            query_order=self.selection.query_order,
+            key_order=self.selection.key_order,
+        )
+        output.index_copy_(2, at, completed)
 
 
 def _prepare(
@@ -182,6 +226,7 @@ def _prepare(
     """
     heads = query.shape[2]
     chosen: list[tuple[Selection, list[int]]] = []
+    low_rank: list[_LowRank] = []
     for members in _together(candidates):
         candidate = candidates[members[0]]
         family = FAMILIES[candidate.family]
@@ -224,6 +269,8 @@ def _prepare(
             **options,
         )
         chosen.append((selection.repeated(2) if one_for_both else selection, members))
+        if candidate.features is not None:
+            low_rank.append(_LowRank(chosen[-1][0], tuple(members), *candidate.features))
     index = chosen[0][0].index
     if len(chosen) > 1:
         index = BlockIndex.merge_heads([(selection.index, members) for selection, members in chosen], heads)
@@ -232,16 +279,16 @@ def _prepare(
     share = sum(selection.kept_share() * (len(members) / heads) for selection, members in chosen)
     density = share if query.device.type == "cuda" else float(share)
     if all(selection.in_model_order for selection, _ in chosen):
-        return _Launch(index, density, None, None, remainder)
+        return _Launch(index, density, None, None, remainder, low_rank)
     names = {selection.order_name for selection, _ in chosen}
     if len(chosen) == 1 or (len(names) == 1 and None not in names):
         first = chosen[0][0]
-        return _Launch(index, density, first.query_order, first.key_order, remainder)
+        return _Launch(index, density, first.query_order, first.key_order, remainder, low_rank)
     query_order = _merged([(selection.query_order, members) for selection, members in chosen], heads)
     if all(selection.key_order is selection.query_order for selection, _ in chosen):
-        return _Launch(index, density, query_order, query_order, remainder)
+        return _Launch(index, density, query_order, query_order, remainder, low_rank)
     key_order = _merged([(selection.key_order, members) for selection, members in chosen], heads)
-    return _Launch(index, density, query_order, key_order, remainder)
+    return _Launch(index, density, query_order, key_order, remainder, low_rank)
 
 
 def _memory(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_accel.kernels import PRECISIONS
@@ -46,6 +46,23 @@ class Candidate:
             raise ValueError(
                 f"remainder: expected false, since family {self.family!r} leaves nothing out, got {self.remainder:g}"
             )
+        if self.remainder and self.features:
+            raise ValueError(
+                f"remainder: expected false beside option 'features' of family {self.family!r}, by which what is left "
+                f"out contributes already, got {self.remainder:g}"
+            )
+
+    def with_means(self) -> Candidate:
+        """The candidate whose left-out blocks contribute through their means, in place of random features."""
+        options = tuple(option for option in self.options if option[0] != "features")
+        return replace(self, options=options, remainder=True)
+
+    @property
+    def features(self) -> tuple[int, int] | None:
+        """Number and seed of the random features by which what is left out contributes, see `add_low_rank`."""
+        options = family_named(self.family).with_defaults(dict(self.options))
+        features = int(options.get("features", 0))
+        return (features, int(options["seed"])) if features else None
 
     @property
     def is_dense(self) -> bool:

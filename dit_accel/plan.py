@@ -195,12 +195,15 @@ class AccelPlan:
                     f"its authors calibrate {published.calibrated}, here all heads are alike; "
                     f"dit_accel.calibrate(..., candidates={name!r}) gives each head {published.chosen}"
                 )
-            name, options = published.family, {**published.options, **options}
+            # Means that are asked for take the place of random features.
+            settings = {
+                o: value for o, value in published.options.items() if o != "features" or not remainder
+            }
+            name, options = published.family, {**settings, **options}
             density = published.density if density is None else density
             block = published.block if block is None else block
             warm_up = published.warm_up if warm_up is None else warm_up
             dense_layers = published.dense_layers if dense_layers is None else dense_layers
-            remainder = published.remainder if remainder is None else remainder
         if name not in FAMILIES:
             raise ValueError(
                 f"unknown preset {name!r}; families: {', '.join(FAMILIES)}; published systems: {', '.join(PRESETS)}; "

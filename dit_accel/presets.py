@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Preset:
-    """A family with its density, options, tokens per block, dense beginning (progress from 0 to 1) and remainder.
+    """A family with its density, options, tokens per block, and dense beginning (progress from 0 to 1).
 
     dense_layers: share of the layers, the first ones, that stay dense.
     calibrated: what the authors calibrate, where one choice for all heads stands in for it here; chosen: what
@@ -27,7 +27,6 @@ class Preset:
     block: int = 64
     warm_up: float = 0.0
     dense_layers: float = 0.0
-    remainder: bool = False
     calibrated: str = ""
     chosen: str = ""
 
@@ -84,8 +83,9 @@ PRESETS: dict[str, Preset] = {
     "radial": Preset("radial", 0.3, {"sink": 1}, block=128, warm_up=0.05),
     # A stretch around every query, and the head's share of the other columns. https://arxiv.org/abs/2407.17678
     "s2": Preset("sharded", 0.3),
-    # Sorted by a hash, the rest by a low-rank part, which here is the means. https://arxiv.org/abs/2110.15343
-    "scatterbrain": Preset("hashed", 0.25, remainder=True),
+    # Sorted by a hash, the rest by random features, as many as a head has channels in most models.
+    # https://arxiv.org/abs/2110.15343
+    "scatterbrain": Preset("hashed", 0.25, {"features": 64}),
     # Bands, skipped and dense heads, found by calibration; without it all heads are bands.
     # https://arxiv.org/abs/2506.03065
     "sparse-vdit": Preset(

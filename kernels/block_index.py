@@ -250,6 +250,21 @@ class BlockIndex:
         mask[row, self.indices[entry].long()] = True
         return mask.view(*self.counts.shape, self.cols)
 
+    def kept_blocks(self, batch: int, rows: Tensor) -> Tensor:
+        """Key blocks that some query blocks read, bool `[heads, n, cols]`, for which the host does not wait.
+
+        batch: number of the batch element; rows: int64 `[heads, n]`, numbers of query blocks.
+        """
+        counts, offsets = (x[batch % self.batch].gather(1, rows) for x in (self.counts, self.offsets))
+        kept = torch.zeros(*counts.shape, self.cols + 1, dtype=torch.bool, device=counts.device)
+        if self.indices.numel():
+            entry = torch.arange(self.cols, device=counts.device)
+            place = (offsets[..., None] + entry).clamp(max=self.indices.numel() - 1)
+            # Entries past a row's end go to one extra column, which is cut off.
+            columns = torch.where(entry < counts[..., None], self.indices[place].long(), self.cols)
+            kept.scatter_(-1, columns, True)
+        return kept[..., :-1]
+
     def token_mask(self) -> Tensor:
         """Token mask, bool `[batch or 1, heads, seq_q, seq_k]`: seq_q * seq_k bytes per head."""
         queries, keys = self.query_blocks(), self.key_blocks()

@@ -5,6 +5,9 @@ of plane i a vector lies. In the order of a Gray code neighbours differ in one b
 Queries and keys are sorted apart, each after their mean was taken off, so that planes through the origin divide them.
 Within the sorted sequences attention is a band of blocks. `top_p` > 0 lets a row stop earlier, once the best of its
 band hold that share of its mass, as the means of blocks estimate it. Text is not hashed.
+
+`features` > 0 gives weights to the keys that are left out too, by so many random features (Scatterbrain,
+https://arxiv.org/abs/2110.15343; see `dit_accel.kernels.low_rank`), where the remainder gives them that of their means.
 """
 
 import functools
@@ -41,9 +44,12 @@ def _arrange(
     planes: int,
     seed: int,
     top_p: float,
+    features: int,
 ) -> Selection:
-    """`planes`: bits of the hash, up to 30; `seed`: of the random planes."""
+    """`planes`: bits of the hash, up to 30; `seed`: of the random planes and features."""
     check_share("hashed", "top_p", top_p)
+    if features < 0:
+        raise ValueError(f"option 'features' of family 'hashed': expected at least 0, got {features!r}")
     if not 1 <= planes <= 30:
         raise ValueError(f"option 'planes' of family 'hashed': expected 1 to 30, got {planes!r}")
     space = BlockSpace(grid, "frame", block, query.device)
@@ -97,5 +103,5 @@ HASHED = Family(
     "hashed",
     static=False,
     arrange=_arrange,
-    options=MappingProxyType({"planes": 12, "seed": 0, "top_p": 0.0, **SERVES}),
+    options=MappingProxyType({"planes": 12, "seed": 0, "top_p": 0.0, "features": 0, **SERVES}),
 )

@@ -67,6 +67,15 @@ def test_families_of_one_density_keep_it():
     assert [(c.density, c.remainder) for c in skip.with_and_without()] == [(0.0, False), (0.0, True)]
 
 
+def test_means_take_the_place_of_random_features():
+    hyperattention, scatterbrain = (
+        presets.at_density(PRESETS[name], 0.25, 20).with_and_without()
+        for name in ("hyperattention", "scatterbrain")
+    )
+    assert [(c.features, c.remainder) for c in scatterbrain] == [((64, 0), 0.0), (None, 1.0)]
+    assert scatterbrain[1] == hyperattention[1]
+
+
 def test_names_tell_settings_apart():
     base = presets.at_density(PRESETS["natten"], 0.25, 20)
     others = [

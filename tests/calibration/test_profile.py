@@ -13,7 +13,7 @@ from dit_accel.calibration.candidates import default_candidates
 from dit_accel.calibration.profile import Earlier, profile_call
 from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
-from dit_accel.kernels import PRECISIONS
+from dit_accel.kernels import PRECISIONS, low_rank
 from dit_accel.patterns import select
 
 CLUSTERS = (("iterations", 3), ("key_clusters", 7), ("query_clusters", 4))
@@ -34,6 +34,7 @@ CANDIDATES = (
     Candidate("antidiagonal", 0.3),
     Candidate("searched", 0.3, remainder=True),
     Candidate("hashed", 0.3, (("planes", 5),), remainder=True),
+    Candidate("hashed", 0.3, (("features", 7), ("planes", 5), ("seed", 3))),
     Candidate("balanced", 0.3, remainder=True),
     Candidate("clustered", 0.3, CLUSTERS),
     Candidate("clustered", 0.5, CLUSTERS, remainder=True),
@@ -83,6 +84,21 @@ def brute_force(query, key, value, grid, candidate, block, key_mask):
         rest = (q @ means[0].mT * scale - shift).exp() * sizes[:, :, None] / dense_sum
         rest = candidate.remainder * rest * left_out * real[:, None, :, None]
         output, total = output + rest @ means[1], total + rest.sum(-1)
+    if candidate.features:
+        # By pairs of tokens; keys without their mean, which all weights of a query share.
+        rank, seed = candidate.features
+        counted = real[:, None, :, None] / real.sum(1).view(-1, 1, 1, 1)
+        mean, scale = (k * counted).sum(2, keepdim=True), query.shape[-1] ** -0.5
+        left, right = (
+            (scale**0.5 * x @ low_rank._normals(q.shape[-1], rank, seed, q.device).double()
+             - scale / 2 * x.square().sum(-1, keepdim=True)).exp()
+            for x in (q, k - mean)
+        )  # fmt: skip
+        shared = (q @ mean.mT * scale - scores.logsumexp(-1, keepdim=True)).exp()
+        rest = (
+            left @ right.mT / rank * shared * ~selected.mask() * real[:, None, None] * real[:, None, :, None]
+        )
+        output, total = output + rest @ v, total + rest.sum(-1)
     output = torch.where(total[..., None] > 0, output / total[..., None].clamp(min=1e-300), 0.0)
     rows = int(real.sum())
     return mass.sum((0, 2)), (output - dense).square().sum((0, 2, 3)), dense.square().sum((0, 2, 3)), rows

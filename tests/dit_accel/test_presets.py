@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from dit_accel.attention import attend
 from dit_accel.calibration import published_candidates
 from dit_accel.grid import AXIS_ORDERS, TokenGrid
+from dit_accel.kernels import low_rank
 from dit_accel.patterns import FAMILIES, Selection, select
 from dit_accel.plan import AccelPlan
 from dit_accel.presets import PRESETS
@@ -518,7 +520,29 @@ def test_hyperattention_and_scatterbrain_sort_by_an_angular_hash(name: str) -> N
     assert torch.equal(selection.key_order, gray_sorted(key))
     expected = band(23, kept_at(0.25, 23))
     assert all(torch.equal(mask, expected) for mask in blocks(selection).flatten(0, 1))
-    assert AccelPlan.preset(name).candidates[-1].remainder == (name == "scatterbrain")
+    sparse = AccelPlan.preset(name).candidates[-1]
+    assert (sparse.features, sparse.remainder) == ((64, 0) if name == "scatterbrain" else None, 0.0)
+
+
+def test_scatterbrain_adds_random_features_of_the_pairs_outside_the_band() -> None:
+    query, key, value = tensors(VIDEO, heads=2)
+    plan, scale = AccelPlan.preset("scatterbrain"), 32**-0.5
+    output, _ = attend(query, key, value, VIDEO, plan.candidates, [len(plan.candidates) - 1], block=16)
+    support = chosen("scatterbrain", query, key, VIDEO).mask()
+    directions = low_rank._normals(32, 64, 0, query.device).double()
+    for b, h in itertools.product(range(2), range(2)):
+        q, k = query[b, :, h], key[b, :, h]
+        mean = k.mean(0)  # softmax does not see it: all weights of a query shrink alike
+        left, right = (
+            (scale**0.5 * x @ directions - scale / 2 * x.square().sum(1, keepdim=True)).exp() / 8
+            for x in (q, k - mean)
+        )
+        weights = torch.where(support[b, h], (scale * q @ (k - mean).T).exp(), left @ right.T)
+        expected = weights @ value[b, :, h] / weights.sum(1, keepdim=True)
+        # Both parts are weighed by float32 log-sum-exps of up to 8.
+        torch.testing.assert_close(
+            output[b, :, h], expected, rtol=0, atol=2.0**-21 * float(value.abs().max())
+        )
 
 
 def centroids(tokens: Tensor, order: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
