@@ -310,14 +310,20 @@ def _equal_psnr(report: dict[str, Any]) -> str:
                 if not found[row["row"]]["identical_to_dense"]
             }
         )
-        cells = ["–" if speedup is None else f"{speedup:.2f}" for speedup in at]
+        lowest = min(psnr for psnr, _ in measured) if measured else 0.0
+        # Whoever was measured from a higher PSNR on is as fast there, and might be faster.
+        cells = [
+            "–" if speedup is None else f"{'≥' * (target < lowest)}{speedup:.2f}"
+            for target, speedup in zip(targets, at, strict=True)
+        ]
         points = ", ".join(f"{psnr:.1f} dB {speedup:.2f}×" for psnr, speedup in measured)
         lines.append([f"`{label}`" if not own[0]["ours"] else label, *cells, points])
     head = ["", *(f"{target:g} dB" for target in targets), "measured"]
     count, tuned = len(evaluation["prompts"]), len(report["tuning_prompts"])
     settings = evaluation["settings"]
     notes = [
-        f"Speed-up of whole generations at equal mean PSNR, read between the measured points. Demo, {count} held-out "
+        f"Speed-up of whole generations at equal mean PSNR, read between the measured points; ≥: that of the lowest "
+        f"PSNR measured, which lies above. Demo, {count} held-out "
         f"{'prompt' if count == 1 else 'prompts'}, tuned on {tuned} other; {settings['num_frames']} frames of "
         f"{settings['width']}×{settings['height']}, {settings['num_inference_steps']} steps; dense: "
         f"{evaluation['dense_backend']}; {_where(evaluation['machine'])}{_resumed(evaluation)}."
@@ -346,9 +352,11 @@ def _equal_psnr(report: dict[str, Any]) -> str:
         if rivals and "plan" in known:
             best = max(rivals, key=lambda label: rivals[label])
             fewer = "" if len(rivals) == len(others) else f" that reach it ({len(rivals)} of {len(others)})"
+            from_psnr = min(psnr for psnr, _ in curves[best])
+            lowest = f", measured from {from_psnr:.1f} dB on" if target < from_psnr else ""
             notes.append(
                 f"At {target:g} dB the plan is {known['plan'] / rivals[best]:.2f} times as fast as the best of "
-                f"the others{fewer}, `{best}`."
+                f"the others{fewer}, `{best}`{lowest}."
             )
         elif rivals:
             best = max(rivals, key=lambda label: rivals[label])

@@ -28,7 +28,8 @@ def configure(subparsers: Any) -> None:
     goal.add_argument("--speedup", type=float, metavar="X", help="speed-up over dense to reach instead")
     goal.add_argument("--density", type=float, metavar="D", help="mean density to reach instead, in (0, 1]")
     parser.add_argument("--candidates", metavar="SYSTEM",
-                        help="choose among what a published system does, sta or svoo for instance")  # fmt: skip
+                        help="choose among what a system does whose authors calibrate it: doublesparsity, minference, "
+                             "moa, paro, sale, sparge, sparse-vdit, sta or svoo")  # fmt: skip
     parser.add_argument("--cache", action="store_true",
                         help="also choose which steps to compute and forecast the others")  # fmt: skip
     parser.add_argument("--downstream", action="store_true",
