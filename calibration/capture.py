@@ -117,6 +117,8 @@ class Recorder:
             self._errors.clear()
             for earlier in self._earlier.values():
                 earlier.chosen = None
+            if len(self.progress) > max(self._sampled, default=-1) + 1:
+                self._earlier.clear()  # large, and nobody will ask again
         if state.branch not in self._branches:
             self._branches.append(state.branch)
             self.forwards = max(self.forwards, len(self._branches))

@@ -151,9 +151,14 @@ class _Layer:
         """Milliseconds of a call, mean over those of a step."""
         shared = any(("branches", SHARED) in self.candidates[number].options for number in row)
         turns = range(self.branches if shared else 1)
-        return fmean(
+        taken = fmean(
             milliseconds(partial(self._call, row, kept, step, turn), self.query.device) for turn in turns
         )
+        # Lists of a step that is over: those of all candidates together would not fit beside a large model.
+        for memories in kept["patterns"].values():
+            for memory in memories.values():
+                memory.pop("selection", None)
+        return taken
 
     def _call(self, row: list[int], kept: dict[str, dict[Any, Any]], step: int, branch: int) -> object:
         return attend(

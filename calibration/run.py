@@ -106,9 +106,10 @@ def calibrate(
         order; `split` is what a layer takes longer for each further precision.
 
     Raises:
-        ValueError: not exactly one goal, no prompts, candidates that repeat, lack dense or need a precision that the
-            device lacks, an unsupported pipeline or one with a plan or a cache, a transformer that no gradient can
-            pass, or an output_dir that holds a calibration of other prompts, settings, weights or of another machine.
+        ValueError: not exactly one goal, no prompts, a scheduler with several evaluations in a step, candidates that
+            repeat, lack dense or need a precision that the device lacks, an unsupported pipeline or one with a plan or
+            a cache, a transformer that no gradient can pass, or an output_dir that holds a calibration of other
+            prompts, settings, weights or of another machine.
 
     Example:
         >>> plan = calibrate(pipe, ["a red circle moves left"], height=192, width=336, num_frames=33,
@@ -137,6 +138,11 @@ def calibrate(
     if cache and goal.name == "density":
         raise ValueError(
             "cache: expected a quality or a speed-up as the goal, since a density says nothing of steps"
+        )
+    if (order := getattr(pipe.scheduler, "order", 1)) != 1:
+        raise ValueError(
+            f"pipe: expected a scheduler that evaluates the model once in a step, got {type(pipe.scheduler).__name__}, "
+            f"which does so {order} times; calibrate with FlowMatchEulerDiscreteScheduler, the plan runs with any"
         )
     settings = GenerationSettings(height, width, num_frames, num_inference_steps, guidance_scale)
     conditions: dict[str, Any] = {"seed": seed, **settings.to_dict()}
@@ -292,8 +298,8 @@ def _say(goal: Goal, validated: dict[str, Any], max_trials: int, *, all_dense: b
         return
     found = validated[f"{goal.quality.metric}_calibration"]
     _tell(
-        f"{goal.name} {goal.value:g}{unit} was not reached in {max_trials} generations; the plan is the most faithful "
-        f"that was tried, {found:.4g}{unit} on the calibration prompts"
+        f"{goal.name} {goal.value:g}{unit} was not reached in {max_trials} generations; the plan is the one that came "
+        f"nearest, {found:.4g}{unit} on the calibration prompts"
     )
 
 

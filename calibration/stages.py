@@ -36,6 +36,7 @@ from dit_accel.switch import disable, enable, states
 # The latency measurement on the progress bar, in steps of a generation.
 LATENCY_STEPS = 5
 _LAYERS_TIMED = 3  # of a plan, after each of its generations
+_WARM_UP_STEPS = 2
 
 logger = logging.getLogger("dit_accel")
 
@@ -105,6 +106,7 @@ class Stages:
         self._checkpoint = checkpoint
         self._bar = bar
         self._label = ""
+        self._warm: set[bool] = set()  # of dense generations (True) and those with plans
         self._attention = family_of(pipe.transformer).attention_modules(pipe.transformer)
 
     @property
@@ -116,9 +118,11 @@ class Stages:
         self, name: str, prompt: str, seed: int, sampled: Mapping[int, int], share: int = 0
     ) -> DenseRun:
         """Generates densely and profiles attention on the way; the first such run times the candidates."""
-        stage = self._load(name)
+        timed = self._checkpoint.load("latency") is not None
+        # Without the latencies, which somebody may have deleted, it is done again.
+        stage = self._load(name) if timed else None
         if stage is None:
-            timed = self._checkpoint.load("latency") is not None
+            self._warm_up(AccelPlan.preset("dense"), prompt)
             recorder = Recorder(
                 self._candidates,
                 sampled,
@@ -145,7 +149,7 @@ class Stages:
                 made = self._dense(name, prompt, seed)
                 grid = next(state.grid for state in all_states if state.grid is not None)
             steps = self._settings.num_inference_steps
-            if len(recorder.progress) < steps:
+            if len(recorder.progress) != steps:
                 raise ValueError(
                     f"scheduler: expected {steps} steps with different timesteps, "
                     f"got {len(recorder.progress)}; give the pipeline another scheduler"
@@ -206,6 +210,7 @@ class Stages:
         """A plain dense generation."""
         stage = self._load(name)
         if stage is None:
+            self._warm_up(AccelPlan.preset("dense"), prompt)
             made = self._dense(name, prompt, seed)
             tensors = {"frames": made.frames, "latents": made.latents}
             stage = self._checkpoint.save(name, tensors, {"seconds": made.seconds})
@@ -217,10 +222,12 @@ class Stages:
         """Generates with a plan and compares with the dense generation."""
         stage = self._load(name)
         if stage is None:
-            calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+            self._warm_up(plan, prompt)
+            calls: list[list[Any]] = []
 
-            def keep_one(_layer: int, *call: Any) -> None:
-                calls[:] = [call]
+            def keep_one(_layer: int, *call: Tensor | None) -> None:
+                # Gigabytes for large models, and the decoder is still to come.
+                calls[:] = [[None if x is None else x.cpu() for x in call]]
                 for state in all_states:
                     state.capture = None
 
@@ -229,6 +236,8 @@ class Stages:
                     state.capture = keep_one
                 made = self._generate(name, prompt, seed)
                 guarded = sum(state.guarded_heads for state in all_states)
+            device = self._pipe._execution_device
+            one: list[Any] = [None if x is None else x.to(device) for x in calls[0]]
             if not made.is_finite:
                 logger.warning(
                     "%s: what the plan generated is not finite, NaN counts as 0", name.replace("_", " ")
@@ -241,7 +250,7 @@ class Stages:
                 "seconds": made.seconds,
                 "guarded_heads": guarded,
                 "attention_ms": 1000 * attention.seconds(),
-                **self._timed_alone(plan, all_states[0], *calls[0]),
+                **self._timed_alone(plan, all_states[0], *one),
             }
             stage = self._checkpoint.save(name, {"choice": plan.choice}, values)
         return AcceleratedRun(**stage[1])
@@ -279,6 +288,20 @@ class Stages:
                 "model another dtype, bfloat16 for instance"
             )
         return made
+
+    def _warm_up(self, plan: AccelPlan, prompt: str) -> None:
+        """Keep what is loaded and compiled once out of the times of a process on a GPU, of dense generations and plans.
+
+        On a CPU that is little, and two steps are long.
+        """
+        dense = all(candidate.is_dense for candidate in plan.candidates)
+        if self._pipe._execution_device.type == "cpu" or dense in self._warm:
+            return
+        self._warm.add(dense)
+        self._bar.set_description("warm-up")
+        short = self._settings.with_steps(min(_WARM_UP_STEPS, self._settings.num_inference_steps))
+        with self._enabled(plan):
+            generate(self._pipe, prompt, short, seed=0)
 
     def _generate(self, name: str, prompt: str, seed: int) -> Generation:
         self._label = name.replace("_", " ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import log10
 from statistics import fmean, stdev
 from typing import Any
@@ -34,7 +34,9 @@ def generations_needed(prompts: int, held_out: int, goal: Goal, max_trials: int)
     """The most generations a calibration makes."""
     trials = 0
     if goal.quality is not None:
-        trials = max_trials + prompts - 1  # the plan found was tried on one prompt at least
+        trials = (
+            max_trials + prompts - 1
+        )  # of a search, and of the plan found on the prompts it was not tried on
     elif goal.searched:
         trials = _SPEED_TRIALS
     return prompts + 2 * held_out + trials
@@ -91,7 +93,8 @@ class Validation:
         quality = QUALITIES[self._goal.name]
 
         def measure(found: Pick, prompt: int) -> float:
-            return quality.decibel(getattr(self._accelerated(found, prompt), quality.metric))
+            run = self._run_of(found, prompt) or self._accelerated(found, prompt)
+            return quality.decibel(getattr(run, quality.metric))
 
         searched = min(len(self._prompts), _SEARCH_PROMPTS)
         target = quality.decibel(self._goal.value)
@@ -99,10 +102,26 @@ class Validation:
         name = f"{goal.name}_{goal.value:g}_{'steps' if len(self._offers) > 1 else 'attention'}"
         # Those without `steps` are of versions that measured a schedule's error otherwise.
         known = [Trial(**t) for t in self._stages.known_trials(goal.name, name) if "steps" in t]
-        self._outcome = search(self._offers, searched, target, measure, self._max_trials, known)
-        self._stages.keep_trials(name, [asdict(trial) for trial in self._outcome.trials])
-        self._stages.skip(self._max_trials - len(self._tried))
-        return self._outcome.pick
+        outcome = search(self._offers, searched, target, measure, self._max_trials, known)
+        trials = list(outcome.trials)
+        levels = {outcome.pick.name: (self._level(outcome.pick), outcome.pick)}
+        # A search looks at two prompts: where the others are worse, it is to do better on these by as much.
+        while not meets(levels[outcome.pick.name][0], target) and len(self._prompts) > searched:
+            left = self._most_generations - len(self._tried) - (len(self._prompts) - searched)
+            if left < 1:
+                break
+            of_searched = fmean(measure(outcome.pick, prompt) for prompt in range(searched))
+            wanted = target + of_searched - levels[outcome.pick.name][0]
+            outcome = search(self._offers, searched, wanted, measure, left, [*known, *trials])
+            trials += [trial for trial in outcome.trials if trial not in trials]
+            if outcome.pick.name in levels:
+                break
+            levels[outcome.pick.name] = self._level(outcome.pick), outcome.pick
+        found = self._best_of(levels, target)
+        self._outcome = replace(outcome, trials=tuple(trials))
+        self._stages.keep_trials(name, [asdict(trial) for trial in trials])
+        self._stages.skip(self._most_generations - len(self._tried))
+        return found
 
     def meet_speedup(self) -> Pick:
         """The most faithful plan whose generation of the first prompt is as much faster as asked for.
@@ -194,20 +213,53 @@ class Validation:
         values["parts"] = self._parts(found)
         return values
 
-    def _calibration_quality(self, found: Pick) -> dict[str, float]:
-        """The goal's measure over all calibration prompts, and whether it is met; what is missing is generated."""
-        quality, made = QUALITIES[self._goal.name], len(self._tried)
-        levels = []
-        for number in range(len(self._prompts)):
-            of_prompt = [t for t in self._tried if (t.prompt, t.pick.name) == (number, found.name)]
-            if found.error == 0.0:
-                levels.append(PSNR_CEILING_DB)
+    @property
+    def _most_generations(self) -> int:
+        """With plans, towards a quality: those of the search, and of a plan tried on one prompt for all others."""
+        return self._max_trials + len(self._prompts) - 1
+
+    def _best_of(self, levels: dict[str, tuple[float, Pick]], target: float) -> Pick:
+        """The fastest plan to meet the target over all prompts, else the one that comes nearest.
+
+        levels: mean quality over all prompts in dB and the plan, by name. Where none of these meets the target, more
+        faithful plans that were tried are looked at, the fastest first, as far as generations are left.
+        """
+        met = [found for level, found in levels.values() if meets(level, target)]
+        if met:
+            return max(met, key=lambda found: found.error)
+        tried = {t.pick.name: t.pick for t in self._tried if t.pick.name not in levels}
+        for found in sorted(tried.values(), key=lambda pick: -pick.error):
+            missing = sum(self._run_of(found, number) is None for number in range(len(self._prompts)))
+            hopeful = all(found.error < one.error for _, one in levels.values())
+            if not hopeful or len(self._tried) + missing > self._most_generations:
                 continue
-            run = of_prompt[0].run if of_prompt else self._accelerated(found, number)
-            levels.append(quality.decibel(getattr(run, quality.metric)))
-        self._stages.skip(len(self._prompts) - 1 - (len(self._tried) - made))
-        self._met = meets(fmean(levels), quality.decibel(self._goal.value))
-        return {f"{quality.metric}_calibration": quality.value(fmean(levels))}
+            levels[found.name] = self._level(found), found
+            if meets(levels[found.name][0], target):
+                return found
+        return max(levels.values(), key=lambda one: one[0])[1]
+
+    def _level(self, found: Pick) -> float:
+        """Mean quality of a plan over all calibration prompts in dB; what is missing is generated."""
+        quality = QUALITIES[self._goal.name]
+        if found.error == 0.0:
+            return PSNR_CEILING_DB
+        runs = [
+            self._run_of(found, number) or self._accelerated(found, number)
+            for number in range(len(self._prompts))
+        ]
+        return fmean(quality.decibel(getattr(run, quality.metric)) for run in runs)
+
+    def _run_of(self, found: Pick, number: int) -> AcceleratedRun | None:
+        return next(
+            (t.run for t in self._tried if (t.prompt, t.pick.name) == (number, found.name)),
+            None,
+        )
+
+    def _calibration_quality(self, found: Pick) -> dict[str, float]:
+        """The goal's measure over all calibration prompts, and whether it is met."""
+        quality, level = QUALITIES[self._goal.name], self._level(found)
+        self._met = meets(level, quality.decibel(self._goal.value))
+        return {f"{quality.metric}_calibration": quality.value(level)}
 
     def _sure_of(self, made: Sequence[AcceleratedRun]) -> dict[str, float | None]:
         """What the goal's mean over all prompts is better than with 95 % confidence; of PSNR without such a goal."""

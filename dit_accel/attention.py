@@ -192,7 +192,9 @@ class _LowRank:
         completed, _ = add_low_rank(
             output.index_select(2, at),
             lse.index_select(1, at),
-            *(x.index_select(2, at) for x in (query, key, value)),
+            query.index_select(2, at),
+            key.index_select(2, at),
+            value.index_select(2, at),
             self.selection.index,
             features=self.features,
             seed=self.seed,

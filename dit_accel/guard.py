@@ -101,12 +101,17 @@ class Guard:
         """When the verdict on a layer is wanted in the forward with this number in its branch; it counts as checked.
 
         Not at all, when the next forward begins, or before its output is used, where the plan's range `number` begins.
+        There the guidance branch that comes first is checked for all: the others run with its verdict.
         """
         before = memory.last.get((branch, layer))
         entered = before is None or number != before[1]
         if before is not None and not entered and forward - before[0] < self.every:
             return ""
+        others = (at for (other, of), (_, at) in memory.last.items() if of == layer and other != branch)
+        checked = entered and number in others
         memory.last[branch, layer] = forward, number
+        if checked:
+            return ""
         return "now" if entered else "later"
 
     def row(self, row: Tensor, layer: int, memory: GuardMemory) -> Tensor:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 # One core stays with the process that waits.
 COMPILERS = 15
+_GLANCE_S = 1.0  # at the processes that compile
 
 
 class TaskError(Exception):
@@ -76,7 +77,7 @@ def _answers(device: torch.device) -> bool:
     try:
         torch.cuda.empty_cache()
         torch.cuda.synchronize(device)
-    except RuntimeError:
+    except (RuntimeError, AssertionError):  # the latter of a torch without CUDA
         return False
     return True
 
@@ -89,19 +90,33 @@ def compile_ahead(tasks: Sequence[Callable[[], object]], device: torch.device, s
     end = time.perf_counter() + seconds
     ended = 0
     workers = max(1, min(COMPILERS, (os.cpu_count() or 2) - 1, len(tasks)))
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:  # leaving it ends them all
+    context = multiprocessing.get_context("spawn")
+    lost = context.Value("i", 0)
+    with (
+        context.Pool(workers, _count_losses, (lost,)) as pool,  # leaving it ends them all
+        tqdm(total=len(tasks), desc="compile") as bar,
+    ):
         results = pool.imap_unordered(_Quiet(device), tasks, chunksize=1)
-        for _ in tqdm(tasks, desc="compile"):
+        # What a process took with it never comes back.
+        while ended + lost.value < len(tasks) and (left := end - time.perf_counter()) > 0:
             try:
-                results.next(timeout=max(0.0, end - time.perf_counter()))
+                results.next(timeout=min(_GLANCE_S, left))
             except multiprocessing.TimeoutError:
-                break
+                continue
             ended += 1
+            bar.update()
     return ended
 
 
+def _count_losses(lost: Any) -> None:
+    """Begin a process of a pool: where it says that it ends."""
+    _Quiet.lost = lost
+
+
 class _Quiet:
-    """Runs a task; a process that has lost the device ends, and the pool makes a new one."""
+    """Runs a task; a process that has lost the device says so and ends, and the pool makes a new one."""
+
+    lost: Any = None
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -109,4 +124,6 @@ class _Quiet:
     def __call__(self, task: Callable[[], object]) -> None:
         _, _, answers = _attempt(task, self._device)
         if not answers:
+            with self.lost.get_lock():
+                self.lost.value += 1
             os._exit(1)

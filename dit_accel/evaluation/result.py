@@ -81,7 +81,7 @@ class Evaluation:
         return list(range(min(len(self.prompts), PICTURED_PROMPTS)))
 
     def measure(self, prompt: int, scorer: Scorer | None) -> None:
-        """Add the runs of a prompt that every variant has generated, and drop what is not pictured."""
+        """Add the runs of a prompt that every variant has generated."""
         dense = self.store.get(prompt, "dense")
         if not dense.is_finite:
             raise ValueError(
@@ -111,8 +111,12 @@ class Evaluation:
                 attention_seconds=made.attention_seconds,
             )
             self.runs.append(run)
-        if prompt not in self.pictured():
-            self.store.drop(prompt)
+
+    def drop_unpictured(self) -> None:
+        """Drop the generations of prompts that are measured, but those whose frames are kept."""
+        for prompt in range(len(self.runs) // len(self.variants)):
+            if prompt not in self.pictured():
+                self.store.drop(prompt)
 
     def summary(self, name: str) -> dict[str, Any]:
         """The row of one variant: medians of seconds, means and worst cases of quality."""
@@ -178,7 +182,7 @@ class Evaluation:
         """Take over what a process with the same fingerprint left; another comparison is set aside."""
         saved = _read(folder / REPORT_FILE)
         if saved.get("fingerprint") == self.fingerprint:
-            self.processes = saved["processes"] + 1
+            self.processes = saved["processes"] + (not saved["complete"])
             self.runs = [Run(**run) for run in saved["runs"]]
             dense = saved["dense_attention"]
             self.dense_attention = None if dense is None else DenseAttention(**dense)

@@ -15,7 +15,7 @@ from dit_accel.evaluation.models import GenerationSettings
 from dit_accel.evaluation.result import FORMAT_VERSION, DenseAttention, Evaluation, Scorer
 from dit_accel.evaluation.store import STORE_VERSION, GenerationStore
 from dit_accel.evaluation.timing import dense_backend, machine, pipeline_digest
-from dit_accel.evaluation.variants import Variant
+from dit_accel.evaluation.variants import DENSE, Variant
 from dit_accel.pipelines import transformers_of
 from dit_accel.plan import AccelPlan
 
@@ -137,6 +137,8 @@ def _complete(
     swapped = any(variant.plan and not _is_dense(variant.plan) for variant in variants)
     if not swapped or result.dense_attention is not None:
         attention_steps = 0
+    if attention_steps and not any(variant.name == DENSE.name for variant in warmed):
+        warmed = [DENSE, *warmed]
     total = generations * settings.num_inference_steps + len(warmed) * warmup_steps + attention_steps
     reused = len(result.prompts) * count - generations
     if reused and progress:
@@ -154,6 +156,8 @@ def _complete(
             )
             whole = seconds * settings.num_inference_steps / attention_steps
             result.dense_attention = DenseAttention(whole, seconds / transformers)
+            if folder is not None:
+                result.save(folder)
         for prompt in open_prompts:
             for variant in missing[prompt]:
                 bar.set_description(f"prompt {prompt + 1} of {len(result.prompts)}, {variant.name}")
@@ -164,6 +168,7 @@ def _complete(
             result.measure(prompt, scorer)
             if folder is not None:
                 result.save(folder)
+            result.drop_unpictured()  # once their numbers are safe
 
 
 def _is_dense(plan: AccelPlan) -> bool:

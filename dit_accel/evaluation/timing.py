@@ -64,6 +64,9 @@ def pipeline_digest(pipe: Any) -> str:
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, torch.nn.Module):
             digest.update(f"{name} {_weights_digest(part)}".encode())
+            if getattr(part, "use_tiling", False):  # of a VAE, whose seams show in the frames
+                tiles = {key: value for key, value in vars(part).items() if key.startswith("tile_")}
+                digest.update(json.dumps(tiles, sort_keys=True, default=str).encode())
         elif hasattr(part, "set_timesteps"):
             config = {key: value for key, value in part.config.items() if not key.startswith("_")}
             text = json.dumps(config, sort_keys=True, default=str)
@@ -84,7 +87,7 @@ def _weights_digest(model: torch.nn.Module) -> str:
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         # Quantised parameters are tensor subclasses, which need not support indexing.
         if type(parameter) is torch.nn.Parameter and not parameter.is_meta:
-            digest.update(parameter.detach().flatten()[:8].double().cpu().numpy().tobytes())
+            digest.update(parameter.detach().flatten()[:8].cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -186,6 +186,11 @@ class Tuning:
                 made = generate_variant(
                     self.pipe, DENSE, text, self.settings, seed=self.seed + prompt, on_step=bar.update
                 )
+                if not made.is_finite:
+                    raise ValueError(
+                        f"pipe: expected finite frames of its dense generation of {text!r}, got NaN or infinity; give "
+                        "the model another dtype, bfloat16 for instance"
+                    )
                 self._dense_store.put(prompt, "dense", made)
 
     def _probe(self, dial: Dial, value: float, *, on_step: Callable[[], object]) -> Probe:

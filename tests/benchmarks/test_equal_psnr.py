@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import equal_psnr
@@ -235,14 +236,25 @@ def test_points_above_the_plan_s_curve_are_told(killed_then_finished, speedup, t
     assert f"Measured points above the plan's curve: {told}." in lines
 
 
+def rows_of(report, label):
+    return {row["row"] for row in report["rows"] if row["label"] == label}
+
+
 def test_the_table_reads_speedups_and_names_the_best_of_the_others(killed_then_finished):
     report = copy.deepcopy(killed_then_finished)
     report["speedup_at"] |= {"sta": [2.0, None], "sparge+means": [1.5, 1.2], "plan": [3.0, 1.8]}
     lines = tables.TABLES["equal_psnr"][1](report).splitlines()
     assert lines[0] == "|  | 26 dB | 34 dB | measured |"
-    assert lines[2].startswith("| `sta` | 2.00 | – | ")
-    assert lines[4].startswith("| plan | 3.00 | 1.80 | ")
-    assert lines[-2] == "At 26 dB the plan is 1.50 times as fast as the best of the others, `sta`."
+    lowest = min(
+        row["psnr_mean"] for row in report["evaluation"]["variants"] if row["name"] in rows_of(report, "sta")
+    )
+    assert lowest > 26.0
+    assert lines[2].startswith("| `sta` | ≥2.00 | – | ")
+    assert re.match(r"\| plan \| ≥?3\.00 \| ≥?1\.80 \| ", lines[4])
+    assert lines[-2] == (
+        "At 26 dB the plan is 1.50 times as fast as the best of the others, `sta`, measured from "
+        f"{lowest:.1f} dB on."
+    )
     assert lines[-1] == (
         "At 34 dB the plan is 1.50 times as fast as the best of the others that reach it (1 of 2), `sparge+means`."
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, WanPipeline
+from diffusers import FirstBlockCacheConfig, FlowMatchHeunDiscreteScheduler, WanPipeline
 
 import dit_accel
 from dit_accel import AccelPlan
@@ -389,9 +389,34 @@ def test_a_target_that_is_missed_says_so_in_one_line(pipe, arguments, capsys):
     assert not plan.validated["target_met"]
     assert found < 89.9
     assert capsys.readouterr().err.splitlines() == [
-        "target_psnr 90 dB was not reached in 1 generations; the plan is the most faithful that was tried, "
+        "target_psnr 90 dB was not reached in 1 generations; the plan is the one that came nearest, "
         f"{found:.4g} dB on the calibration prompts"
     ]
+
+
+def test_a_scheduler_that_evaluates_a_step_twice_is_refused(pipe, arguments, tmp_path):
+    before = pipe.scheduler
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(before.config)
+    try:
+        with pytest.raises(
+            ValueError, match="once in a step, got FlowMatchHeunDiscreteScheduler, which does so 2"
+        ):
+            calibrate(pipe, **arguments, density=0.5, output_dir=tmp_path / "plan")
+    finally:
+        pipe.scheduler = before
+    assert not (tmp_path / "plan").exists()
+
+
+def test_latencies_that_were_deleted_are_measured_again(pipe, arguments, tmp_path):
+    calibrate(pipe, **arguments, density=0.5, output_dir=tmp_path / "plan")
+    kept = tmp_path / "plan" / "calibration" / "latency.safetensors"
+    kept.write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"latency\.safetensors is not a readable .* delete it to redo it"):
+        calibrate(pipe, **arguments, density=0.5, output_dir=tmp_path / "plan")
+    kept.unlink()
+    plan = calibrate(pipe, **arguments, density=0.5, output_dir=tmp_path / "plan")
+    assert kept.is_file()
+    assert plan.validated["density_mean"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_calibrating_on_one_prompt_takes_less_than_six_dense_generations():

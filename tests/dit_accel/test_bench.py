@@ -106,6 +106,13 @@ def test_compiling_ahead_outlives_what_fails_and_ends_in_time(tmp_path):
     assert compile_ahead([partial(time.sleep, 600.0)], CPU, 0.1) == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="loses a device by asking for one that is not there")
+def test_compiling_ahead_does_not_wait_for_processes_that_lost_the_device():
+    start = time.perf_counter()
+    assert compile_ahead([partial(int, 1)] * 3, torch.device("cuda"), 600.0) == 0
+    assert time.perf_counter() - start < 300
+
+
 def test_a_worker_that_dies_or_hangs_makes_way_for_a_new_one():
     worker = Worker(CPU)
     try:

@@ -246,7 +246,9 @@ def test_a_killed_evaluation_goes_on_where_it_was(pipe, tmp_path, capsys):
     assert [run.seconds for run in result.runs[:2]] == [run["seconds"] for run in partial["runs"]]
     assert result.runs[2].psnr == 100.0 or result.runs[3].psnr == 100.0
 
-    assert run().runs == result.runs
+    again = run()
+    assert again.runs == result.runs
+    assert again.processes == 2  # this one generated nothing
     assert not forwards
     before = (tmp_path / "evaluation.json").read_text()
     run(seed=1)
@@ -255,6 +257,55 @@ def test_a_killed_evaluation_goes_on_where_it_was(pipe, tmp_path, capsys):
     assert "another comparison was there; its numbers are in evaluation.previous.json now" in (
         capsys.readouterr().err
     )
+
+
+def test_generations_are_kept_until_their_numbers_are(pipe, tmp_path, monkeypatch):
+    variants = parse_variants("dense,preset:window@0.5")
+    options = {"model": "tiny", "warmup_steps": 1, "attention_steps": 0, "progress": False}
+    save = Evaluation.save
+
+    def full(self, folder):
+        if len(self.runs) == 8:
+            raise OSError("no space left")
+        save(self, folder)
+
+    monkeypatch.setattr(Evaluation, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        evaluate(pipe, variants, PROMPTS, SETTINGS, output_dir=tmp_path, **options)
+    monkeypatch.undo()
+    forwards = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    try:
+        result = evaluate(pipe, variants, PROMPTS, SETTINGS, output_dir=tmp_path, **options)
+    finally:
+        hook.remove()
+    assert not forwards
+    assert len(result.runs) == 8
+    assert [result.store.has(prompt, "dense") for prompt in range(4)] == [True, True, True, False]
+
+
+def test_dense_attention_that_is_asked_for_later_is_kept_too(pipe, tmp_path):
+    variants = parse_variants("dense,preset:window@0.5")
+    options = {"model": "tiny", "warmup_steps": 1, "progress": False, "output_dir": tmp_path}
+    evaluate(pipe, variants, PROMPTS[:1], SETTINGS, attention_steps=0, **options)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["dense_attention"] is None
+    first = evaluate(pipe, variants, PROMPTS[:1], SETTINGS, attention_steps=2, **options)
+    kept = json.loads((tmp_path / "evaluation.json").read_text())["dense_attention"]
+    assert kept["seconds"] == first.dense_attention.seconds > 0
+    again = evaluate(pipe, variants, PROMPTS[:1], SETTINGS, attention_steps=2, **options)
+    assert again.dense_attention == first.dense_attention
+
+
+def test_a_decoder_that_begins_to_tile_is_another_pipeline(pipe):
+    before = pipeline_digest(pipe)
+    pipe.vae.enable_tiling(tile_sample_min_height=32)
+    try:
+        tiled = pipeline_digest(pipe)
+        pipe.vae.enable_tiling(tile_sample_min_height=64)
+        assert len({before, tiled, pipeline_digest(pipe)}) == 3
+    finally:
+        pipe.vae.disable_tiling()
+    assert pipeline_digest(pipe) == before
 
 
 def test_a_broken_report_says_what_to_do(pipe, tmp_path):
