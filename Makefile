@@ -29,7 +29,7 @@ types: $(TESTS)
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p dit_accel
 
 $(RUNS): pyproject.toml constraints.txt
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet -e . -c constraints.txt
 	touch $(RUNS)
@@ -39,4 +39,4 @@ $(TESTS): $(RUNS)
 	touch $(TESTS)
 
 clean:
-	rm -rf $(VENV) build outputs *.egg-info
+	rm -rf $(VENV) build *.egg-info

@@ -29,6 +29,7 @@ from typing import Any
 
 from dit_accel.bench.demo_work import DemoWork, add_arguments, demo_work
 from dit_accel.calibration import calibrate, measure_cache
+from dit_accel.calibration.goals import the_goal
 from dit_accel.candidate import Candidate
 from dit_accel.evaluation.curve import magnitude_curve
 from dit_accel.evaluation.files import write_json
@@ -236,6 +237,7 @@ def prepared(args: argparse.Namespace) -> Bench:
         ValueError: a number out of range, an unknown name, or a device or package that is not there.
     """
     dials = parse_labels(args.only)
+    the_goal(target_psnr=args.target_psnr)  # refuses what calibrations would, before anything is tuned
     if args.probes < 1:
         raise ValueError(f"probes: expected a number from 1, got {args.probes}")
     for dial in dials:

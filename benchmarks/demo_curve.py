@@ -47,7 +47,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/curve"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    measured = args.calibration / "calibration"
+    measured, most = args.calibration / "calibration", len(demo.PROMPTS["held_out"])
+    if not (measured / "fingerprint.json").is_file():
+        parser.error(f"calibration: expected a directory written by calibrate, got {args.calibration}")
+    if not 1 <= args.prompts <= most:
+        parser.error(f"prompts: expected a number from 1 to {most}, got {args.prompts}")
     conditions = json.loads((measured / "fingerprint.json").read_text(encoding="utf-8"))
     settings = GenerationSettings(
         **{name: conditions[name] for name in GenerationSettings.__dataclass_fields__}

@@ -36,7 +36,8 @@ class Checkpoint:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / _FINGERPRINT
         fingerprint = json.loads(json.dumps(fingerprint))
-        if path.exists():
+        # A first attempt that finished nothing, for want of memory say, is in nobody's way.
+        if path.exists() and any(directory.glob("*.safetensors")):
             _check_same(path, json.loads(path.read_text()), fingerprint)
         else:
             _write_atomically(path, json.dumps(fingerprint, indent=2).encode())

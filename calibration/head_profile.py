@@ -163,8 +163,9 @@ class _Operands:
         output = (selected @ parts.view(count, -1)).view(len(selected), -1, dim)
         mass = selected @ by_tile.sum(-1).T
         if self.features is not None:
-            wanted = self.plain_query[rows].expand(len(left_out), -1, -1)
-            rest, logarithms = self.features.attend(wanted, left_out)
+            # Patterns stand for rows of blocks: each reads the same queries.
+            wanted = self.plain_query[rows].expand(1, len(left_out), -1, -1)
+            rest, logarithms = (x[0] for x in self.features.attend(wanted, left_out[None]))
             weight = (logarithms - largest[:, 0]).clamp(max=_MOST).exp()
             if real is not None:
                 weight = weight * real[:, 0]
@@ -198,7 +199,8 @@ def _operands(
     if features is not None:
         rank, seed = features
         length = len(hidden) // count
-        of_keys = Features.of_keys(keys, values, real, block=length, features=rank, seed=seed, scale=scale)
+        one = (x[None] for x in (keys, values, real))
+        of_keys = Features.of_keys(*one, block=length, features=rank, seed=seed, scale=scale)
     if precision != "native":
         keys = keys - (keys * real[:, None]).sum(0) / real.sum().clamp(min=1)
     shown = [x.masked_fill(hidden[:, None], 0).view(count, -1, dim).sum(1) for x in (keys, values)]

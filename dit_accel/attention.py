@@ -34,6 +34,7 @@ def attend(
     layer: int | None = None,
     branch: str = "",
     step: int | None = None,
+    now: int | None = None,
     paired: bool = False,
     cache: MutableMapping[Any, Any] | None = None,
     launches: MutableMapping[Any, Any] | None = None,
@@ -51,7 +52,8 @@ def attend(
         backend: of `block_sparse_attention`.
         layer: number of the layer, which tells apart what is kept.
         branch: of guidance, which does so too.
-        step: number of the denoising step, None if it is unknown.
+        step: number of the denoising step, in which guidance branches may share a choice; None if there is but one.
+        now: its number in any case, by which blocks that serve some steps grow old; `step` if None.
         paired: whether the batch holds two guidance branches, the unconditional one first. Where branches share a
             choice, the conditional one makes it.
         cache: keeps what dynamic families remember from step to step; its owner says for how long. Without a layer
@@ -103,6 +105,7 @@ def attend(
                 layer or 0,
                 branch,
                 step,
+                now,
                 paired,
                 memories,
             )
@@ -188,13 +191,17 @@ class _LowRank:
         scale: float | None,
         key_mask: Tensor | None,
     ) -> None:
-        at = on_device(self.members, query.device)
+        at = None if len(self.members) == query.shape[2] else on_device(self.members, query.device)
+
+        def of_members(x: Tensor, heads: int) -> Tensor:
+            return x if at is None else x.index_select(heads, at)
+
         completed, _ = add_low_rank(
-            output.index_select(2, at),
-            lse.index_select(1, at),
-            query.index_select(2, at),
-            key.index_select(2, at),
-            value.index_select(2, at),
+            of_members(output, 2),
+            of_members(lse, 1),
+            of_members(query, 2),
+            of_members(key, 2),
+            of_members(value, 2),
             self.selection.index,
             features=self.features,
             seed=self.seed,
@@ -203,7 +210,10 @@ class _LowRank:
             query_order=self.selection.query_order,
             key_order=self.selection.key_order,
         )
-        output.index_copy_(2, at, completed)
+        if at is None:
+            output.copy_(completed)
+        else:
+            output.index_copy_(2, at, completed)
 
 
 def _prepare(
@@ -219,6 +229,7 @@ def _prepare(
     layer: int,
     branch: str,
     step: int | None,
+    now: int | None,
     paired: bool,
     memories: MutableMapping[Any, Any] | None,
 ) -> _Launch:
@@ -250,7 +261,7 @@ def _prepare(
         memory = None
         if memories is not None:
             # Those that share a choice share a memory, layers that of the first of them.
-            owner = layer - layer % max(options.get("layers", 1), 1), query.shape[0]
+            owner = layer - layer % max(options.get("layers", 1), 1), q.shape[0]
             name = _name([candidates[member] for member in members], in_layer)
             together = shared and step is not None
             memory = _memory(memories, (grid, block, owner), branch, name, together=together)
@@ -268,6 +279,7 @@ def _prepare(
             heads=in_layer,
             layer=layer,
             step=step,
+            now=now,
             **options,
         )
         chosen.append((selection.repeated(2) if one_for_both else selection, members))

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the library for transport that this version of the hub has
+    LocalEntryNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -45,10 +50,13 @@ def write_files(directory: Path, fields: Mapping[str, Any], tensors: Mapping[str
         "tensors_sha256": hashlib.sha256(payload).hexdigest(),
     }
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    # Beside a new directory, so that one rename makes it; in one that is there, which may be a disk of its own.
+    beside = directory if directory.exists() else directory.parent
+    temporary = Path(tempfile.mkdtemp(prefix=".plan.", dir=beside))
     try:
-        made = temporary / directory.name
+        made = temporary / "plan"
         made.mkdir()
         (made / TENSOR_FILE).write_bytes(payload)
         (made / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -139,8 +147,8 @@ def local_directory(directory_or_repo_id: str | Path) -> Path:
         )
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, TENSOR_FILE]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HTTPError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PlanError(
             name, "directory", "a directory or a hub repository", f"({reason})", remedy
         ) from error

@@ -261,25 +261,28 @@ def _planned(
         )
     key_mask = _key_mask(attn_mask, query)
     block, backend = state.plan.block, state.backend
-    output, density = attend(
-        query,
-        key,
-        value,
-        state.grid,
-        state.plan.candidates,
-        row,
-        block=block,
-        scale=scale,
-        key_mask=key_mask,
-        backend=backend,
-        layer=layer,
-        branch=state.branch,
-        # Without a second branch there is nobody to keep a choice for; in the first step nobody knows.
-        step=state.step if state.several_branches else None,
-        paired=state.holds_both(query),
-        cache=state.cache,
-        launches=state.launches,
-    )
+    # Under autocast the model's tensors have its dtype; choices and low-rank weights keep the one they ask for.
+    with torch.autocast(query.device.type, enabled=False):
+        output, density = attend(
+            query,
+            key,
+            value,
+            state.grid,
+            state.plan.candidates,
+            row,
+            block=block,
+            scale=scale,
+            key_mask=key_mask,
+            backend=backend,
+            layer=layer,
+            branch=state.branch,
+            # Without a second branch there is nobody to keep a choice for; in the first step nobody knows.
+            step=state.step if state.several_branches else None,
+            now=state.step,
+            paired=state.holds_both(query),
+            cache=state.cache,
+            launches=state.launches,
+        )
     guard, number = state.guard, state.plan.range_at(state.progress)
     if guard is not None and (when := guard.due(state.guarded, state.branch, layer, state.forwards, number)):
         masked: dict[str, Any] = {"scale": scale, "key_mask": key_mask}

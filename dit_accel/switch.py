@@ -98,7 +98,9 @@ def stats(pipe: Any) -> dict[str, float]:
         ValueError: there is no plan on the pipeline, or nothing was generated yet.
     """
     hooks = _hooks(pipe)
-    total = sum((hook.state.stats for hook in hooks), Stats())
+    # Experts may count on two GPUs.
+    counted = [hook.state.stats for hook in hooks]
+    total = sum((dataclasses.replace(one, kept_pairs=float(one.kept_pairs)) for one in counted), Stats())
     if not total.total_pairs:
         raise ValueError("stats: expected a generation since enable(), got none; run the pipeline first")
     return {

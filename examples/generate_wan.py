@@ -7,6 +7,7 @@ Without a plan every head attends within a window of 30 % of the keys; `dit-acce
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from diffusers.utils import export_to_video
@@ -28,6 +29,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, help="default: the model's own")
     args = parser.parse_args()
 
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     pipe = load_model(args.model, dtype=torch.bfloat16)
     settings = resolve_settings(
         args.model,

@@ -26,14 +26,17 @@ from dit_accel.kernels.block_index import BlockIndex
 from dit_accel.kernels.prepare import checked_order, ordered, ordered_mask, restored
 
 _LEAST = -1e30  # a logarithm of nothing that can be subtracted
+# Sums of features of a step, each a number of 4 bytes: a few large launches on a GPU, and a bound at long videos.
+CHUNK_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Random features of the keys of one head.
+    """Random features of the keys of n heads.
 
-    sums: `[blocks, features, dim + 1]`, Σ φ(k) [v, 1] over the keys of each block, each feature divided by its peak.
-    peaks: `[features]`, logarithms; mean: `[dim]`, of the keys; normals: `[dim, features]`; scale: of the scores.
+    sums: `[n, blocks, features, dim + 1]`, Σ φ(k) [v, 1] over the keys of each block, each feature divided by its peak.
+    peaks: `[n, 1, features]`, logarithms; mean: `[n, dim, 1]`, of the keys; normals: `[dim, features]`; scale: of the
+        scores.
     """
 
     sums: Tensor
@@ -46,29 +49,29 @@ class Features:
     def of_keys(
         cls, key: Tensor, value: Tensor, valid: Tensor, *, block: int, features: int, seed: int, scale: float
     ) -> Features:
-        """Features of keys and values `[blocks * block, dim]`; valid: bool `[blocks * block]`, False for no key."""
-        normals = _normals(key.shape[1], features, seed, key.device).to(key.dtype)
-        mean = key.masked_fill(~valid[:, None], 0).sum(0) / valid.sum().clamp(min=1)
-        logarithms = _logarithms(key - mean, normals, scale).masked_fill(~valid[:, None], -torch.inf)
-        peaks = logarithms.amax(0).clamp(min=_LEAST)
-        weights = (logarithms - peaks).exp_().view(-1, block, features)
-        ones = F.pad(value.masked_fill(~valid[:, None], 0), (0, 1), value=1.0).view(
-            -1, block, value.shape[1] + 1
-        )
-        return cls(weights.transpose(1, 2) @ ones, peaks, mean, normals, scale)
+        """Of keys and values `[n, blocks * block, dim]`; valid: bool `[n, blocks * block]`, where there is a key."""
+        normals = _normals(key.shape[-1], features, seed, key.device).to(key.dtype)
+        nothing = ~valid[..., None]
+        count = valid.sum(1)[:, None, None].clamp(min=1)
+        mean = key.masked_fill(nothing, 0).sum(1, keepdim=True) / count
+        logarithms = _logarithms(key - mean, normals, scale).masked_fill_(nothing, -torch.inf)
+        peaks = logarithms.amax(1, keepdim=True).clamp(min=_LEAST)
+        weights = logarithms.sub_(peaks).exp_().unflatten(1, (-1, block))
+        ones = F.pad(value.masked_fill(nothing, 0), (0, 1), value=1.0).unflatten(1, (-1, block))
+        return cls(weights.transpose(2, 3) @ ones, peaks, mean.transpose(1, 2), normals, scale)
 
     def attend(self, query: Tensor, left_out: Tensor) -> tuple[Tensor, Tensor]:
-        """Values `[rows, queries, dim]` that the left-out blocks have, and the log-sum-exp `[rows, queries]`.
+        """Values `[n, rows, queries, dim]` that the left-out blocks have, and the log-sum-exp `[n, rows, queries]`.
 
-        query: `[rows, queries, dim]`; left_out: bool `[rows, blocks]`.
+        query: `[n, rows, queries, dim]`; left_out: `[n, rows, blocks]`, 1 or True where a block is left out.
         """
-        sums = (left_out.to(query.dtype) @ self.sums.flatten(1)).view(len(left_out), *self.sums.shape[1:])
-        logarithms = _logarithms(query, self.normals, self.scale) + self.peaks
+        sums = (left_out.to(query.dtype) @ self.sums.flatten(2)).unflatten(2, self.sums.shape[2:])
+        logarithms = _logarithms(query, self.normals, self.scale) + self.peaks[:, None]
         peaks = logarithms.amax(-1, keepdim=True)
-        values, weight = ((logarithms - peaks).exp_() @ sums).split((query.shape[-1], 1), dim=-1)
-        shift = self.scale * (query @ self.mean) - math.log(len(self.peaks))
+        values, weight = (logarithms.sub_(peaks).exp_() @ sums).split((query.shape[-1], 1), dim=-1)
+        shift = self.scale * (query @ self.mean[:, None]) - math.log(self.peaks.shape[-1])
         tiny = torch.finfo(weight.dtype).tiny
-        return values / weight.clamp(min=tiny), weight.log()[..., 0] + peaks[..., 0] + shift
+        return values / weight.clamp(min=tiny), (weight.log() + peaks + shift)[..., 0]
 
 
 def add_low_rank(
@@ -88,8 +91,9 @@ def add_low_rank(
 ) -> tuple[Tensor, Tensor]:
     """Complete block-sparse attention by the low-rank weights of the pairs that its lists leave out.
 
-    Computed in float32, or in float64 for tensors of it, head by head. Memory beyond copies of one head: blocks ·
-    features · (dim + 1) numbers for the keys and as many for the queries. The host does not wait for the device.
+    Computed in float32, or in float64 for tensors of it, some heads at a time: as many as have `CHUNK_NUMBERS` sums of
+    features, at least one. Memory beyond the result: these, and copies of as many heads. The host does not wait for
+    the device.
 
     Args:
         output, lse: what `block_sparse_attention(..., return_lse=True)` gave for the other arguments, without a
@@ -116,47 +120,50 @@ def add_low_rank(
     key_order = checked_order("key_order", key_order, batch, heads, index.seq_k, query.device)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     missing_q, missing_k = -seq_q % index.block_q, -index.seq_k % index.block_k
-    q = F.pad(ordered(query, query_order), (0, 0, 0, missing_q))
-    k, v = (F.pad(ordered(x, key_order), (0, 0, 0, missing_k)) for x in (key, value))
-    valid = key_mask if key_mask is not None else torch.ones_like(key[..., 0, 0], dtype=torch.bool)
-    valid = F.pad(ordered_mask(valid, key_order), (0, missing_k)).expand(batch, heads, -1)
-    rest = torch.empty(q.shape, dtype=dtype, device=q.device)
-    rest_lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    every_row = torch.arange(index.rows, device=q.device)[None]
-    for b in range(batch):
-        for h in range(heads):
-            kept = _one_head(index, b, h).kept_blocks(0, every_row)[0]
-            of_keys = Features.of_keys(
-                k[b, h].to(dtype),
-                v[b, h].to(dtype),
-                valid[b, h],
-                block=index.block_k,
-                features=features,
-                seed=seed,
-                scale=scale,
-            )
-            found, found_lse = of_keys.attend(q[b, h].to(dtype).view(index.rows, index.block_q, dim), ~kept)
-            rest[b, h], rest_lse[b, h] = found.flatten(0, 1), found_lse.flatten()
-    rest, rest_lse = restored(rest[:, :, :seq_q], query_order), rest_lse[:, :, :seq_q, None]
-    rest_lse = restored(rest_lse, query_order)
-    lse = lse.transpose(1, 2)[..., None].to(dtype)
-    both = torch.logaddexp(lse, rest_lse)
-    # A query that has neither stays 0.
-    share, rest_share = ((part - both.clamp(min=_LEAST)).exp() for part in (lse, rest_lse))
-    completed = share * output.to(dtype) + rest_share * rest
-    return completed.to(output.dtype), both[..., 0].transpose(1, 2).contiguous().float()
-
-
-def _one_head(index: BlockIndex, b: int, h: int) -> BlockIndex:
-    b %= index.batch
-    return replace(
-        index, counts=index.counts[b : b + 1, h : h + 1], offsets=index.offsets[b : b + 1, h : h + 1]
-    )
+    valid = torch.ones_like(key[..., 0, 0], dtype=torch.bool) if key_mask is None else key_mask
+    every_row = torch.arange(index.rows, device=query.device)[None]
+    completed, completed_lse = torch.empty_like(output), torch.empty_like(lse, dtype=torch.float32)
+    numbers = batch * max(index.rows, index.cols) * features * (dim + 1)
+    step = max(1, CHUNK_NUMBERS // numbers)
+    for first in range(0, heads, step):
+        some = slice(first, first + step)
+        rows, cols = (
+            order if order is None or order.shape[1] == 1 else order[:, some]
+            for order in (query_order, key_order)
+        )
+        q = F.pad(ordered(query[:, :, some], rows).to(dtype), (0, 0, 0, missing_q))
+        k, v = (F.pad(ordered(x[:, :, some], cols).to(dtype), (0, 0, 0, missing_k)) for x in (key, value))
+        count = q.shape[1]
+        real = F.pad(ordered_mask(valid, cols), (0, missing_k)).expand(batch, count, -1)
+        of_some = replace(index, counts=index.counts[:, some], offsets=index.offsets[:, some])
+        kept = torch.stack([of_some.kept_blocks(b, every_row.expand(count, -1)) for b in range(batch)])
+        of_keys = Features.of_keys(
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            real.flatten(0, 1),
+            block=index.block_k,
+            features=features,
+            seed=seed,
+            scale=scale,
+        )
+        rest, rest_lse = of_keys.attend(
+            q.flatten(0, 1).unflatten(1, (-1, index.block_q)), ~kept.flatten(0, 1)
+        )
+        rest, rest_lse = (x.flatten(1, 2).unflatten(0, (batch, count)) for x in (rest, rest_lse))
+        rest = restored(rest[:, :, :seq_q], rows)
+        rest_lse = restored(rest_lse[:, :, :seq_q, None], rows)
+        exact_lse = lse[:, some].transpose(1, 2)[..., None].to(dtype)
+        both = torch.logaddexp(exact_lse, rest_lse)
+        # A query that has neither stays 0.
+        share, rest_share = ((part - both.clamp(min=_LEAST)).exp() for part in (exact_lse, rest_lse))
+        completed[:, :, some] = (rest * rest_share).addcmul_(share, output[:, :, some].to(dtype))
+        completed_lse[:, some] = both[..., 0].transpose(1, 2)
+    return completed, completed_lse
 
 
 def _logarithms(tokens: Tensor, normals: Tensor, scale: float) -> Tensor:
     """log(φ · √features) of `[..., dim]`."""
-    return math.sqrt(scale) * (tokens @ normals) - scale / 2 * tokens.square().sum(-1, keepdim=True)
+    return (tokens @ (math.sqrt(scale) * normals)).sub_(scale / 2 * tokens.square().sum(-1, keepdim=True))
 
 
 # A copy to the device would have the host wait.

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Numbers of queries and keys in float32 at a time, 4 bytes each.
+CHUNK_NUMBERS = 1 << 27
 _ROUNDS = 3  # of the orthogonal iteration
 _TURNS = 2
 
@@ -82,15 +84,33 @@ def products(seq: int, dim: int, *, block: int, axes: int) -> int:
 
 
 def _points(query: Tensor, key: Tensor, axes: int) -> tuple[Tensor, Tensor]:
-    """Queries and keys on the main axes of their spread, each in the metric of the other: float32 `[n, seq, axes]`."""
-    query, key = (x.transpose(1, 2).flatten(0, 1).float() for x in (query, key))
-    mean, of_keys = query.mean(1, keepdim=True), key.mean(1, keepdim=True)
-    query, key = query - mean, key - of_keys
+    """Queries and keys on the main axes of their spread, each in the metric of the other: float32 `[n, seq, axes]`.
+
+    Some heads at a time, since all of a long video would be gigabytes in float32.
+    """
+    step = max(1, CHUNK_NUMBERS // (query[:, :, 0].numel() + key[:, :, 0].numel()))
+    parts = [_points_of(q, k, axes) for q, k in zip(query.split(step, 2), key.split(step, 2), strict=True)]
+    first, second = (torch.cat(part, 1).flatten(0, 1) for part in zip(*parts, strict=True))
+    return first, second
+
+
+def _points_of(query: Tensor, key: Tensor, axes: int) -> list[Tensor]:
+    """Both sides of some heads, float32 `[batch, heads, seq, axes]`."""
+    batch = len(query)
+    (query, mean), (key, _) = _centred(query), _centred(key)
     # Matrices of dim × dim: in float64 the powers of the iteration keep their small axes.
     queries, keys = ((x.mT @ x).double() / x.shape[1] for x in (query, key))
     mean = mean.double()
     seen = queries + mean.mT * mean
-    return query @ _axes(queries, keys, axes), key @ _axes(keys, seen, axes)
+    points = query @ _axes(queries, keys, axes), key @ _axes(keys, seen, axes)
+    return [x.unflatten(0, (batch, -1)) for x in points]
+
+
+def _centred(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`[batch, seq, heads, dim]` less its mean, float32 `[n, seq, dim]`, and the mean `[n, 1, dim]`."""
+    tokens = tokens.transpose(1, 2).flatten(0, 1).float()
+    mean = tokens.mean(1, keepdim=True)
+    return tokens - mean, mean
 
 
 def _axes(spread: Tensor, metric: Tensor, axes: int) -> Tensor:

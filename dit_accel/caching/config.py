@@ -193,6 +193,11 @@ class CacheConfig:
             if type(value) is not int or value < low or (high is not None and value > high):
                 expected = f"an integer from {low}" + ("" if high is None else f" to {high}")
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        for name in ("polynomial", "curve"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list) or not all(isinstance(x, int | float) for x in value):
+                raise ValueError(f"{name}: expected numbers in a tuple, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         whole, share = type(self.warm_up) is int, type(self.warm_up) is float
         if not (whole and self.warm_up >= 1) and not (share and 0 < self.warm_up < 1):
             raise ValueError(

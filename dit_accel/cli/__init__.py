@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dit-accel {args.command}: interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name alone
+        # torch's, which is not imported for its name alone, and what it says of a CPU's memory
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         return _fail(args.command, f"{error} (fewer frames or pixels take less)")
     with contextlib.suppress(BrokenPipeError):  # a reader such as head may have enough

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dit_accel.cli.options import ready
+
 
 def configure(subparsers: Any) -> None:
     """Add the subcommand."""
@@ -21,7 +23,12 @@ def configure(subparsers: Any) -> None:
         help="sm_80 ... sm_120, gfx942 or all (default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON to a file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="also write the JSON to a file (--suite gpu: default outputs/bench_gpu.json)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -29,6 +36,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Run what was asked for; JSON and text."""
     from dit_accel.evaluation.files import write_json
 
+    if args.output is not None:
+        if args.output.is_dir():
+            raise ValueError(f"output: expected a file, got the directory {args.output}")
+        ready(args.output.parent)
     if args.compile_only:
         from dit_accel.bench import gate
 

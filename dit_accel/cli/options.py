@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,18 @@ def add_output(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON, and nothing else, on stdout"
     )
+
+
+def ready(directory: Path) -> Path:
+    """The directory, made and writable, before hours of work go into what it is to hold.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK):
+        raise PermissionError(f"output: expected a directory that can be written, got {directory}")
+    return directory
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -51,12 +64,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def load(args: argparse.Namespace) -> tuple[Any, GenerationSettings]:
     """The pipeline and settings that the arguments ask for."""
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from dit_accel.evaluation.models import DTYPES, load_model, resolve_settings
 
-    # One line on failure and one bar during work: diffusers' own loading bars and hints stay quiet.
+    # One line on failure and one bar during work: the libraries' own loading bars and hints stay quiet.
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     pipe = load_model(args.model, dtype=DTYPES[args.dtype], device=args.device)
     settings = resolve_settings(
         args.model,

@@ -93,6 +93,7 @@ def save_comparison(prompts: Sequence[Takes], path: Path, *, columns: int = 6) -
             color=INK if strong else MUTED,
             weight="bold" if strong else "normal",
             va="bottom" if above else "top",
+            parse_math=False,
             linespacing=1.35,
         )
 

@@ -23,8 +23,10 @@ def write_video(frames: Tensor, path: Path, *, fps: int = 16) -> Path:
 def write_frames(frames: Tensor, directory: Path) -> list[Path]:
     """Write each frame as a PNG, `000.png` onwards; those of another video that is there go."""
     directory.mkdir(parents=True, exist_ok=True)
-    for path in directory.glob("[0-9][0-9][0-9]*.png"):
-        path.unlink()
+    for path in directory.glob("*.png"):
+        number = int(path.stem) if path.stem.isdecimal() else -1
+        if path.stem == f"{number:03d}" and number >= len(frames):
+            path.unlink()
     paths = [directory / f"{number:03d}.png" for number in range(len(frames))]
     for path, image in zip(paths, to_images(frames), strict=True):
         image.save(path)

@@ -1,6 +1,7 @@
 """From a model's name to its pipeline, generation settings and prompts: the one place that knows `demo`."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ class GenerationSettings:
         for name in ("height", "width", "num_frames", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale: expected a finite number, got {self.guidance_scale}")
 
     def to_dict(self) -> SettingsDict:
         """The settings as JSON-ready data; also the keyword arguments of `dit_accel.calibrate`."""
@@ -78,6 +81,8 @@ def load_model(model: str, *, dtype: torch.dtype = torch.bfloat16, device: str |
 
         return load_demo(dtype=dtype, device=str(target))
     from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HTTPError
+    from safetensors import SafetensorError
 
     folder = Path(model)
     if not folder.exists() and (folder.is_absolute() or model.startswith(".") or model.count("/") > 1):
@@ -91,8 +96,11 @@ def load_model(model: str, *, dtype: torch.dtype = torch.bfloat16, device: str |
     except (
         OSError,
         ValueError,
-        AttributeError,
-    ) as error:  # the last: a class that this diffusers does not have
+        ImportError,
+        HTTPError,
+        SafetensorError,
+        AttributeError,  # a class that this diffusers does not have
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"model: {model!r} is neither a local pipeline directory, nor a Hub id that can be loaded, "
@@ -128,7 +136,16 @@ def resolve_settings(model: str, pipe: Any, **given: int | float | None) -> Gene
             f"settings: {type(pipe).__name__} has no default for {', '.join(missing)}; give a value "
             "(--height, --width, --frames, --steps, --guidance)"
         )
-    return GenerationSettings(**values)
+    settings = GenerationSettings(**values)
+    if model == DEMO:
+        from dit_accel.pipelines.demo import MOST
+
+        for name, most in MOST.items():
+            if values[name] > most:
+                raise ValueError(
+                    f"{name}: expected at most {most}, where the demo model's positions end, got {values[name]}"
+                )
+    return settings
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -138,7 +155,7 @@ def read_prompts(path: str | Path) -> list[str]:
         ValueError: The file is missing, unreadable, or holds no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts: cannot read {path} ({error})") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

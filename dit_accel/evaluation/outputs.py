@@ -18,19 +18,24 @@ def write_outputs(
 ) -> list[Path]:
     """Write the table, videos and pictures of a finished evaluation; returns their paths.
 
-    `table.md`; an MP4 per pictured prompt and variant; `comparison.png` of dense and the first two other variants;
-    `curve.png` where there are two or more others; `heads.png` of the first calibrated plan, and
-    `heads-NAME.png` of further ones.
+    `table.md`; an MP4 per pictured prompt and variant, as far as its frames are still there; `comparison.png` of dense
+    and the first two other variants; `curve.png` where there are two or more others; `heads.png` of the first
+    calibrated plan, and `heads-NAME.png` of further ones.
     """
     written = [folder / "table.md"]
     written[0].write_text(markdown_table(result.to_dict()) + "\n", encoding="utf-8")
     others = [variant for variant in variants if variant.name != "dense"]
-    pictured = result.pictured()
+    # Somebody may have removed generations that are measured, to save room.
+    pictured = [
+        number
+        for number in result.pictured()
+        if all(result.store.has(number, variant.name) for variant in variants)
+    ]
     for number in pictured:
         for variant in variants:
             frames = result.store.get(number, variant.name).frames
             written.append(write_video(frames, folder / f"{number:03d}-{slug(variant.name)}.mp4", fps=fps))
-    if others:
+    if others and pictured:
         written.append(folder / "comparison.png")
         names = [variant.name for variant in others[:_COMPARED]]
         save_comparison([_takes(result, number, names) for number in pictured], written[-1])

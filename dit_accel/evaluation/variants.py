@@ -118,8 +118,12 @@ def _from_plan(text: str, name: str) -> Variant:
 
 def _from_preset(text: str, name: str) -> Variant:
     family, number, options = _split(text, name)
-    if "name" in options:  # the preset's own, which stands before the colon
-        raise ValueError(f"variant {name!r}: preset {family!r} has no option 'name'")
+    # Parameters of the preset itself, the first of which stands before the colon, and what is no number or word.
+    for taken in ("name", "cls", "curve", "polynomial"):
+        if taken in options or f"cache.{taken}" in options:
+            raise ValueError(
+                f"variant {name!r}: preset {family!r} has no option {taken!r} that text can give"
+            )
     if family in CACHES:
         return _cached(family, number, options, name)
     fields = {key: options.pop(key) for key in list(options) if key.startswith("cache.")}

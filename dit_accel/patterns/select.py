@@ -78,6 +78,7 @@ def select(
     heads: Sequence[int] | None = None,
     layer: int = 0,
     step: int | None = None,
+    now: int | None = None,
     **options: Option,
 ) -> Selection:
     """Choose key blocks for every head of `query`.
@@ -104,6 +105,7 @@ def select(
             number that is not above the one before begins a new step.
         step: number of the denoising step, which calls that share a choice by the option `branches` have in common;
             None if nobody knows, then each makes its own.
+        now: its number in any case, by which what serves some steps grows old; `step` if None.
         options: of the family, see `FAMILIES[name].options`.
 
     Raises:
@@ -156,7 +158,7 @@ def select(
     if "selection" in memory and (later_layer or later_branch):
         memory["layer"] = layer
         return memory["selection"]
-    memory["layer"], memory["now"] = layer, step
+    memory["layer"], memory["now"] = layer, step if now is None else now
     if memory.get("left", 0) > 0:
         memory["left"] -= 1
         memory["step"] = step

@@ -21,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "num_inference_steps": 20,
     "guidance_scale": 4.0,
 }
+# Where the transformer's 128 positions along each axis end.
+MOST = {"height": 1024, "width": 1024, "num_frames": 255}
 
 
 def prompts(count: int, seed: int) -> list[str]:

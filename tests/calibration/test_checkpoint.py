@@ -30,9 +30,16 @@ def test_unfinished_stages_are_none(tmp_path, directory):
 
 
 def test_other_arguments_are_refused_by_name(tmp_path):
-    Checkpoint(tmp_path, {"seed": 1, "height": 144, "density": None})
+    Checkpoint(tmp_path, {"seed": 1, "height": 144, "density": None}).save("dense_0", {}, {})
     with pytest.raises(ValueError, match="holds a calibration with height = 144, got 160; .*another output"):
         Checkpoint(tmp_path, {"seed": 1, "height": 160, "density": None})
+
+
+def test_an_attempt_that_finished_nothing_is_in_nobodys_way(tmp_path):
+    Checkpoint(tmp_path, {"height": 100})
+    Checkpoint(tmp_path, {"height": 96}).save("dense_0", {}, {})
+    with pytest.raises(ValueError, match="holds a calibration with height = 96, got 100"):
+        Checkpoint(tmp_path, {"height": 100})
 
 
 def test_tuples_and_lists_are_the_same_arguments(tmp_path):

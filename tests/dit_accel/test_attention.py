@@ -505,6 +505,17 @@ def test_heads_of_different_densities_choose_as_they_would_alone(family: str, te
         query = query + 0.1 * query.roll(1, 1)
 
 
+def test_blocks_grow_old_by_steps_though_some_are_left_out() -> None:
+    grid, way, cache = TokenGrid(3, 7, 5), [Candidate("balanced", 0.4)], {}
+    built = []
+    for now in (0, 1, 2, 6, 8, 9):
+        query, key, value = inputs(grid, 1, 1, 32, torch.float32, seed=now)
+        attend(query, key, value, grid, way, [0], block=16, layer=0, now=now, cache=cache)
+        ((memory,),) = (kept.values() for kept in cache.values())
+        built.append(memory["built"])
+    assert built == [0, 0, 0, 6, 6, 9]  # every third step
+
+
 @pytest.mark.parametrize(
     ("family", "options"), [("pooled", {"coarse": 2}), ("searched", {"easy": 0.5}), ("clustered", {})]
 )

@@ -1,6 +1,7 @@
 """The command line: every subcommand on a tiny pipeline, every message, and what importing it costs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import dit_accel
 from dit_accel import AccelPlan
@@ -142,6 +144,22 @@ def test_a_wrong_command_line_is_answered_in_one_line(argv, message, capsys):
         (["generate", "TMP", "--prompt", "x", "--device", "abacus"], "device: expected cpu, cuda or cuda:N"),
         (["generate", "TMP", "--prompt", "x", "--device", "meta"], "device: expected cpu, cuda or cuda:N"),
         (["evaluate", "TMP", "--variants", "preset:window@0.3:name=x"], "has no option 'name'"),
+        (["evaluate", "TMP", "--variants", "preset:window@0.3:cls=1"], "has no option 'cls'"),
+        (["evaluate", "TMP", "--variants", "preset:magcache:curve=0.9"], "has no option 'curve'"),
+        (
+            ["evaluate", "TMP", "--variants", "preset:window@0.3:cache=cg-taylor:cache.name=x"],
+            "has no option 'name'",
+        ),
+        (
+            ["generate", "demo", "--prompt", "x", "--frames", "300", "--output", "TMP/x"],
+            "num_frames: expected at most 255",
+        ),
+        (
+            ["generate", "demo", "--prompt", "x", "--guidance", "nan", "--output", "TMP/x"],
+            "guidance_scale: expected a finite",
+        ),
+        (["generate", "demo", "--prompt", "x", "--output", "TMP/foreign.txt"], "File exists"),
+        (["bench", "--compile-only", "--output", "TMP"], "output: expected a file, got the directory"),
         (["generate", "TMP", "--prompt", "x", "--plan", "TMP"], "accel_config.json"),
         (["evaluate", "TMP", "--variants", "dense"], "prompts: only the model 'demo' brings its own"),
         (["evaluate", "TMP", "--variants", "fast"], "variant 'fast': expected dense, plan:DIR"),
@@ -190,6 +208,54 @@ def test_a_device_without_room_says_so(run, monkeypatch):
     code, out, err = run("env")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "env: error: CUDA out of memory. Tried to allocate 20.00 GiB. (fewer frames" in err
+
+
+def test_a_cpu_without_room_says_so(run, monkeypatch):
+    def exhaust(args):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("dit_accel.cli.env.run", exhaust)
+    code, out, err = run("env")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "can't allocate memory" in err
+    assert "fewer frames or pixels take less" in err
+
+
+def test_generate_says_what_was_made_where_it_is_not_what_was_asked_for(run, tiny_wan_dir, tmp_path):
+    sizes = list(SIZES)
+    sizes[sizes.index("--frames") + 1] = "6"
+    code, out, err = run(
+        "generate", tiny_wan_dir, "--prompt", PROMPTS[0], *sizes, "--json", "--output", tmp_path
+    )
+    made = len(list((tmp_path / "frames").glob("*.png")))
+    assert (code, made) == (0, json.loads(out)["settings"]["num_frames"])
+    assert made != 6
+    assert f"asked for 6 frames of 80×48, the pipeline made {made} of 80×48" in err
+
+
+def test_generate_refuses_frames_that_are_not_finite(run, tiny_wan_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_wan_dir, folder)
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["proj_out.bias"].fill_(torch.nan)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    code, _, err = run("generate", folder, "--prompt", PROMPTS[0], *SIZES, "--output", tmp_path / "out")
+    assert code == 1
+    assert "the frames are not finite, NaN or infinity; give the model another --dtype" in err
+    assert not (tmp_path / "out" / "video.mp4").exists()
+
+
+def test_weights_that_were_never_fetched_are_one_line(run, tiny_wan_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_wan_dir, folder)
+    for part in ("transformer", "text_encoder"):
+        (weights,) = (folder / part).glob("*.safetensors")
+        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    code, _, err = run("generate", folder, "--prompt", PROMPTS[0], *SIZES, "--output", tmp_path / "out")
+    assert code == 1
+    assert "generate: error: model: " in err.splitlines()[-1]
+    assert "Traceback" not in err
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):

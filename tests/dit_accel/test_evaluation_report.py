@@ -232,3 +232,13 @@ def test_videos_and_frames_can_be_read_back(tmp_path):
     paths = write_frames(ramp, tmp_path / "frames")
     assert [path.name for path in paths] == [f"{number:03d}.png" for number in range(6)]
     assert np.array_equal(_picture(paths[5]), np.asarray(to_images(ramp)[5]).astype(float))
+
+
+def test_frames_of_a_longer_video_go_and_other_pictures_stay(tmp_path):
+    write_frames(torch.zeros(6, 16, 16, 3), tmp_path)
+    for name in ("2024-trip.png", "0001.png", "12.png"):
+        (tmp_path / name).write_bytes(b"mine")
+    write_frames(torch.zeros(4, 16, 16, 3), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000.png", "0001.png", "001.png", "002.png", "003.png", "12.png", "2024-trip.png",
+    ]  # fmt: skip

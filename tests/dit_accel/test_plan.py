@@ -82,6 +82,22 @@ def test_saving_again_replaces_the_plan_and_nothing_else(tmp_path: Path) -> None
     assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, TENSORS, "notes.txt"]
 
 
+def test_the_folder_one_is_in_can_be_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make().save_pretrained(".")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, TENSORS]
+    assert_equal(AccelPlan.from_pretrained("."), make())
+
+
+def test_nothing_is_written_beside_a_folder_that_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "parent" / "plan"
+    folder.mkdir(parents=True)
+    before = folder.parent.stat().st_mtime_ns
+    make().save_pretrained(folder)
+    assert folder.parent.stat().st_mtime_ns == before
+    assert_equal(AccelPlan.from_pretrained(folder), make())
+
+
 def test_config_is_plain_json_with_versions(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))

@@ -11,6 +11,8 @@ from diffusers.hooks import ModelHook as DiffusersHook
 from torch import nn
 
 import dit_accel
+from dit_accel import processor
+from dit_accel.attention import attend
 from dit_accel.candidate import Candidate
 from dit_accel.pipelines import family_of
 from dit_accel.plan import AccelPlan, PlanError, config_hash_of
@@ -214,6 +216,20 @@ def test_a_sparse_plan_runs_under_autocast(tiny):
         enable(model.transformer, FULL)
         found = model.run()
     assert (found - plain).norm() / plain.norm() < 0.02
+
+
+def test_what_chooses_and_attends_is_not_under_autocast(tiny, monkeypatch):
+    model, seen = tiny("cogvideox"), []
+
+    def watched(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(processor, "attend", watched)
+    enable(model.transformer, AccelPlan.preset("scatterbrain", density=0.3, block=16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.run().isfinite().all()
+    assert seen == [False, False]
 
 
 @pytest.mark.parametrize("plan", [FULL, DENSE], ids=["sparse", "dense"])

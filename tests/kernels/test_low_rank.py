@@ -9,7 +9,7 @@ from torch import Tensor
 from dit_accel.attention import attend
 from dit_accel.candidate import Candidate
 from dit_accel.grid import TokenGrid
-from dit_accel.kernels import BlockIndex, block_sparse_attention
+from dit_accel.kernels import BlockIndex, block_sparse_attention, low_rank
 from dit_accel.kernels.low_rank import _normals, add_low_rank
 from dit_accel.patterns import select
 
@@ -100,6 +100,23 @@ def test_it_is_the_sum_over_all_pairs_of_tokens(
             # Scores are rounded to the dtype; the log-sum-exp is float32 in any case.
             rounding = max(torch.finfo(dtype).eps, 2.0**-17)  # sums of logarithms of up to 10
             torch.testing.assert_close(lse[b, h].double(), wanted_lse, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["shared-order", "own-orders"])
+def test_heads_some_at_a_time_are_as_all_together(ordered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = inputs(100, 130, 5, 16, torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    index = BlockIndex.from_mask(torch.rand(1, 5, 7, 9, generator=generator) < 0.4, 16, 16, 100, 130)
+    orders = {
+        name: torch.rand(*((2, 5) if ordered else (1, 1)), seq, generator=generator).argsort(-1)
+        for name, seq in (("query_order", 100), ("key_order", 130))
+    }
+    exact = block_sparse_attention(query, key, value, index, return_lse=True, **orders)
+    together = add_low_rank(*exact, query, key, value, index, features=8, **orders)
+    monkeypatch.setattr(low_rank, "CHUNK_NUMBERS", 2 * (2 * 9 * 8 * 17))  # two heads
+    found = add_low_rank(*exact, query, key, value, index, features=8, **orders)
+    for x, y in zip(found, together, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
 def test_a_row_that_leaves_nothing_out_stays_as_it_was() -> None:

@@ -160,3 +160,11 @@ def test_autocast_does_not_coarsen_the_metric() -> None:
 def test_nonsense_is_refused(query: tuple, key: tuple, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         partition(torch.zeros(query), torch.zeros(key), **{"block": 4, **options})
+
+
+def test_heads_some_at_a_time_are_as_all_together(monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    query, key = (torch.randn(2, seq, 5, 16, generator=generator) for seq in (150, 201))
+    together = partition(query, key, block=16)
+    monkeypatch.setattr(module, "CHUNK_NUMBERS", 2 * 2 * (150 + 201) * 16)  # two heads
+    assert all(torch.equal(x, y) for x, y in zip(partition(query, key, block=16), together, strict=True))

@@ -95,6 +95,20 @@ def test_two_prompts_with_one_noise_are_taken_for_branches_in_the_first_step_at_
     assert set(seen) == {(1, True), (2, False), (3, False), (4, False)}
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("family", ["clustered", "searched", "balanced", "pooled"])
+def test_what_was_chosen_for_supposed_branches_serves_no_prompts(whole_pipeline, family, count):
+    pipe = whole_pipeline("ltx")
+    plan = AccelPlan.preset(family, density=0.5, block=16, branches="shared", reuse=3)
+    dit_accel.enable(pipe, plan)
+    asked = replace(settings("ltx"), guidance_scale=1.0).to_dict()
+    generators = [torch.Generator().manual_seed(0) for _ in range(count)]
+    prompts = [PROMPT, "a blue star moves up", "a red star moves up", "a blue circle moves left"][:count]
+    latents = pipe(prompt=prompts, generator=generators, output_type="latent", **asked).frames
+    assert latents.shape[0] == count
+    assert latents.isfinite().all()
+
+
 @pytest.mark.parametrize("preset", ["window", "pooled", "balanced"])
 def test_sparse_plans_run_and_say_what_they_kept(whole_pipeline, name, preset):
     pipe = whole_pipeline(name)
