@@ -86,6 +86,10 @@ class AcceleratedRun:
     layer_errors: list[float]
 
 
+def _is_slow_at_first(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
 class Stages:
     """Runs or loads the stages of one calibration; `bar` counts denoising steps."""
 
@@ -295,7 +299,7 @@ class Stages:
         On a CPU that is little, and two steps are long.
         """
         dense = all(candidate.is_dense for candidate in plan.candidates)
-        if self._pipe._execution_device.type == "cpu" or dense in self._warm:
+        if dense in self._warm or not _is_slow_at_first(self._pipe._execution_device):
             return
         self._warm.add(dense)
         self._bar.set_description("warm-up")

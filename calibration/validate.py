@@ -34,9 +34,8 @@ def generations_needed(prompts: int, held_out: int, goal: Goal, max_trials: int)
     """The most generations a calibration makes."""
     trials = 0
     if goal.quality is not None:
-        trials = (
-            max_trials + prompts - 1
-        )  # of a search, and of the plan found on the prompts it was not tried on
+        # Of a search, and of the plan found on the prompts that it was not tried on.
+        trials = max_trials + prompts - 1
     elif goal.searched:
         trials = _SPEED_TRIALS
     return prompts + 2 * held_out + trials

@@ -407,6 +407,30 @@ def test_a_scheduler_that_evaluates_a_step_twice_is_refused(pipe, arguments, tmp
     assert not (tmp_path / "plan").exists()
 
 
+@pytest.mark.usefixtures("density_clock")
+def test_where_first_use_is_slow_a_process_warms_up_once_of_each_kind(pipe, arguments, monkeypatch, tmp_path):
+    options = arguments | {"target_psnr": 25.0, "output_dir": tmp_path, "max_trials": 2}
+    forwards, made = [], []
+    monkeypatch.setattr(stages, "_is_slow_at_first", lambda device: True)
+    generate = stages.generate
+    monkeypatch.setattr(
+        stages,
+        "generate",
+        lambda *a, **k: made.append((a[2].num_inference_steps, len(forwards))) or generate(*a, **k),
+    )
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    try:
+        calibrate(pipe, **options)
+        steps = [number for number, _ in made]
+        assert steps[0] == 2  # before the first dense one
+        assert steps.count(2) == 2  # and before the first with a plan
+        made.clear()
+        calibrate(pipe, **options)
+        assert not made  # nothing is left to time
+    finally:
+        hook.remove()
+
+
 def test_latencies_that_were_deleted_are_measured_again(pipe, arguments, tmp_path):
     calibrate(pipe, **arguments, density=0.5, output_dir=tmp_path / "plan")
     kept = tmp_path / "plan" / "calibration" / "latency.safetensors"
