@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import log10
 from statistics import fmean, stdev
@@ -88,34 +88,30 @@ class Validation:
         self._tried: list[_Tried] = []
 
     def meet_quality(self) -> Pick:
-        """The fastest plan found that meets the goal's quality, see `search`."""
-        quality = QUALITIES[self._goal.name]
+        """The fastest plan found that meets the goal's quality over all prompts.
 
-        def measure(found: Pick, prompt: int) -> float:
-            run = self._run_of(found, prompt) or self._accelerated(found, prompt)
-            return quality.decibel(getattr(run, quality.metric))
-
-        searched = min(len(self._prompts), _SEARCH_PROMPTS)
-        target = quality.decibel(self._goal.value)
-        goal = self._goal
+        A `search` looks at two of them: where the others are worse, a further one is to do better on these by as much.
+        """
+        goal, quality, prompts = self._goal, QUALITIES[self._goal.name], len(self._prompts)
+        searched, target = min(prompts, _SEARCH_PROMPTS), quality.decibel(goal.value)
         name = f"{goal.name}_{goal.value:g}_{'steps' if len(self._offers) > 1 else 'attention'}"
         # Those without `steps` are of versions that measured a schedule's error otherwise.
         known = [Trial(**t) for t in self._stages.known_trials(goal.name, name) if "steps" in t]
-        outcome = search(self._offers, searched, target, measure, self._max_trials, known)
-        trials = list(outcome.trials)
-        levels = {outcome.pick.name: (self._level(outcome.pick), outcome.pick)}
-        # A search looks at two prompts: where the others are worse, it is to do better on these by as much.
-        while not meets(levels[outcome.pick.name][0], target) and len(self._prompts) > searched:
-            left = self._most_generations - len(self._tried) - (len(self._prompts) - searched)
-            if left < 1:
-                break
-            of_searched = fmean(measure(outcome.pick, prompt) for prompt in range(searched))
-            wanted = target + of_searched - levels[outcome.pick.name][0]
-            outcome = search(self._offers, searched, wanted, measure, left, [*known, *trials])
+        trials: list[Trial] = []
+        levels: dict[str, tuple[float, Pick]] = {}
+        wanted, left = target, self._max_trials
+        while left > 0:
+            outcome = search(self._offers, searched, wanted, self._on_prompt, left, [*known, *trials])
             trials += [trial for trial in outcome.trials if trial not in trials]
-            if outcome.pick.name in levels:
+            found = outcome.pick
+            if found.name in levels:
                 break
-            levels[outcome.pick.name] = self._level(outcome.pick), outcome.pick
+            level = self._level(found, range(prompts))
+            levels[found.name] = level, found
+            if meets(level, target) or prompts == searched:
+                break
+            wanted = target + self._level(found, range(searched)) - level
+            left = self._most_generations - len(self._tried) - (prompts - searched)
         found = self._best_of(levels, target)
         self._outcome = replace(outcome, trials=tuple(trials))
         self._stages.keep_trials(name, [asdict(trial) for trial in trials])
@@ -232,31 +228,29 @@ class Validation:
             hopeful = all(found.error < one.error for _, one in levels.values())
             if not hopeful or len(self._tried) + missing > self._most_generations:
                 continue
-            levels[found.name] = self._level(found), found
+            levels[found.name] = self._level(found, range(len(self._prompts))), found
             if meets(levels[found.name][0], target):
                 return found
         return max(levels.values(), key=lambda one: one[0])[1]
 
-    def _level(self, found: Pick) -> float:
-        """Mean quality of a plan over all calibration prompts in dB; what is missing is generated."""
-        quality = QUALITIES[self._goal.name]
+    def _level(self, found: Pick, numbers: Iterable[int]) -> float:
+        """Mean quality of a plan over some calibration prompts in dB; what is missing is generated."""
         if found.error == 0.0:
             return PSNR_CEILING_DB
-        runs = [
-            self._run_of(found, number) or self._accelerated(found, number)
-            for number in range(len(self._prompts))
-        ]
-        return fmean(quality.decibel(getattr(run, quality.metric)) for run in runs)
+        return fmean(self._on_prompt(found, number) for number in numbers)
+
+    def _on_prompt(self, found: Pick, number: int) -> float:
+        """Quality of a plan on a calibration prompt in dB, which is generated once."""
+        quality = QUALITIES[self._goal.name]
+        run = self._run_of(found, number) or self._accelerated(found, number)
+        return quality.decibel(getattr(run, quality.metric))
 
     def _run_of(self, found: Pick, number: int) -> AcceleratedRun | None:
-        return next(
-            (t.run for t in self._tried if (t.prompt, t.pick.name) == (number, found.name)),
-            None,
-        )
+        return next((t.run for t in self._tried if (t.prompt, t.pick.name) == (number, found.name)), None)
 
     def _calibration_quality(self, found: Pick) -> dict[str, float]:
         """The goal's measure over all calibration prompts, and whether it is met."""
-        quality, level = QUALITIES[self._goal.name], self._level(found)
+        quality, level = QUALITIES[self._goal.name], self._level(found, range(len(self._prompts)))
         self._met = meets(level, quality.decibel(self._goal.value))
         return {f"{quality.metric}_calibration": quality.value(level)}
 

@@ -4,22 +4,12 @@ import math
 from typing import Any
 
 import pytest
-import torch
+from synthetic import tables
 
 from dit_accel.calibration.goals import the_goal
 from dit_accel.calibration.offers import Offer, Pick
 from dit_accel.calibration.stages import AcceleratedRun
-from dit_accel.calibration.tables import Tables
 from dit_accel.calibration.validate import Validation, generations_needed
-
-
-def tables() -> Tables:
-    generator = torch.Generator().manual_seed(0)
-    density = torch.tensor([1.0, 0.0, 0.06, 0.12, 0.2, 0.3, 0.42, 0.6], dtype=torch.float64)
-    sensitivity = torch.rand(4, 6, 4, 1, generator=generator, dtype=torch.float64) ** 3 * 1e-2
-    calls = torch.tensor([4.0, 8.0, 12.0, 16.0], dtype=torch.float64)
-    cost = calls[:, None] * (0.05 + density)
-    return Tables(sensitivity * (1 - density) ** 2, cost, calls * 1.0, density, calls, dense=0)
 
 
 class Generations:
