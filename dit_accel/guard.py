@@ -69,7 +69,7 @@ class Guard:
         factor: float = 5.0,
         usual: float = 2.0,
         floor: float = 0.05,
-        rows: int = 64,
+        rows: int = 32,
         every: int = 4,
     ) -> None:
         dense = [candidate.is_dense for candidate in plan.candidates]
@@ -101,17 +101,12 @@ class Guard:
         """When the verdict on a layer is wanted in the forward with this number in its branch; it counts as checked.
 
         Not at all, when the next forward begins, or before its output is used, where the plan's range `number` begins.
-        There the guidance branch that comes first is checked for all: the others run with its verdict.
         """
         before = memory.last.get((branch, layer))
         entered = before is None or number != before[1]
         if before is not None and not entered and forward - before[0] < self.every:
             return ""
-        others = (at for (other, of), (_, at) in memory.last.items() if of == layer and other != branch)
-        checked = entered and number in others
         memory.last[branch, layer] = forward, number
-        if checked:
-            return ""
         return "now" if entered else "later"
 
     def row(self, row: Tensor, layer: int, memory: GuardMemory) -> Tensor:

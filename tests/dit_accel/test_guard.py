@@ -223,21 +223,8 @@ def test_a_check_waits_for_a_step_that_is_computed(tiny):
     memory = guard.memory()
     computed = [1, 2, 3, 4, 6, 8, 10, 11, 12, 13, 14]
     assert [step for step in computed if guard.due(memory, "cond", 0, step, 0)] == [1, 6, 10, 14]
+    assert guard.due(memory, "uncond", 0, 2, 0) == "now"
     assert guard.due(memory, "cond", 1, 14, 0) == "now"
-
-
-def test_where_a_range_begins_the_first_branch_is_checked_for_all(tiny):
-    guard = Guard(plan_of(tiny("wan").transformer, torch.ones(2, 2)), every=4)
-    memory = guard.memory()
-    ranges = {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1, 8: 2}
-    found = {
-        (branch, forward): guard.due(memory, branch, 0, forward, number)
-        for forward, number in ranges.items()
-        for branch in ("cond", "uncond")
-    }
-    assert {at: when for at, when in found.items() if when} == {
-        ("cond", 1): "now", ("cond", 3): "now", ("cond", 7): "later", ("uncond", 7): "later", ("cond", 8): "now",
-    }  # fmt: skip
 
 
 def test_every_range_is_checked_where_it_begins(tiny):
